@@ -1,0 +1,35 @@
+"""What all parts of a spec share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Format = Literal["safetensors", "compressed-tensors", "onnx"]
+
+
+class Frozen(BaseModel):
+    """An immutable value; a field it does not know is an error, so a typing mistake never passes in silence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Family(StrEnum):
+    """What kind of model it is, which decides how its quality is measured."""
+
+    CAUSAL_LM = "causal_lm"
+    ENCODER = "encoder"
+
+
+class Step(Frozen):
+    """One step of a job. The class variables say what it needs and leaves behind."""
+
+    families: ClassVar[frozenset[Family]] = frozenset(Family)
+    needs_calibration: ClassVar[bool] = False
+    """Runs the model over `calibration` text."""
+    needs_training: ClassVar[bool] = False
+    """Trains on `training` text."""
+    produces: ClassVar[Format] = "safetensors"
+    """Only after a step that leaves plain safetensors can another step follow."""

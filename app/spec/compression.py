@@ -1,0 +1,146 @@
+"""CompressionSpec: everything that decides what a job does."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from app.spec.base import Format, Frozen
+from app.spec.distill import DistillLogits, StudentFromModel, StudentFromPreviousStep
+from app.spec.export import Export
+from app.spec.optimize import OptimizeOnnx
+from app.spec.prune import PruneDepth, PruneMagnitude
+from app.spec.quantize import QuantizeWeights
+
+AnyStep = Annotated[
+    QuantizeWeights | PruneMagnitude | PruneDepth | DistillLogits | OptimizeOnnx,
+    Field(discriminator="technique"),
+]
+
+STEP_CLASSES: tuple[type, ...] = (QuantizeWeights, PruneMagnitude, PruneDepth, DistillLogits, OptimizeOnnx)
+
+
+class TextSource(Frozen):
+    """Where text comes from: an uploaded dataset, or the English prose that ships with Modelpress."""
+
+    dataset: Annotated[str, Field(pattern=r"^dst_[0-9a-z]+$")] | None = None
+    """Id of an uploaded dataset. Null: the built-in text; fine to try things out, not for a model of another
+    language or purpose."""
+
+
+class Evaluation(Frozen):
+    """How quality and speed are measured: original and result in turns, on the same text."""
+
+    enabled: bool = True
+    """False: the result is reloaded and checked but not compared; the verdict is then `unmeasured`."""
+    text: TextSource = TextSource()
+    tokens: Annotated[int, Field(ge=256, le=10_000_000)] = 4096
+    """Tokens of text to measure quality on. More narrows the confidence interval and takes longer."""
+    sequence_length: Annotated[int, Field(ge=16, le=131_072)] = 512
+    """Tokens per window; cut to what the model can take."""
+    latency_rounds: Annotated[int, Field(ge=3, le=1000)] = 10
+    """Timed runs of each model, in turns, after warm-up."""
+
+
+class Acceptance(Frozen):
+    """Limits that decide the verdict. A result that misses one is kept, and marked `rejected`."""
+
+    max_perplexity_increase: Annotated[float, Field(ge=0)] | None = None
+    """Relative: 0.05 allows a perplexity up to 5 % above the original's. Language models."""
+    max_kl: Annotated[float, Field(ge=0)] | None = None
+    """Mean Kullback-Leibler divergence from the original's next-token distribution, in nats. Language models."""
+    min_top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of positions where both choose the same token (or class)."""
+    min_cosine: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """Mean cosine between the embeddings of original and result. Encoders."""
+    max_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Total bytes of the result's files."""
+    max_bytes_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Bytes of the result over bytes of the original."""
+    max_latency_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Median latency of the result over the original's, each in its own runtime, same worker."""
+    max_peak_memory_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Peak memory of a process that loads and runs the result, over the original's."""
+
+    def limits(self) -> dict[str, float]:
+        """The limits that are set, by name."""
+        return {k: v for k, v in self.model_dump().items() if v is not None}
+
+
+class Resources(Frozen):
+    """What a job may use."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: whatever the worker that takes the job has. `cuda`: only workers with a GPU take the job."""
+    memory_budget: Annotated[int, Field(ge=256 * 2**20)] | None = None
+    """Bytes of memory the job's process may use. Null: the worker's size. A plan over budget is refused."""
+    timeout_seconds: Annotated[int, Field(ge=1, le=30 * 86_400)] = 86_400
+    """The job fails if it runs longer, all tries together not counted."""
+
+
+class CompressionSpec(Frozen):
+    """What to do to a model, in which order, and how to judge the result."""
+
+    steps: Annotated[tuple[AnyStep, ...], Field(min_length=1, max_length=16)]
+    """Carried out in order, each on what the one before left."""
+    calibration: TextSource = TextSource()
+    """Text that techniques run the model over, e.g. to find out which blocks matter."""
+    training: TextSource = TextSource()
+    """Text that distillation trains on. For results worth having, your own."""
+    evaluation: Evaluation = Evaluation()
+    export: Export = Export()
+    acceptance: Acceptance = Acceptance()
+    resources: Resources = Resources()
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Same model, spec and seed on the same machine: same bytes."""
+
+    @model_validator(mode="after")
+    def _steps_fit_together(self) -> CompressionSpec:
+        for number, step in enumerate(self.steps[:-1]):
+            if step.produces != "safetensors":
+                raise ValueError(
+                    f"steps/{number}: {step.technique} writes {step.produces}, which no other step can read: put it last"
+                )
+        first = self.steps[0]
+        if isinstance(first, DistillLogits) and isinstance(first.student, StudentFromPreviousStep):
+            raise ValueError(
+                'steps/0: student "previous_step" needs a step before it; use "depth_cut" or "model"'
+            )
+        for number, step in enumerate(self.steps[1:], start=1):
+            if isinstance(step, DistillLogits) and not isinstance(step.student, StudentFromPreviousStep):
+                raise ValueError(
+                    f'steps/{number}: after other steps only student "previous_step" makes sense; their work would be lost'
+                )
+        wanted = self.export.format
+        if wanted not in ("auto", self.output_format):
+            raise ValueError(
+                f"export/format: the last step, {self.steps[-1].technique}, writes {self.output_format}, not {wanted}"
+            )
+        return self
+
+    @property
+    def output_format(self) -> Format:
+        """The format the result is written in."""
+        return self.steps[-1].produces
+
+    def dataset_ids(self) -> set[str]:
+        """Ids of the uploaded datasets this spec will really read."""
+        sources = [self.evaluation.text] if self.evaluation.enabled else []
+        if any(step.needs_calibration for step in self.steps):
+            sources.append(self.calibration)
+        if any(step.needs_training for step in self.steps):
+            sources.append(self.training)
+        return {s.dataset for s in sources if s.dataset is not None}
+
+    def student_model_id(self) -> str | None:
+        """Id of an uploaded student, if a step names one."""
+        for step in self.steps:
+            if isinstance(step, DistillLogits) and isinstance(step.student, StudentFromModel):
+                return step.student.model
+        return None
+
+    def stage_names(self) -> tuple[str, ...]:
+        """The stages of a job with this spec, in order; each is committed by itself and never run twice in effect."""
+        steps = (f"step {number}: {step.technique}" for number, step in enumerate(self.steps, start=1))
+        return ("load", "baseline", *steps, "export", "verify", "report")

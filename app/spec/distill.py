@@ -1,0 +1,70 @@
+"""Parameters of the distillation techniques."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from app.spec.base import Frozen, Step
+
+
+class StudentFromDepthCut(Frozen):
+    """The student is the teacher without some of its blocks, spread evenly, first and last kept."""
+
+    source: Literal["depth_cut"] = "depth_cut"
+    drop_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of the teacher's blocks that the student does without."""
+
+
+class StudentFromPreviousStep(Frozen):
+    """The student is what the earlier steps of this job left. Zeros they pruned stay zero."""
+
+    source: Literal["previous_step"] = "previous_step"
+
+
+class StudentFromModel(Frozen):
+    """The student is another uploaded model with the teacher's vocabulary."""
+
+    source: Literal["model"] = "model"
+    model: Annotated[str, Field(pattern=r"^mdl_[0-9a-z]+$")]
+    """Id of the uploaded student."""
+
+
+Student = Annotated[
+    StudentFromDepthCut | StudentFromPreviousStep | StudentFromModel, Field(discriminator="source")
+]
+
+
+class DistillLogits(Step):
+    """Train a smaller student to give the original model's outputs (Hinton et al. 2015). The teacher is the original.
+
+    Loss: `(1 − hard_label_weight) · T² · KL(teacher ‖ student)` at temperature T, plus `hard_label_weight` times the
+    cross-entropy on the next token. An encoder without a classification head is taught the similarities between
+    the texts of a batch instead, and has no hard labels. Held-out text decides when to stop; the best state is kept.
+    """
+
+    needs_training: ClassVar[bool] = True
+
+    technique: Literal["distill.logits"] = "distill.logits"
+    student: Student = StudentFromDepthCut()
+    temperature: Annotated[float, Field(gt=0, le=100)] = 2.0
+    """Softens both distributions; 1 compares them as they are."""
+    hard_label_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Weight of the cross-entropy on the true next token, between 0 and 1. Encoders ignore it."""
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
+    """Peak rate of AdamW; warmed up over 5 % of the steps, then cosine to a tenth."""
+    max_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 200
+    """Optimizer steps at most."""
+    max_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Stop training after this many seconds, whatever step it is at. Null: no limit of its own."""
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
+    """Sequences per optimizer step."""
+    sequence_length: Annotated[int, Field(ge=16, le=131_072)] = 256
+    """Tokens per sequence."""
+    evaluate_every: Annotated[int, Field(ge=1)] = 20
+    """Steps between looks at the held-out loss."""
+    patience: Annotated[int, Field(ge=1)] = 3
+    """Looks without a better held-out loss before training stops."""
+    held_out_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+    """Share of the training text, from its end, that is never trained on."""

@@ -1,0 +1,66 @@
+"""What the headers of a model say about it: enough to check and plan a job without loading a weight."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from app.spec.architectures import block_index, is_compressible
+from app.spec.base import Family, Frozen
+
+BYTES_PER_ELEMENT = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+    "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+
+
+class TensorFact(Frozen):
+    """A tensor's name in Hugging Face's layout, dtype in safetensors' spelling, and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Number of elements; a scalar has one."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements as stored in safetensors."""
+        return self.elements * BYTES_PER_ELEMENT[self.dtype]
+
+
+class ModelFacts(Frozen):
+    """Facts of a model. GGUF tensors appear as they will be after conversion: Hugging Face names and dtypes."""
+
+    format: Literal["safetensors", "gguf"]
+    architecture: str
+    family: Family
+    parameters: int
+    dtype: str
+    """The dtype most weights are stored in, e.g. `BF16`, `F32`, or a GGUF type such as `Q4_1`."""
+    weight_bytes: int
+    """Bytes of the weight files as uploaded."""
+    hidden_size: int
+    num_blocks: int
+    vocab_size: int
+    max_positions: int
+    tied_embeddings: bool = False
+    num_labels: int | None = None
+    """Size of the classification head; null where there is none."""
+    tensors: tuple[TensorFact, ...]
+
+    def compressible(self) -> tuple[TensorFact, ...]:
+        """Weights of the linear layers inside blocks, which pruning and quantization work on."""
+        return tuple(t for t in self.tensors if is_compressible(t.name, t.shape))
+
+    def block_bytes(self) -> int:
+        """Bytes of the largest block: what streaming a model block by block holds at once."""
+        totals: dict[int, int] = {}
+        for tensor in self.tensors:
+            index = block_index(tensor.name)
+            if index is not None:
+                totals[index] = totals.get(index, 0) + tensor.nbytes
+        return max(totals.values(), default=0)

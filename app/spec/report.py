@@ -1,0 +1,166 @@
+"""The report of a job: what was done, what was measured, what to beware of. Written by the worker, served as it is."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict
+
+from app.spec.base import Frozen
+from app.spec.compression import CompressionSpec
+
+Verdict = Literal["accepted", "rejected", "unmeasured"]
+
+FlagCode = Literal[
+    "no_speedup",
+    "dense_zeros",
+    "fake_quant",
+    "layers_skipped",
+    "nan",
+    "degenerate_output",
+    "tied_weights_broken",
+    "tokenizer_changed",
+    "evaluation_overlap",
+    "builtin_text",
+    "quality_loss",
+    "larger_than_original",
+]
+
+
+class Flag(Frozen):
+    """Something a reader must know before using the result."""
+
+    code: FlagCode
+    detail: str
+
+
+class LayerOutcome(Frozen):
+    """What became of one compressible layer (or block)."""
+
+    name: str
+    action: Literal["quantized", "pruned", "removed", "trained", "untouched"]
+    reason: str | None = None
+    """Why it was left untouched."""
+    parameters: int
+    bits: float | None = None
+    """Stored bits per weight, scales and zero points included."""
+    sparsity: float | None = None
+    """Share of zeros, 0 to 1."""
+    relative_error: float | None = None
+    """‖W' − W‖ / ‖W‖ (Frobenius) over the layer's weight."""
+
+
+class StepReport(Frozen):
+    """One step as it ran."""
+
+    technique: str
+    seconds: float
+    peak_memory_bytes: int | None = None
+    metrics: dict[str, float | int | str | None] = {}
+    curves: dict[str, tuple[tuple[float, float], ...]] = {}
+    """Series to plot, e.g. `held_out_loss`: (step, value) pairs."""
+    layers: tuple[LayerOutcome, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class FileSize(Frozen):
+    """A file of the model."""
+
+    path: str
+    bytes: int
+
+
+class Latency(Frozen):
+    """Times of one kind of run, in milliseconds, over `samples_ms`."""
+
+    what: str
+    """E.g. `prefill 1×128 tokens`, `decode 1 token`, `batch 1×128 tokens`."""
+    median_ms: float
+    p95_ms: float
+    samples_ms: tuple[float, ...]
+
+
+class Measurement(Frozen):
+    """One model as written on disk: its size, and how it ran in its own runtime."""
+
+    runtime: str
+    """E.g. `transformers 5.23.0, torch 2.13.0, float32, 2 threads`."""
+    bytes: int
+    files: tuple[FileSize, ...]
+    parameters: int
+    bits_per_weight: float
+    """All weight bytes × 8 over all parameters of the original architecture's tensors that are stored."""
+    zero_share: float | None = None
+    """Share of stored weights that are exactly zero."""
+    quality: dict[str, float] = {}
+    """`perplexity`, `bits_per_byte` for language models; nothing absolute for plain encoders."""
+    latency: tuple[Latency, ...] = ()
+    peak_memory_bytes: int | None = None
+    """VmHWM of a process that loads this model alone and runs the evaluation (or max_memory_allocated on a GPU)."""
+
+
+class Comparison(Frozen):
+    """Result against original, on the same text, in turns."""
+
+    bytes_ratio: float
+    latency_ratio: float | None = None
+    """Result's median over original's, for the first latency both have."""
+    peak_memory_ratio: float | None = None
+    perplexity_ratio: float | None = None
+    delta_ln_perplexity: tuple[float, float, float] | None = None
+    """Difference, and its 95 % interval by paired bootstrap over windows."""
+    kl_mean: float | None = None
+    kl_median: float | None = None
+    kl_p99: float | None = None
+    kl_max: float | None = None
+    top1_agreement: float | None = None
+    cosine_mean: float | None = None
+    cosine_min: float | None = None
+    rank_correlation: float | None = None
+    """Spearman's, between the pairwise similarities of the texts under both encoders."""
+    tokens: int | None = None
+    text_sha256: str | None = None
+
+
+class Limit(Frozen):
+    """One acceptance limit and what was measured against it."""
+
+    name: str
+    wanted: float
+    measured: float | None
+    ok: bool
+
+
+class Coverage(Frozen):
+    """Compressed and untouched layers add up to all compressible ones."""
+
+    total: int
+    compressed: tuple[str, ...]
+    untouched: tuple[LayerOutcome, ...]
+
+
+class Report(Frozen):
+    """All of it."""
+
+    model_config = ConfigDict(title="Report")
+
+    version: Literal[1] = 1
+    job_id: str
+    created_at: str
+    modelpress: str
+    """Version of Modelpress."""
+    machine: dict[str, Any]
+    """Processor, cores, memory, device, library versions."""
+    model_name: str
+    architecture: str
+    family: str
+    spec: CompressionSpec
+    verdict: Verdict
+    flags: tuple[Flag, ...]
+    limits: tuple[Limit, ...]
+    original: Measurement
+    result: Measurement
+    comparison: Comparison | None
+    coverage: Coverage
+    steps: tuple[StepReport, ...]
+    stage_seconds: dict[str, float]

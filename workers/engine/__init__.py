@@ -1,0 +1,1 @@
+"""The compression library: model in, smaller model and measurements out. Knows no HTTP, queue or database."""
