@@ -1,0 +1,1 @@
+"""What models are made of, and how each family is loaded by its own loader."""

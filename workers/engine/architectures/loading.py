@@ -1,0 +1,52 @@
+"""Load a model or tokenizer from a Hugging Face directory, with transformers alone and nothing of ours.
+
+Never runs code that came with the model: `trust_remote_code` is off and no hub is asked.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.spec.architectures import ARCHITECTURES
+from app.spec.base import Family
+
+
+def architecture_of(directory: Path) -> str:
+    """The transformers class that `config.json` names."""
+    names = json.loads((directory / "config.json").read_text()).get("architectures") or ["?"]
+    return str(names[0])
+
+
+def family_of(directory: Path) -> Family:
+    """The family of the model in a directory; its architecture is one Modelpress knows."""
+    return ARCHITECTURES[architecture_of(directory)].family
+
+
+def load_model(directory: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """Load a model in evaluation mode: causal LM, classifier, or bare encoder, as its config says."""
+    import transformers
+
+    architecture = architecture_of(directory)
+    if architecture.endswith("ForCausalLM"):
+        loader = transformers.AutoModelForCausalLM
+    elif architecture.endswith("ForSequenceClassification"):
+        loader = transformers.AutoModelForSequenceClassification
+    else:
+        loader = transformers.AutoModel
+    model = loader.from_pretrained(
+        str(directory), dtype=dtype, local_files_only=True, trust_remote_code=False, device_map=None
+    )
+    return model.to(device).eval()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Load the tokenizer that lies beside a model."""
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(
+        str(directory), local_files_only=True, trust_remote_code=False
+    )

@@ -1,0 +1,51 @@
+"""Turn text into windows of tokens, the same way for calibration, training and evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.errors import InvalidRequest
+
+_CHUNK_CHARACTERS = 50_000
+
+
+def read_documents(path: Path) -> list[str]:
+    """The documents of a UTF-8 text file: separated by blank lines, empty ones left out."""
+    text = path.read_text(encoding="utf-8")
+    return [document for part in re.split(r"\n\s*\n", text) if (document := part.strip())]
+
+
+def token_windows(tokenizer: Any, path: Path, *, tokens: int, length: int) -> Tensor:
+    """Non-overlapping windows from the start of a text: (tokens // length, length), int64, at least one window.
+
+    No special tokens are added inside; windows are a plain cut of one long stream. Raises InvalidRequest when the
+    text is too short for one window.
+    """
+    stream: list[int] = []
+    text = path.read_text(encoding="utf-8")
+    wanted = max(tokens, length)
+    for start in range(0, len(text), _CHUNK_CHARACTERS):
+        chunk = text[start : start + _CHUNK_CHARACTERS]
+        stream += tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(stream) >= wanted:
+            break
+    windows = min(len(stream), wanted) // length
+    if windows == 0:
+        raise InvalidRequest(
+            f"The text has {len(stream)} tokens, fewer than one window of {length}.",
+            code="text_too_short",
+            hint="Upload a longer text, or ask for a shorter sequence_length.",
+        )
+    return torch.tensor(stream[: windows * length], dtype=torch.long).view(windows, length)
+
+
+def text_digest(path: Path) -> str:
+    """The sha256 of a text file, in hex: what a report quotes to say which text was used."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
