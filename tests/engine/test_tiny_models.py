@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import BLOCKS, facts_of, tiny_model
+
+from app.spec.architectures import ARCHITECTURES
+from workers.engine.architectures.loading import load_model, load_tokenizer
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tiny_model_loads_and_gives_finite_outputs(architecture: str, tiny: Callable[[str], Path]) -> None:
+    directory = tiny(architecture)
+    tokens = load_tokenizer(directory)("The river runs past the mill.", return_tensors="pt")
+    assert tokens["input_ids"].shape[1] > 5
+    with torch.inference_mode():
+        output = load_model(directory)(**tokens)[0]
+    assert torch.isfinite(output).all()
+    assert output.std() > 0.01
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_facts_agree_with_the_loaded_model(architecture: str, tiny: Callable[[str], Path]) -> None:
+    directory = tiny(architecture)
+    facts = facts_of(directory)
+    model = load_model(directory)
+    assert facts.num_blocks == BLOCKS
+    assert (
+        facts.tied_embeddings == getattr(model.config, "tie_word_embeddings", False)
+        or facts.family == "encoder"
+    )
+    in_blocks = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".0." in n]
+    assert len(facts.compressible()) == BLOCKS * len(in_blocks)
+
+
+def test_same_seed_same_bytes(tmp_path: Path) -> None:
+    first, second = (tiny_model("LlamaForCausalLM", tmp_path / name, seed=3) for name in "ab")
+    other = tiny_model("LlamaForCausalLM", tmp_path / "c", seed=4)
+    contents = [(d / "model.safetensors").read_bytes() for d in (first, second, other)]
+    assert contents[0] == contents[1] != contents[2]

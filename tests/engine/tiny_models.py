@@ -1,0 +1,188 @@
+"""Tiny random models of every architecture, complete with a real tokenizer, and their facts.
+
+`from tiny_models import tiny_model, facts_of` works in every test below tests/engine: its conftest.py puts it on the path.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.spec.architectures import ARCHITECTURES
+from app.spec.base import Family
+from app.spec.facts import ModelFacts, TensorFact
+
+HIDDEN = 64
+BLOCKS = 4
+INTERMEDIATE = 128
+HEADS = 4
+KEY_VALUE_HEADS = 2
+HEAD_DIM = 16
+POSITIONS = 128
+VOCABULARY = 320
+
+SENTENCES = (
+    "The river runs past the old mill and under the bridge where children fish in summer.",
+    "A small engine can pull a long train if the rails are level and the wheels are dry.",
+    "She read the letter twice, folded it, and put it away without saying a word.",
+    "Bread needs flour, water, salt and time; everything else is a matter of taste.",
+    "When the rain stopped, the whole village came out to look at the rainbow.",
+    "He asked for three apples, two pears and a loaf, and paid with an old silver coin.",
+    "The clock in the tower has been wrong for years, and nobody has ever complained.",
+    "In the garden the roses were open, and the bees worked until the light was gone.",
+)
+_SPECIAL_WORDPIECE = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+_SPECIAL_BPE = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+_WORDPIECE_TYPES = ("bert", "distilbert", "mpnet")
+
+
+def tiny_model(
+    architecture: str, directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any
+) -> Path:
+    """Write config, safetensors and tokenizer of a random model; `config` overrides keys of its configuration.
+
+    Biases and norms are random too, so that a technique which loses one of them is caught.
+    """
+    import transformers
+
+    directory.mkdir(parents=True, exist_ok=True)
+    kind = ARCHITECTURES[architecture].model_type
+    model_class = getattr(transformers, architecture)
+    configuration = model_class.config_class(**(_config(architecture, kind) | config))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(configuration)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter += 0.1 * torch.randn_like(parameter)
+    model.to(dtype).save_pretrained(str(directory))
+    write_tokenizer(directory, wordpiece=kind in _WORDPIECE_TYPES)
+    return directory
+
+
+def write_text(path: Path, *, documents: int = 40) -> Path:
+    """Write a text of blank-line separated documents, about 90 characters each, no two the same."""
+    halves = [sentence.rstrip(".").split(" and ") for sentence in SENTENCES]
+    lines = [
+        f"{halves[i % 8][0]} and {halves[(i // 8 + i) % 8][-1]}, as told on day {i}."
+        for i in range(documents)
+    ]
+    path.write_text("\n\n".join(lines), encoding="utf-8")
+    return path
+
+
+def facts_of(directory: Path) -> ModelFacts:
+    """Facts of the safetensors model in a directory, from its config and headers alone."""
+    config = json.loads((directory / "config.json").read_text())
+    architecture = ARCHITECTURES[config["architectures"][0]]
+    files = sorted(directory.glob("*.safetensors"))
+    tensors = tuple(fact for file in files for fact in _header(file))
+    is_classifier = architecture.name.endswith("ForSequenceClassification")
+    return ModelFacts(
+        format="safetensors",
+        architecture=architecture.name,
+        family=architecture.family,
+        parameters=sum(t.elements for t in tensors),
+        dtype=max(tensors, key=lambda t: t.elements).dtype,
+        weight_bytes=sum(file.stat().st_size for file in files),
+        hidden_size=config[architecture.hidden_key],
+        num_blocks=config[architecture.blocks_key],
+        vocab_size=config["vocab_size"],
+        max_positions=config[architecture.positions_key],
+        tied_embeddings=architecture.family is Family.CAUSAL_LM
+        and not any(t.name == "lm_head.weight" for t in tensors),
+        num_labels=len(config.get("id2label", {0: 0, 1: 1})) if is_classifier else None,
+        tensors=tensors,
+    )
+
+
+def write_tokenizer(directory: Path, *, wordpiece: bool) -> None:
+    """Train a tokenizer of at most VOCABULARY entries on SENTENCES and save it as transformers does."""
+    import transformers
+
+    build = _wordpiece if wordpiece else _byte_level_bpe
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    values = _SPECIAL_WORDPIECE if wordpiece else ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]
+    special: dict[str, Any] = dict(zip(names, values, strict=True))
+    if not wordpiece:
+        special |= {"bos_token": "<s>", "eos_token": "</s>"}
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=build(), model_max_length=POSITIONS, **special
+    ).save_pretrained(str(directory))
+
+
+def _config(architecture: str, kind: str) -> dict[str, Any]:
+    common: dict[str, Any] = {"vocab_size": VOCABULARY, "initializer_range": 0.1, "pad_token_id": 1}
+    if ARCHITECTURES[architecture].family is Family.CAUSAL_LM:
+        return common | _decoder_config(kind)
+    if kind in _WORDPIECE_TYPES:
+        common["pad_token_id"] = 0
+    if kind == "distilbert":
+        return common | {
+            "dim": HIDDEN, "hidden_dim": INTERMEDIATE, "n_layers": BLOCKS, "n_heads": HEADS,
+            "max_position_embeddings": POSITIONS,
+        }  # fmt: skip
+    # Roberta and MPNet count positions from pad_token_id + 1.
+    return common | {
+        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": BLOCKS,
+        "num_attention_heads": HEADS, "max_position_embeddings": POSITIONS + 2,
+    }  # fmt: skip
+
+
+def _decoder_config(kind: str) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": BLOCKS,
+        "num_attention_heads": HEADS, "num_key_value_heads": KEY_VALUE_HEADS, "max_position_embeddings": POSITIONS,
+        "bos_token_id": 0, "eos_token_id": 2,
+    }  # fmt: skip
+    if kind != "phi3":
+        config["head_dim"] = HEAD_DIM
+    if kind in ("gemma2", "gemma3_text"):
+        config |= {"sliding_window": 32, "query_pre_attn_scalar": HEAD_DIM}
+    return config
+
+
+def _byte_level_bpe() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=_SPECIAL_BPE,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return tokenizer
+
+
+def _wordpiece() -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=VOCABULARY - 20, special_tokens=_SPECIAL_WORDPIECE, show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return tokenizer
+
+
+def _header(file: Path) -> list[TensorFact]:
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return [TensorFact(name=n, dtype=t["dtype"], shape=tuple(t["shape"])) for n, t in header.items()]
