@@ -59,7 +59,7 @@ def tiny_model(
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
-                    parameter += 0.1 * torch.randn_like(parameter)
+                    parameter.add_(0.1 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(str(directory))
     write_tokenizer(directory, wordpiece=kind in _WORDPIECE_TYPES)
     return directory
