@@ -1,0 +1,214 @@
+"""The tables. Times are seconds since the epoch by the database's clock; JSON columns hold what pydantic dumped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, MetaData
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from app.db.engine import db_now
+
+
+class Base(DeclarativeBase):
+    """Names of constraints are fixed, so that migrations can name them on both databases."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {int: BigInteger, float: Double, dict[str, Any]: JSON, list[Any]: JSON}
+
+
+class Upload(Base):
+    """A file on its way in, part by part; its bytes lie in staging until it is completed."""
+
+    __tablename__ = "uploads"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    size: Mapped[int]
+    sha256: Mapped[str | None]
+    part_bytes: Mapped[int]
+    status: Mapped[str] = mapped_column(default="open")
+    """open → completed."""
+    created_at: Mapped[float] = mapped_column(default=db_now())
+    expires_at: Mapped[float]
+
+
+class UploadPart(Base):
+    """A part that has arrived whole."""
+
+    __tablename__ = "upload_parts"
+
+    upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    bytes: Mapped[int]
+    sha256: Mapped[str]
+
+
+class Model(Base):
+    """A model that may be compressed: its files are in the store, its facts read from their headers."""
+
+    __tablename__ = "models"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    format: Mapped[str]
+    architecture: Mapped[str]
+    family: Mapped[str]
+    parameters: Mapped[int]
+    dtype: Mapped[str]
+    bytes: Mapped[int]
+    sha256: Mapped[str]
+    """Of the sorted list of files and their digests: the same for the same files, however they came."""
+    facts: Mapped[dict[str, Any]]
+    source: Mapped[str]
+    """Where it came from: `upload`, or the import URI."""
+    created_at: Mapped[float] = mapped_column(default=db_now())
+
+
+class ModelFile(Base):
+    """One file of a model."""
+
+    __tablename__ = "model_files"
+
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id", ondelete="CASCADE"), primary_key=True)
+    path: Mapped[str] = mapped_column(primary_key=True)
+    sha256: Mapped[str] = mapped_column(index=True)
+    bytes: Mapped[int]
+
+
+class Dataset(Base):
+    """Text to calibrate, train or evaluate on: one file in the store."""
+
+    __tablename__ = "datasets"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    format: Mapped[str]
+    bytes: Mapped[int]
+    sha256: Mapped[str] = mapped_column(index=True)
+    created_at: Mapped[float] = mapped_column(default=db_now())
+
+
+class Job(Base):
+    """A compression job. Its row is the queue's truth and outbox; a message on the broker is a hint."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        Index("ix_jobs_status_lease_until", "status", "lease_until"),
+        Index("ix_jobs_status_dispatched_at", "status", "dispatched_at"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
+    model_name: Mapped[str]
+    spec: Mapped[dict[str, Any]]
+    technique: Mapped[str]
+    """Techniques of the steps joined by `+`: the label of metrics."""
+    recipe: Mapped[str | None]
+    labels: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    queue: Mapped[str]
+
+    status: Mapped[str] = mapped_column(default="queued")
+    """queued → running → succeeded | failed | cancelled."""
+    verdict: Mapped[str | None]
+    stage: Mapped[int] = mapped_column(default=0)
+    """How many stages are committed."""
+    attempt: Mapped[int] = mapped_column(default=0)
+    max_attempts: Mapped[int]
+    fence: Mapped[int] = mapped_column(default=0)
+    """Grows with every claim; whoever holds an older one changes no row."""
+    lease_owner: Mapped[str | None]
+    lease_until: Mapped[float | None]
+    cancel_requested: Mapped[bool] = mapped_column(default=False)
+    dispatched_at: Mapped[float | None]
+    run_after: Mapped[float | None]
+
+    progress: Mapped[float] = mapped_column(default=0.0)
+    eta_seconds: Mapped[float | None]
+    event_count: Mapped[int] = mapped_column(default=0)
+    error: Mapped[dict[str, Any] | None]
+    warnings: Mapped[list[Any]] = mapped_column(default=list)
+    created_at: Mapped[float] = mapped_column(default=db_now())
+    queued_at: Mapped[float] = mapped_column(default=db_now())
+    started_at: Mapped[float | None]
+    ended_at: Mapped[float | None]
+
+
+class JobStage(Base):
+    """One stage of a job."""
+
+    __tablename__ = "job_stages"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    status: Mapped[str] = mapped_column(default="pending")
+    """pending → running → done."""
+    progress: Mapped[float] = mapped_column(default=0.0)
+    directory: Mapped[str | None]
+    """Where its files lie below the job's scratch directory, once committed."""
+    metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    started_at: Mapped[float | None]
+    ended_at: Mapped[float | None]
+
+
+class JobEvent(Base):
+    """Something that happened to a job. Numbers are dense per job: 1, 2, 3 …"""
+
+    __tablename__ = "job_events"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    type: Mapped[str]
+    data: Mapped[dict[str, Any]]
+    created_at: Mapped[float] = mapped_column(default=db_now())
+
+
+class Artifact(Base):
+    """A file a job left: part of the result, or a report."""
+
+    __tablename__ = "artifacts"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    kind: Mapped[str]
+    """`model`, `report` (JSON) or `report_html`."""
+    path: Mapped[str]
+    media_type: Mapped[str]
+    sha256: Mapped[str] = mapped_column(index=True)
+    bytes: Mapped[int]
+    created_at: Mapped[float] = mapped_column(default=db_now())
+
+
+class IdempotencyKey(Base):
+    """A mutating call that carried an Idempotency-Key, and what it was answered."""
+
+    __tablename__ = "idempotency_keys"
+
+    key: Mapped[str] = mapped_column(primary_key=True)
+    request_sha256: Mapped[str]
+    status_code: Mapped[int | None]
+    """Null while the first call is in flight."""
+    headers: Mapped[dict[str, Any] | None]
+    body: Mapped[str | None]
+    created_at: Mapped[float] = mapped_column(default=db_now())
+
+
+class Worker(Base):
+    """A worker that has announced itself; gone when it has not been seen for a while."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    queues: Mapped[str]
+    hardware: Mapped[dict[str, Any]]
+    sandbox: Mapped[str]
+    started_at: Mapped[float] = mapped_column(default=db_now())
+    seen_at: Mapped[float] = mapped_column(default=db_now())

@@ -1,0 +1,103 @@
+"""The environment, read once and frozen. Every variable starts with MODELPRESS_, but for REDIS_URL and DATABASE_URL."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AliasChoices, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 2**20
+GIB = 2**30
+
+
+def _physical_memory() -> int:
+    """Bytes of memory this machine, or the container around us, has."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit_file = Path("/sys/fs/cgroup/memory.max")
+    if limit_file.exists():
+        text = limit_file.read_text().strip()
+        if text.isdigit():
+            total = min(total, int(text))
+    return total
+
+
+class Settings(BaseSettings):
+    """What differs between deployments. Defaults are those of one-command mode on a developer's machine."""
+
+    model_config = SettingsConfigDict(env_prefix="MODELPRESS_", frozen=True, extra="ignore")
+
+    data_dir: Path = Path("modelpress-data")
+    """Everything kept on disk: database (SQLite), blobs, staging, scratch."""
+    database_url: str = Field(
+        default="", validation_alias=AliasChoices("DATABASE_URL", "MODELPRESS_DATABASE_URL")
+    )
+    """SQLAlchemy URL. Empty: SQLite inside `data_dir`."""
+    redis_url: str = Field(default="", validation_alias=AliasChoices("REDIS_URL", "MODELPRESS_REDIS_URL"))
+    """Broker. Empty: one-command mode starts its own on a unix socket."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    public_url: str = ""
+    """Base of the URLs in answers, e.g. https://modelpress.example.org. Empty: relative URLs."""
+
+    max_upload_bytes: int = 200 * GIB
+    max_raw_body_bytes: int = 512 * MIB
+    """For `PUT /models/content` and datasets; larger files go up in parts."""
+    max_form_bytes: int = 100 * MIB
+    """For `POST /compress`, whose form the server must spool."""
+    max_json_bytes: int = 1 * MIB
+    part_bytes: int = 64 * MIB
+    """Size of an upload's parts, the last one excepted; between 8 and 64 MiB."""
+    upload_expiry_seconds: int = 86_400
+    """An upload that has not been completed by then is removed."""
+    min_free_disk_bytes: int = 1 * GIB
+    """Uploads and jobs that would leave less than this on the disk are refused."""
+
+    import_root: Path | None = None
+    """`file://` imports are allowed below this directory; none: not at all."""
+    hub_endpoint: str = "https://huggingface.co"
+    """Where `hf://` imports go."""
+    hub_token: str | None = None
+
+    lease_seconds: float = 60
+    heartbeat_seconds: float = 10
+    sweep_seconds: float = 5
+    redispatch_seconds: float = 60
+    """A queued job whose message was sent this long ago is sent again: the message may be lost."""
+    max_attempts: int = 3
+    kill_grace_seconds: float = 1
+    """Between SIGTERM and SIGKILL for a job's process group."""
+
+    worker_queues: str = "cpu"
+    """Comma separated; a worker with a GPU takes `gpu` as well."""
+    worker_memory_bytes: int = Field(default_factory=lambda: int(_physical_memory() * 0.8))
+    """What one job may use on this worker."""
+    worker_threads: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    worker_concurrency: int = 1
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["json", "console"] = "json"
+
+    def resolved_database_url(self) -> str:
+        """The database URL, with psycopg 3 as PostgreSQL's driver."""
+        if not self.database_url:
+            return f"sqlite:///{self.data_dir.absolute() / 'modelpress.sqlite3'}"
+        for scheme in ("postgresql://", "postgres://"):
+            if self.database_url.startswith(scheme):
+                return "postgresql+psycopg://" + self.database_url.removeprefix(scheme)
+        return self.database_url
+
+    @property
+    def scratch_dir(self) -> Path:
+        """Where jobs work; one directory each, removed when the job has ended."""
+        return self.data_dir.absolute() / "scratch"
+
+
+@lru_cache(maxsize=1)
+def get_settings() -> Settings:
+    """The settings of this process."""
+    return Settings()
