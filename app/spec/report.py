@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from app.spec.base import Frozen
 from app.spec.compression import CompressionSpec
@@ -56,8 +56,8 @@ class StepReport(Frozen):
     technique: str
     seconds: float
     peak_memory_bytes: int | None = None
-    metrics: dict[str, float | int | str | None] = {}
-    curves: dict[str, tuple[tuple[float, float], ...]] = {}
+    metrics: dict[str, float | int | str | None] = Field(default_factory=dict)
+    curves: dict[str, tuple[tuple[float, float], ...]] = Field(default_factory=dict)
     """Series to plot, e.g. `held_out_loss`: (step, value) pairs."""
     layers: tuple[LayerOutcome, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -87,12 +87,16 @@ class Measurement(Frozen):
     """E.g. `transformers 5.23.0, torch 2.13.0, float32, 2 threads`."""
     bytes: int
     files: tuple[FileSize, ...]
+    weight_bytes: int
+    """Bytes of the files that hold weights."""
     parameters: int
+    low_bit_parameters: int = 0
+    """Weights stored in 8 bits or fewer."""
     bits_per_weight: float
     """All weight bytes × 8 over all parameters of the original architecture's tensors that are stored."""
     zero_share: float | None = None
     """Share of stored weights that are exactly zero."""
-    quality: dict[str, float] = {}
+    quality: dict[str, float] = Field(default_factory=dict)
     """`perplexity`, `bits_per_byte` for language models; nothing absolute for plain encoders."""
     latency: tuple[Latency, ...] = ()
     peak_memory_bytes: int | None = None
@@ -118,8 +122,8 @@ class Comparison(Frozen):
     cosine_min: float | None = None
     rank_correlation: float | None = None
     """Spearman's, between the pairwise similarities of the texts under both encoders."""
-    tokens: int | None = None
-    text_sha256: str | None = None
+    answer_flips: float | None = None
+    """Share of the original's right next tokens (its first choice was the true one) that the result gets wrong."""
 
 
 class Limit(Frozen):
@@ -129,6 +133,8 @@ class Limit(Frozen):
     wanted: float
     measured: float | None
     ok: bool
+    note: str | None = None
+    """Why nothing was measured, e.g. because the limit is for another family of models, which is then `ok`."""
 
 
 class Coverage(Frozen):
@@ -137,6 +143,29 @@ class Coverage(Frozen):
     total: int
     compressed: tuple[str, ...]
     untouched: tuple[LayerOutcome, ...]
+
+
+class EvaluationText(Frozen):
+    """The text both models were judged on."""
+
+    source: str
+    """`built-in English prose`, or the id of a dataset."""
+    sha256: str
+    tokens: int
+    windows: int
+    """Windows of a language model, or texts of an encoder."""
+    sequence_length: int
+    """Tokens per window, or at most per text, special tokens not counted."""
+    overlap_share: float | None = None
+    """Share of its 13-token sequences that also stand in calibration or training text; null when there was none."""
+
+
+class TextSample(Frozen):
+    """What both models write after the same prompt, always taking the likeliest token."""
+
+    prompt: str
+    original: str
+    result: str
 
 
 class Report(Frozen):
@@ -161,6 +190,12 @@ class Report(Frozen):
     original: Measurement
     result: Measurement
     comparison: Comparison | None
+    evaluation_text: EvaluationText | None = None
+    samples: tuple[TextSample, ...] = ()
+    uploaded_bytes: int | None = None
+    """Bytes of the weights as uploaded, where that was not safetensors (a GGUF, say, smaller than `original`)."""
+    uploaded_dtype: str | None = None
+    """What those weights were stored as, e.g. `Q4_1`."""
     coverage: Coverage
     steps: tuple[StepReport, ...]
     stage_seconds: dict[str, float]
