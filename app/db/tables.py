@@ -67,6 +67,8 @@ class Model(Base):
     sha256: Mapped[str]
     """Of the sorted list of files and their digests: the same for the same files, however they came."""
     facts: Mapped[dict[str, Any]]
+    scan: Mapped[list[Any]] = mapped_column(default=list)
+    """Files that were left out at intake: `{"path", "reason"}` each."""
     source: Mapped[str]
     """Where it came from: `upload`, or the import URI."""
     created_at: Mapped[float] = mapped_column(default=db_now())
@@ -106,7 +108,8 @@ class Job(Base):
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
+    model_id: Mapped[str] = mapped_column(index=True)
+    """No foreign key: a job that has ended outlives its model."""
     model_name: Mapped[str]
     spec: Mapped[dict[str, Any]]
     technique: Mapped[str]
