@@ -26,18 +26,21 @@ def family_of(directory: Path) -> Family:
     return ARCHITECTURES[architecture_of(directory)].family
 
 
-def load_model(directory: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-    """Load a model in evaluation mode: causal LM, classifier, or bare encoder, as its config says."""
+def loader_of(directory: Path) -> Any:
+    """The transformers loader for a directory: of causal LMs, classifiers or bare encoders, as its config says."""
     import transformers
 
     architecture = architecture_of(directory)
     if architecture.endswith("ForCausalLM"):
-        loader = transformers.AutoModelForCausalLM
-    elif architecture.endswith("ForSequenceClassification"):
-        loader = transformers.AutoModelForSequenceClassification
-    else:
-        loader = transformers.AutoModel
-    model = loader.from_pretrained(
+        return transformers.AutoModelForCausalLM
+    if architecture.endswith("ForSequenceClassification"):
+        return transformers.AutoModelForSequenceClassification
+    return transformers.AutoModel
+
+
+def load_model(directory: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """Load a model in evaluation mode."""
+    model = loader_of(directory).from_pretrained(
         str(directory), dtype=dtype, local_files_only=True, trust_remote_code=False, device_map=None
     )
     return model.to(device).eval()
