@@ -1,0 +1,90 @@
+"""A model directory run by onnxruntime: `model.onnx` and the files it names."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from workers.engine.measure.results import Loading, RunnerFacts
+
+_MAIN_OUTPUTS = ("logits", "last_hidden_state")
+
+
+class OnnxRunner:
+    """One graph in onnxruntime. It has no key-value cache, so tokens are decoded by running all of them again."""
+
+    def __init__(self, directory: Path, *, device: str, threads: int) -> None:
+        """Load the graph on the CPU, or through CUDA where this onnxruntime has it."""
+        import onnxruntime
+
+        started = time.perf_counter()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Between two turns the other model runs: idle threads must not spin beside it.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        providers = [*(["CUDAExecutionProvider"] if device != "cpu" else []), "CPUExecutionProvider"]
+        self._session = onnxruntime.InferenceSession(
+            str(directory / "model.onnx"), options, providers=providers
+        )
+        self._inputs = {node.name for node in self._session.get_inputs()}
+        names = [node.name for node in self._session.get_outputs()]
+        self._output = next((name for name in _MAIN_OUTPUTS if name in names), names[0])
+        self._end = json.loads((directory / "config.json").read_text()).get("eos_token_id")
+        provider = self._session.get_providers()[0].removesuffix("ExecutionProvider")
+        self.facts = RunnerFacts(
+            runtime=f"onnxruntime {onnxruntime.__version__}, {provider}, {threads} threads",
+            format="onnx",
+            loading=Loading(),
+            load_seconds=time.perf_counter() - started,
+        )
+
+    def outputs(self, window: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits or last hidden states of one window: (tokens or 1, columns)."""
+        output = self._run(window[None])
+        return output.reshape(-1, output.shape[-1]).astype(np.float32, copy=False)
+
+    def time_forward(self, batch: NDArray[np.int64], *, last_only: bool) -> float:
+        """Milliseconds of one pass over (sequences, tokens). Raises ValueError for `last_only`: a graph gives all rows."""
+        if last_only:
+            raise ValueError("an ONNX graph computes the logits of every position")
+        feed = self._feed(batch)
+        started = time.perf_counter()
+        self._session.run([self._output], feed)
+        return (time.perf_counter() - started) * 1e3
+
+    def time_decode(self, prompt: NDArray[np.int64]) -> float:
+        """Raise ValueError: there is no cache to decode with."""
+        raise ValueError(f"an ONNX graph without a cache cannot decode after {len(prompt)} tokens")
+
+    def generate(self, prompt: list[int], *, new_tokens: int) -> list[int]:
+        """Continue `prompt` by the likeliest tokens, or to the end of the text."""
+        tokens = list(prompt)
+        for _ in range(new_tokens):
+            logits = self._run(np.asarray([tokens], dtype=np.int64))
+            tokens.append(int(logits[0, -1].argmax()))
+            if self._end is not None and tokens[-1] in np.atleast_1d(self._end):
+                break
+        return tokens[len(prompt) :]
+
+    def accelerator_peak_bytes(self) -> int | None:
+        """None: onnxruntime does not say what it holds on a GPU."""
+        return None
+
+    def _run(self, batch: NDArray[np.int64]) -> Any:
+        return self._session.run([self._output], self._feed(batch))[0]
+
+    def _feed(self, batch: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        known = {
+            "input_ids": np.ascontiguousarray(batch),
+            "attention_mask": np.ones_like(batch),
+            "token_type_ids": np.zeros_like(batch),
+            "position_ids": np.broadcast_to(np.arange(batch.shape[1]), batch.shape).copy(),
+        }
+        return {name: known[name] for name in self._inputs}

@@ -1,0 +1,130 @@
+"""A model directory run by transformers: plain safetensors and compressed-tensors."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from workers.engine.architectures.loading import architecture_of, loader_of
+from workers.engine.measure.results import Loading, RunnerFacts
+
+
+class TorchRunner:
+    """One model in float32, loaded by `from_pretrained` and nothing of ours."""
+
+    def __init__(self, directory: Path, *, device: str, threads: int) -> None:
+        """Load the model. What the loader made up or dropped is in `facts.loading`."""
+        started = time.perf_counter()
+        torch.set_num_threads(threads)
+        self._device = device
+        self._is_causal = architecture_of(directory).endswith("ForCausalLM")
+        compressed = "quantization_config" in json.loads((directory / "config.json").read_text())
+        self._model, loading = _load(directory, device, compressed=compressed)
+        self._cache: Any = None
+        self.facts = RunnerFacts(
+            runtime=_runtime(device, threads, compressed=compressed),
+            format="compressed-tensors" if compressed else "safetensors",
+            loading=loading,
+            tied=_is_tied(self._model),
+            caches=self._is_causal,
+            load_seconds=time.perf_counter() - started,
+        )
+
+    @torch.inference_mode()
+    def outputs(self, window: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits or last hidden states of one window: (tokens or 1, columns)."""
+        arguments = {"use_cache": False} if self._is_causal else {}
+        output = self._model(self._batch(window[None]), **arguments)[0]
+        result: NDArray[np.float32] = output.float().reshape(-1, output.shape[-1]).cpu().numpy()
+        return result
+
+    @torch.inference_mode()
+    def time_forward(self, batch: NDArray[np.int64], *, last_only: bool) -> float:
+        """Milliseconds of one pass over (sequences, tokens); `last_only` as in serving: a cache, one row of logits."""
+        arguments = {"use_cache": True, "logits_to_keep": 1} if last_only else {}
+        tokens = self._batch(batch)
+        started = self._now()
+        self._model(tokens, **arguments)
+        return (self._now() - started) * 1e3
+
+    @torch.inference_mode()
+    def time_decode(self, prompt: NDArray[np.int64]) -> float:
+        """Milliseconds of decoding one more token after `prompt`, whose keys and values are kept between calls."""
+        if self._cache is None:
+            self._cache = self._model(
+                self._batch(prompt[None]), use_cache=True, logits_to_keep=1
+            ).past_key_values
+        token = self._batch(prompt[None, -1:])
+        started = self._now()
+        self._model(token, past_key_values=self._cache, use_cache=True)
+        return (self._now() - started) * 1e3
+
+    @torch.inference_mode()
+    def generate(self, prompt: list[int], *, new_tokens: int) -> list[int]:
+        """Continue `prompt` by the likeliest tokens, or to the end of the text."""
+        tokens = self._batch(np.asarray([prompt], dtype=np.int64))
+        end, cache, written = self._model.config.eos_token_id, None, list[int]()
+        for _ in range(new_tokens):
+            output = self._model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, tokens = output.past_key_values, output.logits[:, -1:].argmax(-1)
+            written.append(int(tokens))
+            if end is not None and written[-1] in np.atleast_1d(end):
+                break
+        return written
+
+    def accelerator_peak_bytes(self) -> int | None:
+        """Most memory held on the GPU so far; None on a CPU."""
+        return torch.cuda.max_memory_allocated(self._device) if self._device != "cpu" else None
+
+    def _batch(self, tokens: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(tokens)).to(self._device)
+
+    def _now(self) -> float:
+        if self._device != "cpu":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def _load(directory: Path, device: str, *, compressed: bool) -> tuple[Any, Loading]:
+    import transformers
+
+    arguments: dict[str, Any] = {}
+    if compressed:
+        # Left compressed, every layer would be unpacked by its first call anyway: do it where it is not timed.
+        arguments["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    model, info = loader_of(directory).from_pretrained(
+        str(directory),
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **arguments,
+    )
+    loading = Loading(
+        missing=tuple(sorted(info["missing_keys"])),
+        unexpected=tuple(sorted(info["unexpected_keys"])),
+        mismatched=tuple(sorted(key[0] for key in info["mismatched_keys"])),
+    )
+    return model.to(device).eval(), loading
+
+
+def _is_tied(model: Any) -> bool | None:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return None
+    return bool(head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr())
+
+
+def _runtime(device: str, threads: int, *, compressed: bool) -> str:
+    import transformers
+
+    where = f"{threads} threads" if device == "cpu" else torch.cuda.get_device_name(device)
+    name = f"transformers {transformers.__version__}, torch {torch.__version__}, float32, {where}"
+    return f"{name}, weights decompressed while loading" if compressed else name
