@@ -1,0 +1,109 @@
+"""What happens around every request: an id, a log line, a limit on the body, and an answer to unforeseen errors."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.problems import render, render_unexpected
+from app.errors import PayloadTooLarge
+from app.settings import MIB, Settings
+
+_REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
+# Polled every few seconds by machines: their lines would bury the others.
+_QUIET = ("/health/", "/metrics")
+
+_log = structlog.get_logger("modelpress.request")
+
+
+class RequestContext:
+    """Give each request an id, bind it to the log, and answer 500 with an id when something breaks."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Wrap one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        started = time.perf_counter()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            response = render_unexpected(error)
+            if status:
+                # Too late for a problem: cut the connection so that the client does not take half for the whole.
+                raise
+            await response(scope, receive, send_with_id)
+        finally:
+            _log_request(scope, status, time.perf_counter() - started)
+
+
+def _log_request(scope: Scope, status: int, seconds: float) -> None:
+    path = scope["path"]
+    log = _log.debug if path.startswith(_QUIET) or "/health/" in path else _log.info
+    log("request", method=scope["method"], path=path, status=status, milliseconds=round(1000 * seconds, 1))
+
+
+class BodyLimit:
+    """Refuse a body larger than its kind of route takes, by its declared length or while it is read."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        # Parts check their own length against the upload's, so their cap here is only the largest part there is.
+        self._limits = (
+            (re.compile(r"^PUT /v1/uploads/[^/]+/parts/[^/]+$"), max(settings.part_bytes, 64 * MIB)),
+            (re.compile(r"^PUT /v1/(models|datasets)/content$"), settings.max_raw_body_bytes),
+            (re.compile(r"^POST /v1/compress$"), settings.max_form_bytes),
+            (re.compile(r""), settings.max_json_bytes),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Wrap one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        call = f"{scope['method']} {scope['path']}"
+        limit = next(limit for pattern, limit in self._limits if pattern.match(call))
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdigit() and int(declared) > limit:
+            # The unread rest of the body would be taken for the next request.
+            await render(_too_large(limit), {"Connection": "close"})(scope, receive, send)
+            return
+        received = 0
+
+        async def receive_within_limit() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:
+                raise _too_large(limit)
+            return message
+
+        await self.app(scope, receive_within_limit, send)
+
+
+def _too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(
+        f"The body is larger than the {limit} bytes this call takes.",
+        hint="Send large files in parts: POST /v1/uploads.",
+    )

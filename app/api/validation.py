@@ -1,0 +1,145 @@
+"""Turn pydantic's list of errors into faults a person can act on: where, what, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+
+from app.errors import Fault, InvalidRequest, ModelpressError
+from app.spec.compression import STEP_CLASSES, Acceptance, CompressionSpec, Evaluation, Resources, TextSource
+from app.spec.distill import StudentFromDepthCut, StudentFromModel
+from app.spec.export import Export
+
+_PREFIX = re.compile(r"^(?P<path>[a-z_]+(?:/[a-z0-9_]+)+): (?P<rest>.+)$", re.DOTALL)
+_PLURALS = {1: "1 fault"}
+
+
+class MalformedBody(InvalidRequest):
+    """The body cannot be read as what its content type says."""
+
+    status = 400
+    default_code = "malformed_body"
+    title = "Malformed body"
+
+
+def validation_problem(error: RequestValidationError) -> ModelpressError:
+    """The problem for a request that does not fit the schema of its route."""
+    errors = error.errors()
+    if any(item["type"] == "json_invalid" for item in errors):
+        reason = errors[0].get("ctx", {}).get("error", "")
+        return MalformedBody(
+            f"The body is not JSON: {reason} at character {errors[0]['loc'][-1]}.",
+            hint="Check quotes and commas; strings and names take double quotes.",
+        )
+    faults = faults_of(errors, error.body)
+    count = _PLURALS.get(len(faults), f"{len(faults)} faults")
+    return InvalidRequest(f"The request has {count}; see `errors`.", faults=faults)
+
+
+def faults_of(errors: Iterable[Any], body: Any, prefix: str = "") -> list[Fault]:
+    """Faults for pydantic's errors over `body`; `prefix` is the pointer of `body` in the request."""
+    faults = []
+    for item in errors:
+        place, *rest = item["loc"] or ("body",)
+        if place in ("query", "path", "header", "cookie"):
+            pointer = "/".join(map(str, item["loc"]))
+        else:
+            pointer = prefix + _pointer(rest if place == "body" else item["loc"], body)
+        tail, detail = _explain(item)
+        fault = Fault(pointer + tail, detail)
+        if fault not in faults:
+            faults.append(fault)
+    return faults
+
+
+def _pointer(loc: Sequence[int | str], value: Any) -> str:
+    """A JSON pointer, by walking the body: pydantic also names the chosen member of a union, which is in no body."""
+    parts: list[str] = []
+    for position, part in enumerate(loc):
+        if _has(value, part):
+            value = value[part]
+        elif position < len(loc) - 1 or not isinstance(value, dict | None):
+            continue
+        parts.append(str(part).replace("~", "~0").replace("/", "~1"))
+    return "".join(f"/{part}" for part in parts)
+
+
+def _has(value: Any, part: int | str) -> bool:
+    if isinstance(value, dict):
+        return part in value
+    return isinstance(value, list) and isinstance(part, int) and part < len(value)
+
+
+def _explain(item: Any) -> tuple[str, str]:
+    """(rest of the pointer, detail) of one error."""
+    explain = _EXPLANATIONS.get(item["type"])
+    return explain(item) if explain else ("", _reworded(item))
+
+
+def _missing(_: Any) -> tuple[str, str]:
+    return "", "This field is required."
+
+
+def _extra(item: Any) -> tuple[str, str]:
+    return "", "There is no such field here." + _did_you_mean(str(item["loc"][-1]), _known_fields())
+
+
+def _literal(item: Any) -> tuple[str, str]:
+    return "", f"Must be {item['ctx']['expected']}; got {item['input']!r}."
+
+
+def _unknown_tag(item: Any) -> tuple[str, str]:
+    choices = [choice.strip(" '") for choice in item["ctx"]["expected_tags"].split(",")]
+    guess = _did_you_mean(item["ctx"]["tag"], choices)
+    return "/" + item["ctx"]["discriminator"].strip("'"), f"Must be one of {', '.join(choices)}.{guess}"
+
+
+def _no_tag(item: Any) -> tuple[str, str]:
+    return "/" + item["ctx"]["discriminator"].strip(
+        "'"
+    ), "This field is required: it says which kind this is."
+
+
+def _value_error(item: Any) -> tuple[str, str]:
+    """Our validators put a path before what they say where the fault is deeper than the object they look at."""
+    message = str(item["msg"]).removeprefix("Value error, ")
+    match = _PREFIX.match(message)
+    return (f"/{match['path']}", match["rest"]) if match else ("", message)
+
+
+_EXPLANATIONS: dict[str, Callable[[Any], tuple[str, str]]] = {
+    "missing": _missing,
+    "extra_forbidden": _extra,
+    "literal_error": _literal,
+    "union_tag_invalid": _unknown_tag,
+    "union_tag_not_found": _no_tag,
+    "value_error": _value_error,
+}
+
+
+def _reworded(item: Any) -> str:
+    got = item.get("input")
+    short = isinstance(got, str | int | float | bool) and len(repr(got)) < 60
+    message = str(item["msg"]).replace("Input should be", "Must be").replace("Input should", "Must")
+    return message + (f"; got {got!r}." if short else ".")
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]}?" if close else " Remove it, or correct its name."
+
+
+@lru_cache(maxsize=1)
+def _known_fields() -> frozenset[str]:
+    """Every field name of a spec, to guess what a misspelt one was meant to be."""
+    nested: tuple[type[BaseModel], ...] = (
+        CompressionSpec, Acceptance, Evaluation, Resources, TextSource, Export, StudentFromDepthCut, StudentFromModel,
+    )  # fmt: skip
+    classes = (*nested, *STEP_CLASSES)
+    return frozenset(name for cls in classes for name in getattr(cls, "model_fields", {}))

@@ -1,0 +1,33 @@
+"""The HTTP service: routers, middleware, error handling, docs. Imports no torch and no worker; starts in under a second."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, FastAPI
+
+from app.api import health
+from app.api.middleware import BodyLimit, RequestContext
+from app.api.problems import add_problem_handlers, problem_responses
+from app.logging import configure_logging
+from app.settings import Settings, get_settings
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Build the application. Routes read `get_settings()`; the argument decides on limits and logs."""
+    settings = settings or get_settings()
+    configure_logging(settings)
+    app = FastAPI(title="Modelpress", docs_url=None, redoc_url=None)
+    app.add_middleware(BodyLimit, settings=settings)
+    app.add_middleware(RequestContext)
+    add_problem_handlers(app)
+    app.include_router(_v1())
+    return app
+
+
+def _v1() -> APIRouter:
+    router = APIRouter(prefix="/v1", responses=problem_responses(422))
+    for module in (health,):
+        router.include_router(module.router)
+    return router
+
+
+app = create_app()

