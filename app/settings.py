@@ -68,6 +68,8 @@ class Settings(BaseSettings):
     sweep_seconds: float = 5
     redispatch_seconds: float = 60
     """A queued job whose message was sent this long ago is sent again: the message may be lost."""
+    scratch_retention_seconds: float = 3600
+    """How long the finished stages of a failed or cancelled job are kept for a retry."""
     max_attempts: int = 3
     kill_grace_seconds: float = 1
     """Between SIGTERM and SIGKILL for a job's process group."""
@@ -90,6 +92,10 @@ class Settings(BaseSettings):
             if self.database_url.startswith(scheme):
                 return "postgresql+psycopg://" + self.database_url.removeprefix(scheme)
         return self.database_url
+
+    def memory_for(self, budget: int | None) -> int:
+        """Bytes a job may use here: what it asked for, and never more than this worker has to give."""
+        return min(budget or self.worker_memory_bytes, self.worker_memory_bytes)
 
     @property
     def scratch_dir(self) -> Path:

@@ -6,7 +6,7 @@ A job's status changes only here. Legal moves, each one UPDATE that names the st
       ▲  │               │ ├────fail─────▶ failed ──┐
       │  │               │ └──cancelled──▶ cancelled─┤
       │  └──cancel──────────────────────▶ cancelled  │
-      ├───── give_back / sweep ─┘                    │
+      ├── give_back/release/sweep ┘                  │
       └───────────────── retry ──────────────────────┘
 """
 
@@ -16,7 +16,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, delete, false, insert, null, or_, select, true, update
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    and_,
+    case,
+    delete,
+    false,
+    insert,
+    literal,
+    null,
+    or_,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from app.db.engine import db_now
@@ -72,6 +86,7 @@ def claim_job(session: Session, job_id: str, *, owner: str, lease_seconds: float
             lease_until=db_now() + lease_seconds,
             fence=Job.fence + 1,
             attempt=Job.attempt + 1,
+            error=null(),
             started_at=case((Job.started_at.is_(None), db_now()), else_=Job.started_at),
         )
         .returning(Job.fence, Job.stage, Job.attempt)
@@ -102,11 +117,18 @@ def commit_stage(
     ).one_or_none()
     if moved is None:
         return False
-    session.execute(
-        update(JobStage)
-        .where(JobStage.job_id == claim.job_id, JobStage.number == number)
-        .values(status="done", progress=1.0, directory=directory, metrics=metrics, ended_at=db_now())
+    name = _update_stage(
+        session,
+        claim,
+        number,
+        status="done",
+        progress=1.0,
+        directory=directory,
+        metrics=metrics,
+        ended_at=db_now(),
     )
+    event = {"stage": number, "name": name, "status": "done", "metrics": metrics}
+    add_events(session, claim.job_id, [("stage", event)])
     return True
 
 
@@ -129,28 +151,24 @@ def start_stage(session: Session, claim: Claim, number: int) -> bool:
     """Mark stage `number` as running. False: the lease is lost."""
     if not _is_held(session, claim):
         return False
-    session.execute(
-        update(JobStage)
-        .where(JobStage.job_id == claim.job_id, JobStage.number == number)
-        .values(status="running", progress=0.0, started_at=db_now(), ended_at=None)
+    name = _update_stage(
+        session, claim, number, status="running", progress=0.0, started_at=db_now(), ended_at=None
     )
+    add_events(session, claim.job_id, [("stage", {"stage": number, "name": name, "status": "running"})])
     return True
 
 
 def set_progress(
-    session: Session, claim: Claim, *, stage: int, fraction: float, overall: float, eta_seconds: float | None
+    session: Session, claim: Claim, *, progress: float, eta_seconds: float | None, event: dict[str, Any]
 ) -> bool:
-    """Write down how far a job is. False: the lease is lost."""
+    """Write down how far a job is (0 to 1), and its stage, which `event` names. False: the lease is lost."""
     held = session.execute(
-        update(Job).where(*_held(claim)).values(progress=overall, eta_seconds=eta_seconds).returning(Job.id)
+        update(Job).where(*_held(claim)).values(progress=progress, eta_seconds=eta_seconds).returning(Job.id)
     ).one_or_none()
     if held is None:
         return False
-    session.execute(
-        update(JobStage)
-        .where(JobStage.job_id == claim.job_id, JobStage.number == stage)
-        .values(progress=fraction)
-    )
+    _update_stage(session, claim, event["stage"], progress=event["fraction"])
+    add_events(session, claim.job_id, [("progress", {**event, "progress": round(progress, 4)})])
     return True
 
 
@@ -162,6 +180,7 @@ def add_warning(session: Session, claim: Claim, message: str) -> bool:
     if warnings is None:
         return False
     session.execute(update(Job).where(*_held(claim)).values(warnings=[*warnings, message]))
+    add_events(session, claim.job_id, [("warning", {"message": message})])
     return True
 
 
@@ -211,6 +230,26 @@ def give_back(session: Session, claim: Claim, error: dict[str, Any], *, delay_se
         return None
     add_events(session, claim.job_id, [("status", {"status": row.status, "error": error})])
     return str(row.status)
+
+
+def release(session: Session, claim: Claim) -> bool:
+    """Queue a job again because its worker shuts down; the attempt does not count. False: the lease is lost."""
+    row = session.execute(
+        update(Job)
+        .where(*_held(claim))
+        .values(
+            status="queued", attempt=Job.attempt - 1, lease_owner=None, lease_until=None, dispatched_at=None
+        )
+        .returning(Job.id)
+    ).one_or_none()
+    if row is not None:
+        add_events(session, claim.job_id, [("status", {"status": "queued", "reason": "worker_shutdown"})])
+    return row is not None
+
+
+def is_cancel_requested(session: Session, job_id: str) -> bool:
+    """Whether somebody has asked for the job to be cancelled."""
+    return bool(session.execute(select(Job.cancel_requested).where(Job.id == job_id)).scalar_one_or_none())
 
 
 def end_cancelled(session: Session, claim: Claim) -> bool:
@@ -268,7 +307,9 @@ def retry_job(session: Session, job_id: str) -> bool:
 
 def sweep_lost(session: Session) -> list[Swept]:
     """Jobs whose worker has not renewed its lease: back to the queue, or ended. Several sweepers may run at once."""
-    lost = {"code": "worker_lost", "detail": "The worker that ran this job stopped renewing its lease."}
+    lost = literal(
+        {"code": "worker_lost", "detail": "The worker that ran this job stopped renewing its lease."}, JSON
+    )
     ends = or_(Job.cancel_requested == true(), Job.attempt >= Job.max_attempts)
     rows = session.execute(
         update(Job)
@@ -304,6 +345,11 @@ def take_undispatched(session: Session, *, stale_seconds: float, limit: int = 50
         update(Job).where(Job.id.in_(chosen), due).values(dispatched_at=db_now()).returning(Job.id, Job.queue)
     ).all()
     return [(row.id, row.queue) for row in rows]
+
+
+def forget_dispatch(session: Session, job_ids: Sequence[str]) -> None:
+    """The broker took no message for these jobs: the next sweep tries again."""
+    session.execute(update(Job).where(Job.id.in_(job_ids), Job.status == "queued").values(dispatched_at=None))
 
 
 def mark_dispatched(session: Session, job_id: str) -> None:
@@ -368,10 +414,11 @@ def list_artifacts(session: Session, job_id: str) -> Sequence[Artifact]:
     ).all()
 
 
-def ended_among(session: Session, job_ids: Sequence[str]) -> set[str]:
-    """Which of these jobs have ended, or are not known: their scratch directories can go."""
-    live = session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.status.not_in(TERMINAL))).all()
-    return set(job_ids) - set(live)
+def ended_among(session: Session, job_ids: Sequence[str], *, seconds_ago: float) -> set[str]:
+    """Which of these jobs are not known, succeeded, or ended that long ago: nobody needs their scratch directory."""
+    recent = and_(Job.status.in_(("failed", "cancelled")), Job.ended_at > db_now() - seconds_ago)
+    needed = or_(Job.status.not_in(TERMINAL), recent)
+    return set(job_ids) - set(session.scalars(select(Job.id).where(Job.id.in_(job_ids), needed)).all())
 
 
 def delete_job(session: Session, job_id: str) -> bool:
@@ -384,6 +431,16 @@ def delete_job(session: Session, job_id: str) -> bool:
 
 def _held(claim: Claim) -> tuple[ColumnElement[bool], ...]:
     return (Job.id == claim.job_id, Job.fence == claim.fence, Job.status == "running")
+
+
+def _update_stage(session: Session, claim: Claim, number: int, **values: Any) -> str:
+    """Change one stage of a job that is held, and return its name."""
+    return session.execute(
+        update(JobStage)
+        .where(JobStage.job_id == claim.job_id, JobStage.number == number)
+        .values(**values)
+        .returning(JobStage.name)
+    ).scalar_one()
 
 
 def _is_held(session: Session, claim: Claim) -> bool:

@@ -1,0 +1,39 @@
+"""Statements on the workers' announcements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.orm import Session
+
+from app.db.engine import db_now
+from app.db.tables import Worker
+
+FRESH_SECONDS = 45
+"""A worker not seen for this long is taken for gone; it announces itself every 10 s."""
+
+
+def announce(
+    session: Session, worker_id: str, *, queues: str, hardware: dict[str, Any], sandbox: str
+) -> None:
+    """Write down that a worker is there, now."""
+    seen = session.execute(
+        update(Worker).where(Worker.id == worker_id).values(seen_at=db_now()).returning(Worker.id)
+    ).one_or_none()
+    if seen is None:
+        session.add(Worker(id=worker_id, queues=queues, hardware=hardware, sandbox=sandbox))
+    session.execute(delete(Worker).where(Worker.seen_at < db_now() - 100 * FRESH_SECONDS))
+
+
+def withdraw(session: Session, worker_id: str) -> None:
+    """A worker leaves."""
+    session.execute(delete(Worker).where(Worker.id == worker_id))
+
+
+def list_fresh(session: Session) -> Sequence[Worker]:
+    """Workers seen lately, oldest first."""
+    return session.scalars(
+        select(Worker).where(Worker.seen_at > db_now() - FRESH_SECONDS).order_by(Worker.started_at)
+    ).all()

@@ -1,0 +1,67 @@
+"""What keeps a service clean that is killed in odd places: lost leases, lost messages, forgotten files.
+
+Everything here may run in several processes at once, and may be killed at any line.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from dataclasses import dataclass
+
+import structlog
+
+from app.db import job_queries
+from app.db.engine import Database
+from app.errors import ModelpressError
+from app.queue import enqueue_job
+from app.services.uploads import remove_expired_uploads
+from app.settings import Settings
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What one sweep did."""
+
+    lost: int
+    sent: int
+    scratch_removed: int
+
+
+def sweep(database: Database, settings: Settings) -> Sweep:
+    """Take jobs back from dead workers, send what was never sent, remove what nobody needs any more."""
+    with database.write() as session:
+        lost = job_queries.sweep_lost(session)
+        due = job_queries.take_undispatched(session, stale_seconds=settings.redispatch_seconds)
+    unsent = [job_id for job_id, queue in due if not enqueue_job(job_id, queue)]
+    if unsent:
+        with database.write() as session:
+            job_queries.forget_dispatch(session, unsent)
+    with database.write() as session:
+        remove_expired_uploads(session)
+    for job in lost:
+        _log.warning("job_lost", job_id=job.job_id, status=job.status)
+    return Sweep(len(lost), len(due) - len(unsent), _remove_scratch(database, settings))
+
+
+def sweep_forever(database: Database, settings: Settings, stop: threading.Event) -> None:
+    """Sweep until told to stop; a dependency that is away is met again next time."""
+    while not stop.wait(settings.sweep_seconds):
+        try:
+            sweep(database, settings)
+        except ModelpressError as error:
+            _log.warning("sweep_failed", code=error.code, error=error.detail)
+
+
+def _remove_scratch(database: Database, settings: Settings) -> int:
+    """Remove scratch directories of jobs that ended so long ago that a retry may start anew."""
+    if not settings.scratch_dir.is_dir():
+        return 0
+    here = [entry.name for entry in settings.scratch_dir.iterdir()]
+    with database.read() as session:
+        over = job_queries.ended_among(session, here, seconds_ago=settings.scratch_retention_seconds)
+    for name in over:
+        shutil.rmtree(settings.scratch_dir / name, ignore_errors=True)
+    return len(over)

@@ -1,0 +1,322 @@
+"""Runs one job from claim to end: spawn its process, listen to it, keep the lease, commit stages, publish, or clean up.
+
+Never imports torch. Once a write finds the lease lost, the process group is killed and nothing more is written.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from app.db import job_queries
+from app.db.engine import Database
+from app.db.job_queries import Claim
+from app.errors import JobFailed, ModelpressError, OutOfMemory, Unavailable
+from app.settings import GIB, Settings
+from app.storage import ArtifactStore
+from workers import events, sandbox
+from workers.lease import CancelRequested, Lease, LeaseLost, write_patiently
+from workers.publish import publish
+from workers.scratch import Assignment, Scratch, read_assignment
+
+JOB_MODULE = "workers.job_process"
+_POLL_SECONDS = 0.5
+_PROGRESS_SECONDS = 1.0
+_MAX_EVENT_BYTES = 1 << 20
+
+_log = structlog.get_logger(__name__)
+
+
+class Draining(Exception):  # noqa: N818 - an outcome, not an error
+    """This worker shuts down."""
+
+
+@dataclass(frozen=True)
+class Supervisor:
+    """One worker's way of running jobs."""
+
+    settings: Settings
+    database: Database
+    store: ArtifactStore
+    device: str = "cpu"
+    draining: Callable[[], bool] = lambda: False
+    job_module: str = JOB_MODULE
+
+    def run(self, job_id: str) -> str:
+        """Run a job if it is free. Returns what became of it: a status, `queued`, `lost`, or `not_claimed`."""
+        owner = f"{socket.gethostname()}:{os.getpid()}"
+        seconds = self.settings.lease_seconds
+        claim = write_patiently(
+            self.database, lambda s: job_queries.claim_job(s, job_id, owner=owner, lease_seconds=seconds)
+        )
+        if claim is None:
+            return "not_claimed"
+        with structlog.contextvars.bound_contextvars(job_id=job_id, fence=claim.fence):
+            outcome = _Attempt(self, claim).to_end()
+            _log.info("job_left", outcome=outcome, attempt=claim.attempt)
+        return outcome
+
+
+@dataclass
+class _Watch:
+    """What is known while the job's process runs."""
+
+    stage_names: tuple[str, ...]
+    directories: dict[int, str]
+    deadline: float
+    budget: int
+    next_beat: float
+    next_poll: float = 0.0
+    next_progress: float = 0.0
+    began: tuple[float, float] | None = None
+    """(time, overall progress) when this attempt first reported: the base of the ETA."""
+    end: events.Finished | events.Failed | None = field(default=None)
+
+
+class _Attempt:
+    """One attempt at one job."""
+
+    def __init__(self, supervisor: Supervisor, claim: Claim) -> None:
+        self.supervisor = supervisor
+        self.settings = supervisor.settings
+        self.lease = Lease(supervisor.database, claim, lease_seconds=supervisor.settings.lease_seconds)
+        self.scratch = Scratch(supervisor.settings, claim.job_id)
+
+    def to_end(self) -> str:
+        """Do the job, and whatever happens leave its row in a state somebody will pick up."""
+        try:
+            return self._attempt()
+        except LeaseLost:
+            return "lost"
+        except CancelRequested:
+            return "cancelled" if self.lease.write(job_queries.end_cancelled) else "lost"
+        except Draining:
+            return "queued" if self.lease.write(job_queries.release) else "lost"
+        except ModelpressError as error:
+            facts = {"code": error.code, "detail": error.detail, "hint": error.hint}
+            return self._fail(facts, retryable=isinstance(error, Unavailable))
+        except OSError as error:
+            _log.exception("attempt_failed")
+            return self._fail(
+                {"code": "worker_io", "detail": f"The worker could not go on: {error}"}, retryable=True
+            )
+
+    def _attempt(self) -> str:
+        with self.supervisor.database.read() as session:
+            assignment = read_assignment(session, self.lease.claim.job_id)
+        committed = self._committed_stages(assignment)
+        self.scratch.fetch_inputs(assignment, self.supervisor.store, self.lease.claim.fence)
+        wanted = assignment.spec.resources.device
+        job_file = self.scratch.write_job_file(
+            assignment,
+            committed=committed,
+            fence=self.lease.claim.fence,
+            settings=self.settings,
+            device=self.supervisor.device if wanted == "auto" else wanted,
+        )
+        now = time.monotonic()
+        watch = _Watch(
+            stage_names=assignment.spec.stage_names(),
+            directories=dict(enumerate(committed)),
+            deadline=now + assignment.spec.resources.timeout_seconds,
+            budget=self.settings.memory_for(assignment.spec.resources.memory_budget),
+            next_beat=now + self.settings.heartbeat_seconds,
+        )
+        end = self._supervise(job_file, watch)
+        if isinstance(end, events.Failed):
+            return self._fail(end.model_dump(exclude={"type", "retryable"}), retryable=end.retryable)
+        return self._publish(watch, end)
+
+    def _committed_stages(self, assignment: Assignment) -> tuple[str, ...]:
+        """Directories of the stages that need not be run. Those whose files are on another machine must be."""
+        directories = assignment.directories[: self.lease.claim.stage]
+        here = self.scratch.finished_stages(directories)
+        if here < len(directories):
+            message = (
+                f"stages {here + 1} to {len(directories)} are done again: their files are not on this worker"
+            )
+            self.lease.require(lambda s, claim: job_queries.rewind_stages(s, claim, here))
+            self.lease.note("log", {"level": "warning", "message": message})
+        return directories[:here]
+
+    def _supervise(self, job_file: Path, watch: _Watch) -> events.Finished | events.Failed:
+        """Spawn the job's process and listen until it ends. Raises what makes an end before that."""
+        receiver, sender = os.pipe()
+        with os.fdopen(receiver, "rb", buffering=0) as pipe:
+            try:
+                process = sandbox.spawn(
+                    self.supervisor.job_module,
+                    [str(job_file), str(sender)],
+                    scratch=self.scratch.directory,
+                    limits=self._limits(),
+                    pipe=sender,
+                    log=self.scratch.log_file(self.lease.claim.fence),
+                )
+            finally:
+                os.close(sender)
+            try:
+                for line in self._lines(pipe.fileno(), process, watch):
+                    self._handle(events.parse_event(line), watch)
+                return_code = _wait(process)
+            finally:
+                sandbox.kill_group(process, grace_seconds=self.settings.kill_grace_seconds)
+        return watch.end or self._death(return_code)
+
+    def _limits(self) -> sandbox.Limits:
+        on_cpu = self.supervisor.device == "cpu"
+        return sandbox.Limits(
+            threads=self.settings.worker_threads,
+            # Address space is not memory: torch alone reserves several GiB. This stops runaways; the watch on
+            # resident memory keeps the budget.
+            address_space_bytes=4 * self.settings.worker_memory_bytes + 32 * GIB if on_cpu else None,
+            file_bytes=4 * self.settings.max_upload_bytes,
+        )
+
+    def _lines(self, descriptor: int, process: subprocess.Popen[bytes], watch: _Watch) -> Iterator[bytes]:
+        """Lines from the pipe until it closes; between reads, keep the lease and look for reasons to stop."""
+        pending = b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(descriptor, selectors.EVENT_READ)
+            while True:
+                if selector.select(timeout=_POLL_SECONDS / 2):
+                    chunk = os.read(descriptor, 1 << 16)
+                    if not chunk:
+                        return
+                    *lines, pending = (pending + chunk).split(b"\n")
+                    yield from lines
+                    if len(pending) > _MAX_EVENT_BYTES:
+                        raise JobFailed(
+                            "The job's process sent an event of more than 1 MiB.", code="protocol"
+                        )
+                self._look_around(process, watch)
+
+    def _look_around(self, process: subprocess.Popen[bytes], watch: _Watch) -> None:
+        now = time.monotonic()
+        if now >= watch.next_poll:
+            watch.next_poll = now + _POLL_SECONDS
+            if self.supervisor.draining():
+                raise Draining
+            self.lease.check_cancelled()
+            _check_memory(process.pid, watch.budget)
+        if now >= watch.next_beat:
+            watch.next_beat = now + self.settings.heartbeat_seconds
+            self.lease.beat()
+        if now >= watch.deadline:
+            raise JobFailed(
+                "The job ran longer than its timeout.",
+                code="timeout",
+                hint="Raise resources.timeout_seconds.",
+            )
+
+    def _handle(self, event: events.Event, watch: _Watch) -> None:
+        """Write down one event of the job's process."""
+        match event:
+            case events.StageStarted():
+                self.lease.require(lambda s, claim: job_queries.start_stage(s, claim, event.stage))
+            case events.StageDone():
+                self.lease.require(
+                    lambda s, claim: job_queries.commit_stage(
+                        s, claim, event.stage, event.directory, event.metrics
+                    )
+                )
+                watch.directories[event.stage] = event.directory
+            case events.Progress():
+                self._progress(event, watch)
+            case events.Warning():
+                self.lease.require(lambda s, claim: job_queries.add_warning(s, claim, event.message))
+            case events.Finished() | events.Failed():
+                watch.end = event
+            case _:
+                self.lease.note(event.type, event.model_dump(exclude={"type"}))
+
+    def _progress(self, event: events.Progress, watch: _Watch) -> None:
+        """Progress is for people: at most once a second, less often in long jobs, so that events stay few."""
+        now = time.monotonic()
+        overall = _overall(watch.stage_names, event)
+        began, base = watch.began = watch.began or (now, overall)
+        if now < watch.next_progress and event.fraction < 1:
+            return
+        watch.next_progress = now + max(_PROGRESS_SECONDS, (now - began) / 300)
+        eta = (now - began) * (1 - overall) / (overall - base) if overall > base else None
+        self.lease.require(
+            lambda s, claim: job_queries.set_progress(
+                s, claim, progress=overall, eta_seconds=eta, event=event.model_dump(exclude={"type"})
+            )
+        )
+
+    def _publish(self, watch: _Watch, end: events.Finished) -> str:
+        report = len(watch.stage_names) - 1
+        export = watch.stage_names.index("export")
+        artifacts = publish(
+            self.lease.claim.job_id,
+            model=self.scratch.stages / watch.directories[export] / "model",
+            report=self.scratch.stages / watch.directories[report],
+            store=self.supervisor.store,
+            beat=self.lease.beat,
+        )
+        done = self.lease.write(
+            lambda s, claim: job_queries.succeed(s, claim, verdict=end.verdict, artifacts=artifacts)
+        )
+        if not done:
+            self.lease.beat()  # tells a cancel from a lost lease
+            raise LeaseLost
+        self.scratch.remove()
+        return "succeeded"
+
+    def _fail(self, error: dict[str, Any], *, retryable: bool) -> str:
+        """End the job, or queue it again. Its files stay for a while, since somebody may retry it."""
+        if not retryable:
+            return (
+                "failed" if self.lease.write(lambda s, claim: job_queries.fail(s, claim, error)) else "lost"
+            )
+        delay = min(60.0, 2.0**self.lease.claim.attempt)
+        status = self.lease.write(
+            lambda s, claim: job_queries.give_back(s, claim, error, delay_seconds=delay)
+        )
+        return status or "lost"
+
+    def _death(self, return_code: int) -> events.Failed:
+        """The job's process ended without a word."""
+        tail = self.scratch.log_tail(self.lease.claim.fence)
+        killed = return_code == -9
+        cause = "was killed by the system" if killed else f"ended with code {return_code}"
+        hint = "Often the machine is out of memory: use a larger worker, or lower resources.memory_budget."
+        return events.Failed(
+            code="process_died",
+            detail=f"The job's process {cause}." + (f" Its last words: {tail}" if tail else ""),
+            hint=hint if killed else None,
+            retryable=True,
+        )
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """The return code of a process that has closed its pipe; -9 if it will not leave."""
+    try:
+        return process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        return -9
+
+
+def _check_memory(group: int, budget: int) -> None:
+    used = sandbox.resident_bytes(group)
+    if used > budget:
+        raise OutOfMemory(
+            f"The job's processes used {used / GIB:.2f} GiB, over the {budget / GIB:.2f} GiB they were given.",
+            hint="Raise resources.memory_budget, or use a larger worker; POST /v1/plans predicts what is needed.",
+        )
+
+
+def _overall(names: tuple[str, ...], event: events.Progress) -> float:
+    """Progress of the whole job, by what stages took on the models we measured."""
+    fixed = {"load": 1.0, "baseline": 1.0, "export": 0.5, "verify": 5.0, "report": 0.5}
+    weights = [fixed.get(name, 5.0) for name in names]
+    return (sum(weights[: event.stage]) + weights[event.stage] * event.fraction) / sum(weights)
