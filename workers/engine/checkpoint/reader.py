@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,13 +72,6 @@ class Checkpoint:
         buffer = torch.empty(nbytes, dtype=torch.uint8) if out is None else out[:nbytes]
         _pread(entry.file, entry.offset + start * entry.row_nbytes, buffer)
         return buffer.view(entry.dtype).view(stop - start, *entry.row_shape)
-
-    def row_slabs(self, name: str, slab_bytes: int) -> Iterator[tuple[int, int]]:
-        """Row ranges (start, stop) that cover a tensor in slabs of about `slab_bytes`, at least one row each."""
-        entry = self.tensors[name]
-        step = max(1, slab_bytes // max(1, entry.row_nbytes))
-        for start in range(0, entry.rows, step):
-            yield start, min(entry.rows, start + step)
 
     def parameters(self) -> int:
         """Number of stored weights."""

@@ -54,9 +54,7 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
-            # Asked first: a reservation that fails would take the whole disk from others for a moment.
-            if sum(fact.nbytes for fact in self._facts) > shutil.disk_usage(self.directory).free:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._check_room()
             self._create_files()
         except OSError as error:
             self._remove()
@@ -99,6 +97,11 @@ class CheckpointWriter:
             raise _explained(error) from error
         with self._lock:
             self._written[name].append((start_row, stop))
+
+    def _check_room(self) -> None:
+        # Asked first: a reservation that fails would take the whole disk from others for a moment.
+        if sum(fact.nbytes for fact in self._facts) > shutil.disk_usage(self.directory).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _create_files(self) -> None:
         shards = _split(self._facts, self._max_shard_bytes)
