@@ -48,7 +48,8 @@ class OnnxRunner:
     def outputs(self, window: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits or last hidden states of one window: (tokens or 1, columns)."""
         output = self._run(window[None])
-        return output.reshape(-1, output.shape[-1]).astype(np.float32, copy=False)
+        result: NDArray[np.float32] = output.reshape(-1, output.shape[-1]).astype(np.float32, copy=False)
+        return result
 
     def time_forward(self, batch: NDArray[np.int64], *, last_only: bool) -> float:
         """Milliseconds of one pass over (sequences, tokens). Raises ValueError for `last_only`: a graph gives all rows."""

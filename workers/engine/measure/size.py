@@ -1,0 +1,119 @@
+"""What a model weighs: bytes of every file, weights it stands for, bits per weight, and the share that is zero.
+
+Counts what is stored, by reading headers; zeros are counted by streaming the weights in slabs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from app.spec.report import FileSize
+from workers.engine.checkpoint.reader import Checkpoint
+from workers.engine.measure.size_onnx import count_onnx
+
+_WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".data", ".onnx_data")
+_PACKED = "weight_packed"
+# What a quantized layer stores beside its weights: bytes that count, numbers that are no weights.
+_AUXILIARY = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")
+_SLAB_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a model directory."""
+
+    bytes: int
+    files: tuple[FileSize, ...]
+    weight_bytes: int
+    parameters: int
+    """Weights the files stand for: of a packed tensor the logical ones."""
+    low_bit_parameters: int
+    """Those of them stored in 8 bits or fewer."""
+    zero_share: float | None
+    """Share of the weights that are exactly zero; None for ONNX, whose graph may hold them in any form."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All bytes of the weight files, scales and headers included, over all weights."""
+        return 8 * self.weight_bytes / max(1, self.parameters)
+
+
+def measure_size(directory: Path) -> Size:
+    """Measure a directory in Hugging Face layout, or one with `model.onnx`. Raises IntakeError if weights are damaged."""
+    files = tuple(
+        FileSize(path=str(path.relative_to(directory)), bytes=path.stat().st_size)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    )
+    weight_bytes = sum(file.bytes for file in files if file.path.endswith(_WEIGHT_SUFFIXES))
+    if (directory / "model.onnx").is_file():
+        parameters, low_bit, zeros = *count_onnx(directory / "model.onnx"), None
+    else:
+        checkpoint = Checkpoint.open(directory)
+        parameters, low_bit = _count_parameters(checkpoint)
+        zeros = sum(_count_zeros(checkpoint)) / max(1, parameters)
+    return Size(
+        bytes=sum(file.bytes for file in files),
+        files=files,
+        weight_bytes=weight_bytes,
+        parameters=parameters,
+        low_bit_parameters=low_bit,
+        zero_share=zeros,
+    )
+
+
+def _count_parameters(checkpoint: Checkpoint) -> tuple[int, int]:
+    parameters = low_bit = 0
+    for name, entry in checkpoint.tensors.items():
+        if name.endswith(_AUXILIARY):
+            continue
+        elements = entry.fact.elements
+        if name.endswith(_PACKED):
+            rows, columns = _logical_shape(checkpoint, name)
+            elements = rows * columns
+        parameters += elements
+        if name.endswith(_PACKED) or entry.dtype.itemsize == 1:
+            low_bit += elements
+    return parameters, low_bit
+
+
+def _logical_shape(checkpoint: Checkpoint, packed: str) -> tuple[int, int]:
+    rows, columns = checkpoint.read(packed.removesuffix(_PACKED) + "weight_shape").tolist()
+    return rows, columns
+
+
+def _count_zeros(checkpoint: Checkpoint) -> Iterator[int]:
+    for name, entry in checkpoint.tensors.items():
+        if name.endswith(_AUXILIARY):
+            continue
+        for start, stop in checkpoint.row_slabs(name, _SLAB_BYTES):
+            rows = checkpoint.read_rows(name, start, stop)
+            if name.endswith(_PACKED):
+                yield _packed_zeros(checkpoint, name, rows, start, stop)
+            else:
+                values = (
+                    rows if entry.dtype.itemsize > 1 or not entry.dtype.is_floating_point else rows.float()
+                )
+                yield values.numel() - int(torch.count_nonzero(values))
+
+
+def _packed_zeros(checkpoint: Checkpoint, name: str, words: Tensor, start: int, stop: int) -> int:
+    """Codes that stand for zero in rows `start` to `stop`: words (rows, words per row) int32."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    all_rows, columns = _logical_shape(checkpoint, name)
+    bits = 32 * words.shape[1] // columns
+    codes = unpack_from_int32(words, bits, torch.Size((stop - start, columns)))
+    zero_point_name = name.removesuffix(_PACKED) + "weight_zero_point"
+    if zero_point_name not in checkpoint.tensors:
+        return codes.numel() - int(torch.count_nonzero(codes))
+    packed_points = checkpoint.read(zero_point_name)
+    groups = packed_points.shape[1]
+    points = unpack_from_int32(packed_points, bits, torch.Size((all_rows, groups)), packed_dim=0)[start:stop]
+    group_size = -(-columns // groups)
+    return int((codes == points.repeat_interleave(group_size, dim=1)[:, :columns]).sum())
