@@ -1,0 +1,201 @@
+"""Every query on uploads, models and datasets, and on who needs which blob. None of them commits."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import Row, delete, func, select, text, update
+from sqlalchemy.orm import Session
+
+from app.db.engine import db_now
+from app.db.tables import Artifact, Dataset, Job, Model, ModelFile, Upload, UploadPart
+
+# Any number that no other advisory lock of ours has.
+_BLOBS_LOCK = 0x6D70626C
+
+UNFINISHED = ("queued", "running")
+
+
+# --- uploads ---------------------------------------------------------------------------------------------------------
+
+
+def add_upload(session: Session, upload: Upload, *, expires_in_seconds: float) -> Upload:
+    """Insert an upload that expires after so many seconds of the database's clock, and read it back."""
+    upload.expires_at = db_now() + expires_in_seconds
+    session.add(upload)
+    session.flush()
+    session.refresh(upload)
+    return upload
+
+
+def get_upload(session: Session, upload_id: str) -> Upload | None:
+    """An upload by id, expired or not."""
+    return session.get(Upload, upload_id)
+
+
+def get_upload_for_change(session: Session, upload_id: str) -> Upload | None:
+    """An upload by id, locked until the transaction ends."""
+    return session.get(Upload, upload_id, with_for_update=True)
+
+
+def list_parts(session: Session, upload_id: str) -> Sequence[UploadPart]:
+    """The parts of an upload that have arrived, in order."""
+    return session.scalars(
+        select(UploadPart).where(UploadPart.upload_id == upload_id).order_by(UploadPart.number)
+    ).all()
+
+
+def get_part(session: Session, upload_id: str, number: int) -> UploadPart | None:
+    """A part that has arrived."""
+    return session.get(UploadPart, (upload_id, number))
+
+
+def add_part(session: Session, part: UploadPart) -> None:
+    """Record a part that has arrived whole."""
+    session.add(part)
+    session.flush()
+
+
+def complete_upload(session: Session, upload_id: str, *, sha256: str, expires_in_seconds: float) -> bool:
+    """Mark an open upload as completed. False: it is not open any more."""
+    done = session.execute(
+        update(Upload)
+        .where(Upload.id == upload_id, Upload.status == "open")
+        .values(status="completed", sha256=sha256, expires_at=db_now() + expires_in_seconds)
+        .returning(Upload.id)
+    ).one_or_none()
+    return done is not None
+
+
+def delete_uploads(session: Session, upload_ids: Collection[str]) -> set[str]:
+    """Delete uploads and their parts. Returns the ids of those that were there."""
+    return set(session.scalars(delete(Upload).where(Upload.id.in_(upload_ids)).returning(Upload.id)).all())
+
+
+def delete_expired_uploads(session: Session) -> list[str]:
+    """Delete uploads past their time, completed and unused ones too. Returns their ids."""
+    return list(
+        session.scalars(delete(Upload).where(Upload.expires_at < db_now()).returning(Upload.id)).all()
+    )
+
+
+def known_uploads(session: Session, upload_ids: Collection[str]) -> set[str]:
+    """Which of these ids are uploads."""
+    return set(session.scalars(select(Upload.id).where(Upload.id.in_(upload_ids))).all())
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def add_model(session: Session, model: Model, files: Iterable[ModelFile]) -> Model:
+    """Insert a model with its files, and read it back."""
+    session.add(model)
+    session.flush()
+    session.add_all(files)
+    session.flush()
+    session.refresh(model)
+    return model
+
+
+def get_model(session: Session, model_id: str) -> Model | None:
+    """A model by id."""
+    return session.get(Model, model_id)
+
+
+def get_model_for_use(session: Session, model_id: str) -> Model | None:
+    """A model by id that stays until this transaction ends: for whoever inserts a job on it."""
+    return session.get(Model, model_id, with_for_update={"read": True})
+
+
+def get_model_for_change(session: Session, model_id: str) -> Model | None:
+    """A model by id that nobody can start to use until this transaction ends."""
+    return session.get(Model, model_id, with_for_update=True)
+
+
+def list_models(session: Session, *, limit: int, after: str | None) -> Sequence[Model]:
+    """Models, newest first, from behind the id `after`."""
+    query = select(Model).order_by(Model.id.desc()).limit(limit)
+    return session.scalars(query if after is None else query.where(Model.id < after)).all()
+
+
+def list_model_files(session: Session, model_id: str) -> Sequence[ModelFile]:
+    """The files of a model, by path."""
+    return session.scalars(
+        select(ModelFile).where(ModelFile.model_id == model_id).order_by(ModelFile.path)
+    ).all()
+
+
+def get_model_file(session: Session, model_id: str, path: str) -> ModelFile | None:
+    """One file of a model."""
+    return session.get(ModelFile, (model_id, path))
+
+
+def delete_model(session: Session, model_id: str) -> None:
+    """Delete a model and its list of files."""
+    session.execute(delete(Model).where(Model.id == model_id))
+
+
+# --- datasets --------------------------------------------------------------------------------------------------------
+
+
+def add_dataset(session: Session, dataset: Dataset) -> Dataset:
+    """Insert a dataset, and read it back."""
+    session.add(dataset)
+    session.flush()
+    session.refresh(dataset)
+    return dataset
+
+
+def get_dataset(session: Session, dataset_id: str) -> Dataset | None:
+    """A dataset by id."""
+    return session.get(Dataset, dataset_id)
+
+
+def get_dataset_for_use(session: Session, dataset_id: str) -> Dataset | None:
+    """A dataset by id that stays until this transaction ends: for whoever inserts a job on it."""
+    return session.get(Dataset, dataset_id, with_for_update={"read": True})
+
+
+def get_dataset_for_change(session: Session, dataset_id: str) -> Dataset | None:
+    """A dataset by id that nobody can start to use until this transaction ends."""
+    return session.get(Dataset, dataset_id, with_for_update=True)
+
+
+def list_datasets(session: Session, *, limit: int, after: str | None) -> Sequence[Dataset]:
+    """Datasets, newest first, from behind the id `after`."""
+    query = select(Dataset).order_by(Dataset.id.desc()).limit(limit)
+    return session.scalars(query if after is None else query.where(Dataset.id < after)).all()
+
+
+def delete_dataset(session: Session, dataset_id: str) -> None:
+    """Delete a dataset."""
+    session.execute(delete(Dataset).where(Dataset.id == dataset_id))
+
+
+# --- who needs what --------------------------------------------------------------------------------------------------
+
+
+def list_unfinished_jobs(session: Session) -> Sequence[Row[tuple[str, str, dict[str, Any]]]]:
+    """Jobs that have not ended: (id, model_id, spec)."""
+    return session.execute(select(Job.id, Job.model_id, Job.spec).where(Job.status.in_(UNFINISHED))).all()
+
+
+def hold_blobs(session: Session) -> None:
+    """Let no one else add or drop references to blobs until this transaction ends.
+
+    Whoever puts a blob and inserts the row that refers to it does both after this call, in one transaction; whoever
+    deletes blobs without references looks for them after this call. On SQLite there is one writer at a time anyway.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock(_BLOBS_LOCK)))
+    else:
+        session.execute(text("SELECT 1"))
+
+
+def referenced_blobs(session: Session, digests: Collection[str]) -> set[str]:
+    """Which of these blobs a model, a dataset or an artifact refers to."""
+    found: set[str] = set()
+    for table in (ModelFile, Dataset, Artifact):
+        found.update(session.scalars(select(table.sha256).where(table.sha256.in_(digests))).all())
+    return found
