@@ -1,0 +1,63 @@
+# Everything a person types. CI types the same.
+
+# Which Python makes the virtual environment; 3.11 or newer.
+PYTHON ?= python3
+# More options for `pip install torch`, e.g. --index-url of a mirror that has CPU builds, or CUDA ones.
+TORCH_PIP_ARGS ?=
+# More options for pytest, e.g. ARGS="-k upload -x".
+ARGS ?=
+# More options for `modelpress demo`, e.g. DEMO_ARGS="--dir /tmp/demo".
+DEMO_ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+TORCH := $(shell grep "^torch==" requirements.lock)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve check format test bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv and install everything, pinned; instant when it is done
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "$(PYTHON) is not Python 3.11 or newer. Name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv \
+		|| { rm -rf .venv; echo "$(PYTHON) cannot make virtual environments (Debian: apt install python3-venv)."; exit 1; }
+	$(BIN)/python -m pip install --quiet -c requirements.lock pip setuptools
+	@# torch by itself and first: whatever comes later is held to it, and cannot bring another build.
+	$(BIN)/python -m pip install --quiet -c requirements.lock $(TORCH_PIP_ARGS) $(TORCH)
+	$(BIN)/python -m pip install --quiet -c requirements.lock --no-build-isolation -e '.[embedded,worker,dev]'
+	@touch $@
+
+demo: $(STAMP) ## Compress real models over HTTP and print what was gained and lost
+	$(BIN)/modelpress demo $(DEMO_ARGS)
+
+serve: $(STAMP) ## Run the service on this machine until Ctrl-C
+	$(BIN)/modelpress serve
+
+check: $(STAMP) ## The fast gate: format, lint, types, layers, migrations, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT \
+		&& export MODELPRESS_DATA_DIR="$$scratch" DATABASE_URL= \
+		&& $(BIN)/alembic upgrade head && $(BIN)/alembic check
+	$(BIN)/pytest -q -m "not slow and not e2e and not gpu" $(ARGS)
+
+format: $(STAMP) ## Format the code and fix what ruff can fix
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format --quiet .
+
+test: $(STAMP) ## All tests, against real servers that they start themselves
+	$(BIN)/pytest -m "not gpu" $(ARGS)
+
+bench: $(STAMP) ## All benchmarks; fails when a floor is missed
+	@failed=0; for file in benchmarks/*.py; do $(BIN)/python $$file || failed=1; done; exit $$failed
+
+clean: ## Remove the environment, the caches and the demo; modelpress-data, with your models, stays
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info modelpress-demo
+	find app workers migrations tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
