@@ -1,0 +1,64 @@
+"""Raw bodies: how they are read, described, and checked against the digest the client sent."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import Header, Request
+from starlette.requests import ClientDisconnect
+
+from app.errors import InvalidRequest
+
+_SHA256 = re.compile(r"(?:^|,)\s*sha-256\s*=\s*:([A-Za-z0-9+/=]+):")
+
+RAW_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "The bytes themselves, as they are.",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+ContentDigest = Annotated[
+    str | None,
+    Header(
+        description="sha256 of the body's bytes, `sha-256=:<base64>:` (RFC 9530). Checked before the body counts."
+    ),
+]
+
+
+async def chunks_of(request: Request) -> AsyncIterator[bytes]:
+    """The body as it arrives. Raises InvalidRequest (`body_cut`) when the connection breaks."""
+    try:
+        async for chunk in request.stream():
+            yield chunk
+    except ClientDisconnect:
+        raise InvalidRequest("The connection broke before the body was there.", code="body_cut") from None
+
+
+def declared_length(request: Request) -> int | None:
+    """The Content-Length; None for a body of unknown length."""
+    length = request.headers.get("content-length", "")
+    return int(length) if length.isascii() and length.isdigit() else None
+
+
+def parse_digest(header: str | None) -> bytes | None:
+    """The sha256 in a Content-Digest header; None where there is no header."""
+    if header is None:
+        return None
+    found = _SHA256.search(header)
+    try:
+        digest = base64.b64decode(found[1], validate=True) if found else b""
+    except binascii.Error:
+        digest = b""
+    if len(digest) != 32:
+        raise InvalidRequest(
+            "Content-Digest carries no sha256 that can be read.",
+            code="digest_unreadable",
+            hint="Send `Content-Digest: sha-256=:<base64 of the 32 bytes>:` (RFC 9530), or leave it out.",
+        )
+    return digest

@@ -1,0 +1,201 @@
+"""Uploads: large files, in parts that can be sent in any order and again."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from app.api.bodies import RAW_BODY, ContentDigest, chunks_of, declared_length, parse_digest
+from app.api.dependencies import CurrentSettings, ReadSession, WriteSession
+from app.api.problems import problem_responses
+from app.db.engine import get_database
+from app.db.tables import UploadPart
+from app.services import uploads
+from app.services.uploads import UploadState
+from app.storage import get_staging
+
+router = APIRouter(prefix="/uploads", tags=["uploads"])
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+FileName = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=255, pattern=r"^[^/\\\x00-\x1f\x7f]+$", strip_whitespace=True),
+]
+UploadId = Annotated[str, Path(pattern=r"^upl_[0-9a-z]{1,40}$", description="Id of the upload.")]
+PartNumber = Annotated[int, Path(ge=1, le=10**9, description="Number of the part, from 1.")]
+
+
+class CreateUpload(BaseModel):
+    """What is going to be uploaded."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        use_attribute_docstrings=True,
+        json_schema_extra={"examples": [{"name": "notes.txt", "size": 12}]},
+    )
+
+    name: FileName
+    """The file's name. Its ending is only a hint: what a file is, its first bytes decide."""
+    size: Annotated[int, Field(ge=1)]
+    """Bytes of the whole file."""
+    sha256: Sha256 | None = None
+    """sha256 of the whole file in hex, if you know it; completing then fails when the bytes are others."""
+
+
+class Part(BaseModel):
+    """A part that has arrived whole."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    number: int = Field(examples=[1])
+    """From 1."""
+    bytes: int = Field(examples=[12])
+    """Bytes of the part."""
+    sha256: str
+    """sha256 of the part in hex."""
+
+
+class UploadUrls(BaseModel):
+    """Where to go from here."""
+
+    self: str
+    part: str
+    """Put the part's number in place of `{number}`."""
+    complete: str
+
+
+class Upload(BaseModel):
+    """A file on its way in."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    id: str = Field(examples=["upl_01k0b6x2v9m4c8d7e5f3g1h0j2"])
+    name: str = Field(examples=["notes.txt"])
+    status: str = Field(examples=["open"])
+    """`open` while parts may come in, then `completed`."""
+    size: int = Field(examples=[12])
+    """Bytes of the whole file."""
+    sha256: str | None
+    """sha256 of the whole file in hex: what you announced, or, once completed, what arrived."""
+    part_bytes: int = Field(examples=[67108864])
+    """Bytes of every part but the last, which has what is left."""
+    part_count: int = Field(examples=[1])
+    """How many parts the file has."""
+    parts: list[Part]
+    """Parts that have arrived."""
+    missing: list[int] = Field(examples=[[1]])
+    """Numbers of the parts that have not."""
+    created_at: datetime
+    expires_at: datetime
+    """An upload nothing was made of by then is removed."""
+    urls: UploadUrls
+
+
+@router.post(
+    "",
+    operation_id="create_upload",
+    status_code=201,
+    summary="Start an upload",
+    responses=problem_responses(413, 422, 507),
+)
+def create_upload(
+    body: CreateUpload, session: WriteSession, settings: CurrentSettings, response: Response
+) -> Upload:
+    """Announce a file. The answer says how many parts to send and how large they are.
+
+    Then `PUT` each part (in any order, several at once if you like), `complete` the upload, and make a model or a
+    dataset of it with `POST /v1/models` or `POST /v1/datasets`.
+    """
+    state = uploads.create_upload(
+        session, get_staging(), settings, name=body.name, size=body.size, sha256=body.sha256
+    )
+    shown = _shown(state)
+    response.headers["Location"] = shown.urls.self
+    return shown
+
+
+@router.put(
+    "/{upload_id}/parts/{number}",
+    operation_id="put_upload_part",
+    summary="Send a part",
+    responses=problem_responses(404, 409, 413, 422, 507),
+    openapi_extra=RAW_BODY,
+)
+async def put_upload_part(
+    upload_id: UploadId, number: PartNumber, request: Request, content_digest: ContentDigest = None
+) -> Part:
+    """Send one part as the raw body. Sending it again is harmless; sending other bytes for it is refused.
+
+    A part counts once it has arrived whole. When a connection breaks, send the part again.
+    """
+    part = await uploads.receive_part(
+        get_database(),
+        get_staging(),
+        part=(upload_id, number),
+        declared=(declared_length(request), parse_digest(content_digest)),
+        chunks=chunks_of(request),
+    )
+    return _part(part)
+
+
+@router.get(
+    "/{upload_id}",
+    operation_id="get_upload",
+    summary="See what has arrived",
+    responses=problem_responses(404),
+)
+def get_upload(upload_id: UploadId, session: ReadSession) -> Upload:
+    """Show an upload: which parts have arrived and which are missing. Ask this to resume."""
+    return _shown(uploads.get_upload(session, upload_id))
+
+
+@router.post(
+    "/{upload_id}/complete",
+    operation_id="complete_upload",
+    summary="Complete an upload",
+    responses=problem_responses(404, 409, 422, 507),
+)
+def complete_upload(upload_id: UploadId, settings: CurrentSettings) -> Upload:
+    """Check that every part is there and that the whole has the sha256 you announced, if you did.
+
+    The answer carries the sha256 of what arrived. With a wrong one the upload is removed.
+    """
+    return _shown(uploads.complete_upload(get_database(), get_staging(), settings, upload_id))
+
+
+@router.delete(
+    "/{upload_id}",
+    operation_id="delete_upload",
+    status_code=204,
+    summary="Drop an upload",
+    responses=problem_responses(404),
+)
+def delete_upload(upload_id: UploadId, session: WriteSession) -> None:
+    """Drop an upload and what has arrived of it."""
+    uploads.delete_upload(session, get_staging(), upload_id)
+
+
+def _shown(state: UploadState) -> Upload:
+    upload = state.upload
+    url = f"/v1/uploads/{upload.id}"
+    return Upload(
+        id=upload.id,
+        name=upload.name,
+        status=upload.status,
+        size=upload.size,
+        sha256=upload.sha256,
+        part_bytes=upload.part_bytes,
+        part_count=state.part_count,
+        parts=[_part(part) for part in state.parts],
+        missing=state.missing if upload.status == "open" else [],
+        created_at=datetime.fromtimestamp(upload.created_at, UTC),
+        expires_at=datetime.fromtimestamp(upload.expires_at, UTC),
+        urls=UploadUrls(self=url, part=f"{url}/parts/{{number}}", complete=f"{url}/complete"),
+    )
+
+
+def _part(part: UploadPart) -> Part:
+    return Part(number=part.number, bytes=part.bytes, sha256=part.sha256)
