@@ -45,6 +45,16 @@ def token_windows(tokenizer: Any, path: Path, *, tokens: int, length: int) -> Te
     return torch.tensor(stream[: windows * length], dtype=torch.long).view(windows, length)
 
 
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and after a text, e.g. ([BOS], []) or ([CLS], [SEP])."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    return [], []
+
+
 def text_digest(path: Path) -> str:
     """The sha256 of a text file, in hex: what a report quotes to say which text was used."""
     with path.open("rb") as file:
