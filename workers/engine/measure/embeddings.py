@@ -29,7 +29,8 @@ def pool(tokens: Vectors, modes: tuple[str, ...]) -> Vectors:
         "mean_tokens": lambda: tokens.mean(axis=0),
         "mean_sqrt_len_tokens": lambda: tokens.sum(axis=0) / np.sqrt(len(tokens)),
     }
-    return np.concatenate([pooled[mode]() for mode in modes])
+    vector: Vectors = np.concatenate([pooled[mode]() for mode in modes])
+    return vector
 
 
 def cosines(a: Vectors, b: Vectors) -> NDArray[np.float64]:
@@ -37,7 +38,8 @@ def cosines(a: Vectors, b: Vectors) -> NDArray[np.float64]:
     a64, b64 = a.astype(np.float64), b.astype(np.float64)
     norms = np.linalg.norm(a64, axis=1) * np.linalg.norm(b64, axis=1)
     products: NDArray[np.float64] = (a64 * b64).sum(axis=1)
-    return np.divide(products, norms, out=np.zeros_like(norms), where=norms > 0)
+    result: NDArray[np.float64] = np.divide(products, norms, out=np.zeros_like(norms), where=norms > 0)
+    return result
 
 
 def pairwise_similarities(vectors: Vectors) -> NDArray[np.float64]:

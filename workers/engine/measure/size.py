@@ -14,6 +14,7 @@ from torch import Tensor
 
 from app.spec.report import FileSize
 from workers.engine.checkpoint.reader import Checkpoint
+from workers.engine.checkpoint.streaming import Slab, row_slabs
 from workers.engine.measure.size_onnx import count_onnx
 
 _WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".data", ".onnx_data")
@@ -91,10 +92,10 @@ def _count_zeros(checkpoint: Checkpoint) -> Iterator[int]:
     for name, entry in checkpoint.tensors.items():
         if name.endswith(_AUXILIARY):
             continue
-        for start, stop in checkpoint.row_slabs(name, _SLAB_BYTES):
-            rows = checkpoint.read_rows(name, start, stop)
+        for slab in row_slabs(entry, _SLAB_BYTES):
+            rows = checkpoint.read_rows(name, slab.start, slab.stop)
             if name.endswith(_PACKED):
-                yield _packed_zeros(checkpoint, name, rows, start, stop)
+                yield _packed_zeros(checkpoint, slab, rows)
             else:
                 values = (
                     rows if entry.dtype.itemsize > 1 or not entry.dtype.is_floating_point else rows.float()
@@ -102,18 +103,20 @@ def _count_zeros(checkpoint: Checkpoint) -> Iterator[int]:
                 yield values.numel() - int(torch.count_nonzero(values))
 
 
-def _packed_zeros(checkpoint: Checkpoint, name: str, words: Tensor, start: int, stop: int) -> int:
-    """Codes that stand for zero in rows `start` to `stop`: words (rows, words per row) int32."""
+def _packed_zeros(checkpoint: Checkpoint, slab: Slab, words: Tensor) -> int:
+    """Codes that stand for zero in a slab: words (rows, words per row) int32."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
+    name = slab.entry.name
     all_rows, columns = _logical_shape(checkpoint, name)
     bits = 32 * words.shape[1] // columns
-    codes = unpack_from_int32(words, bits, torch.Size((stop - start, columns)))
+    codes: Tensor = unpack_from_int32(words, bits, torch.Size((len(words), columns)))
     zero_point_name = name.removesuffix(_PACKED) + "weight_zero_point"
     if zero_point_name not in checkpoint.tensors:
         return codes.numel() - int(torch.count_nonzero(codes))
     packed_points = checkpoint.read(zero_point_name)
     groups = packed_points.shape[1]
-    points = unpack_from_int32(packed_points, bits, torch.Size((all_rows, groups)), packed_dim=0)[start:stop]
+    points = unpack_from_int32(packed_points, bits, torch.Size((all_rows, groups)), packed_dim=0)
     group_size = -(-columns // groups)
-    return int((codes == points.repeat_interleave(group_size, dim=1)[:, :columns]).sum())
+    spread = points[slab.start : slab.stop].repeat_interleave(group_size, dim=1)[:, :columns]
+    return int(torch.count_nonzero(codes == spread))

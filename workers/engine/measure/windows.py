@@ -19,7 +19,12 @@ from app.spec.compression import Evaluation
 from app.spec.facts import ModelFacts
 from app.spec.report import EvaluationText
 from workers.engine.architectures.loading import load_tokenizer
-from workers.engine.calibration.text import read_documents, text_digest, token_windows
+from workers.engine.calibration.text import (
+    read_documents,
+    special_tokens,
+    text_digest,
+    token_windows,
+)
 from workers.engine.measure.results import Kind, Prepared
 
 Windows = list[NDArray[np.int64]]
@@ -91,16 +96,6 @@ def tokenizer_of(directory: Path) -> Any:
             code="no_tokenizer",
             hint="Upload the tokenizer's files with the model, or set evaluation.enabled to false.",
         ) from error
-
-
-def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What a tokenizer puts before and after a text, e.g. ([BOS], []) or ([CLS], [SEP])."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return full[:start], full[start + len(bare) :]
-    return [], []
 
 
 def save_windows(path: Path, windows: Windows) -> None:

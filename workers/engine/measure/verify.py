@@ -1,0 +1,155 @@
+"""Check an exported directory in a fresh process that knows nothing else: no job succeeds without it.
+
+The target's own loader must find every weight, the outputs must be finite, and the tokenizer must still be the
+original's. What is sound but worthless, e.g. text that repeats one word, is said and left to the reader.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.errors import JobFailed, VerificationFailed
+from app.spec.report import TextSample
+from workers.engine.calibration.builtin import builtin_text
+from workers.engine.calibration.text import special_tokens
+from workers.engine.measure.embeddings import cosines
+from workers.engine.measure.results import Kind, Pair, Prepared, RunnerFacts, Verification
+from workers.engine.measure.runner_client import RunnerClient
+from workers.engine.measure.windows import load_windows, save_windows, tokenizer_of
+
+_PROBE_TOKENS = 64
+_PROMPT_TOKENS = 12
+_NEW_TOKENS = 32
+_ROUND_TRIP_CHARACTERS = 2000
+_REPEATED_SHARE = 0.8
+
+Models = tuple[RunnerClient, RunnerClient]
+
+
+def verify_export(pair: Pair, models: Models, kind: Kind, prepared: Prepared | None) -> Verification:
+    """Check the result in `models[1]` against the original in `models[0]`, both alive.
+
+    Raises VerificationFailed when weights were lost or made up, or when outputs are not finite; JobFailed
+    (`original_is_broken`) when the original's are not.
+    """
+    facts = models[0].ready(), models[1].ready()
+    check_loading(*facts)
+    tokenizer = tokenizer_of(pair.original)
+    probe = _probe_tokens(tokenizer, prepared)
+    cosine = _compare_probe(pair.work, models, probe)
+    samples: tuple[TextSample, ...] = ()
+    degenerate = None
+    if kind == "causal_lm":
+        prompt = probe[: len(special_tokens(tokenizer)[0]) + _PROMPT_TOKENS]
+        written = [model.generate(prompt, new_tokens=_NEW_TOKENS) for model in models]
+        samples = (_sample(tokenizer, prompt, written),)
+        degenerate = _degenerate(tokenizer, *written)
+    return Verification(
+        original=facts[0],
+        result=facts[1],
+        tokenizer_changes=tokenizer_changes(tokenizer, pair.result),
+        output_cosine=cosine,
+        samples=samples,
+        degenerate=degenerate,
+    )
+
+
+def check_loading(original: RunnerFacts, result: RunnerFacts) -> None:
+    """Raise VerificationFailed when the loader made up or dropped weights of the result that the original has."""
+    before, after = original.loading, result.loading
+    problems = {
+        "are missing from the files and were made up by the loader": set(after.missing) - set(before.missing),
+        "were dropped by the loader": set(after.unexpected) - set(before.unexpected),
+        "have another shape than the config says": set(after.mismatched) - set(before.mismatched),
+    }
+    faults = [f"{_names(names)} {what}" for what, names in problems.items() if names]
+    if faults:
+        raise VerificationFailed(
+            f"Not all weights of the exported model load: {'; '.join(faults)}.",
+            hint="This is a defect of the export, not of your model: report it with the job's id.",
+        )
+
+
+def check_finite(model: RunnerClient, windows_file: Path, index: int, target: Path) -> np.ndarray[Any, Any]:
+    """Outputs of one of the original's windows. Raises JobFailed (`original_is_broken`) for NaN or infinity."""
+    outputs, finite = model.outputs(windows_file, index, target)
+    if not finite:
+        raise JobFailed(
+            f"The original model gives NaN or infinity on window {index} of the evaluation text.",
+            code="original_is_broken",
+            hint="No compression can mend it: check the upload's sha256, and that the model works where you got it.",
+        )
+    return outputs
+
+
+def tokenizer_changes(original: Any, result_directory: Path) -> tuple[str, ...]:
+    """How the result's tokenizer differs from the original's, in words; a missing one is a difference."""
+    text = builtin_text("evaluation").read_text(encoding="utf-8")[:_ROUND_TRIP_CHARACTERS]
+    try:
+        result = tokenizer_of(result_directory)
+    except JobFailed as error:
+        return (error.detail,)
+    ids, ids_after = original(text)["input_ids"], result(text)["input_ids"]
+    changes = []
+    if len(original) != len(result):
+        changes.append(f"It has {len(result)} entries, the original's {len(original)}.")
+    if ids != ids_after:
+        changes.append("It cuts text into other tokens than the original's.")
+    elif original.decode(ids) != result.decode(ids):
+        changes.append("It turns tokens into another text than the original's.")
+    return tuple(changes)
+
+
+def _probe_tokens(tokenizer: Any, prepared: Prepared | None) -> list[int]:
+    if prepared is not None:
+        return [int(token) for token in load_windows(prepared.windows_file)[0][:_PROBE_TOKENS]]
+    text = builtin_text("evaluation").read_text(encoding="utf-8")[:_ROUND_TRIP_CHARACTERS]
+    return [int(token) for token in tokenizer(text)["input_ids"][:_PROBE_TOKENS]]
+
+
+def _compare_probe(work: Path, models: Models, probe: list[int]) -> float:
+    windows = work / "probe.npz"
+    save_windows(windows, [np.asarray(probe, dtype=np.int64)])
+    original = check_finite(models[0], windows, 0, work / "original.raw")
+    result, finite = models[1].outputs(windows, 0, work / "result.raw")
+    if not finite:
+        raise VerificationFailed(
+            "The exported model gives NaN or infinity where the original gives numbers.",
+            hint="Use more bits or prune less; if the settings were mild, report it with the job's id.",
+        )
+    if original.shape != result.shape:
+        return 0.0
+    return float(cosines(original.reshape(1, -1), result.reshape(1, -1))[0])
+
+
+def _sample(tokenizer: Any, prompt: list[int], written: list[list[int]]) -> TextSample:
+    texts = [tokenizer.decode(prompt + tokens, skip_special_tokens=True) for tokens in written]
+    start = tokenizer.decode(prompt, skip_special_tokens=True)
+    original, result = (text.removeprefix(start) for text in texts)
+    return TextSample(prompt=start, original=original, result=result)
+
+
+def _degenerate(tokenizer: Any, original: list[int], result: list[int]) -> str | None:
+    token, share = _most_repeated(result)
+    if share < _REPEATED_SHARE or _most_repeated(original)[1] >= _REPEATED_SHARE:
+        return None
+    word = tokenizer.decode([token])
+    return f"Left to write by itself it repeats one token, {word!r}, for {share:.0%} of its text; the original does not."
+
+
+def _most_repeated(tokens: list[int]) -> tuple[int, float]:
+    """The commonest token and its share; a text of a few tokens repeats nothing."""
+    if len(tokens) < 8:
+        return 0, 0.0
+    token, count = Counter(tokens).most_common(1)[0]
+    return token, count / len(tokens)
+
+
+def _names(names: set[str], shown: int = 5) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
+    return ", ".join(listed[:shown]) + more
