@@ -43,7 +43,7 @@ def embedded_services() -> Iterator[Settings]:
     migrate()
     with contextlib.ExitStack() as stack:
         if not settings.redis_url:
-            stack.enter_context(_own_broker(settings))
+            stack.enter_context(_own_broker())
             settings = get_settings()
         stack.enter_context(_Child("worker", lambda: worker_command(settings)))
         stop = threading.Event()
@@ -70,7 +70,7 @@ def worker_command(settings: Settings) -> list[str]:
 
 
 @contextlib.contextmanager
-def _own_broker(settings: Settings) -> Iterator[None]:
+def _own_broker() -> Iterator[None]:
     """A server on a unix socket, with nothing kept on disk: the database holds every job."""
     # A unix socket's path may have 107 bytes; a data directory's may be longer.
     with tempfile.TemporaryDirectory(prefix="modelpress-") as directory:

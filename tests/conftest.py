@@ -13,7 +13,6 @@ import socket
 import subprocess
 import tempfile
 import threading
-import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from alembic import command
 from alembic.config import Config
 from fastapi.testclient import TestClient
 from sqlalchemy import create_engine, make_url, text
+from waiting import wait_until
 
 from app.db.engine import Database, get_database
 from app.settings import Settings, get_settings
@@ -196,15 +196,6 @@ def server_url(settings: Settings) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         server.should_exit = True
         thread.join()
-
-
-def wait_until(condition: Callable[[], object], *, seconds: float = 10) -> None:
-    """Wait for a condition to hold; fail the test if it does not."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"waited {seconds} s in vain")
-        time.sleep(0.01)
 
 
 class Broker:

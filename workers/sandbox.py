@@ -13,7 +13,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,14 +43,13 @@ class Limits:
 
 
 def spawn(
-    module: str, arguments: Sequence[str], *, scratch: Path, limits: Limits, pipe: int, log: Path
+    command: Sequence[str], *, scratch: Path, limits: Limits, pipe: int, log: Path
 ) -> subprocess.Popen[bytes]:
-    """Start `python -m module` inside the sandbox, as the leader of a new process group; `pipe` stays open in it."""
+    """Start a command inside the sandbox, as the leader of a new process group; `pipe` stays open in it."""
     scratch.joinpath("tmp").mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         return subprocess.Popen(
-            # -I: neither the working directory nor PYTHONPATH can put a module in front of ours.
-            [sys.executable, "-I", "-m", module, *arguments],
+            command,
             cwd=scratch,
             env=_environment(scratch, limits.threads),
             stdin=subprocess.DEVNULL,

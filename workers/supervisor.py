@@ -9,6 +9,7 @@ import os
 import selectors
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,10 +26,11 @@ from app.settings import GIB, Settings
 from app.storage import ArtifactStore
 from workers import events, sandbox
 from workers.lease import CancelRequested, Lease, LeaseLost, write_patiently
-from workers.publish import publish
+from workers.publish import publish, store_files
 from workers.scratch import Assignment, Scratch, read_assignment
 
-JOB_MODULE = "workers.job_process"
+# -I: neither the working directory nor PYTHONPATH can put a module in front of ours.
+JOB_COMMAND = (sys.executable, "-I", "-m", "workers.job_process")
 _POLL_SECONDS = 0.5
 _PROGRESS_SECONDS = 1.0
 _MAX_EVENT_BYTES = 1 << 20
@@ -49,7 +51,8 @@ class Supervisor:
     store: ArtifactStore
     device: str = "cpu"
     draining: Callable[[], bool] = lambda: False
-    job_module: str = JOB_MODULE
+    job_command: tuple[str, ...] = JOB_COMMAND
+    """What runs a job; the job file and the number of the pipe are appended."""
 
     def run(self, job_id: str) -> str:
         """Run a job if it is free. Returns what became of it: a status, `queued`, `lost`, or `not_claimed`."""
@@ -154,8 +157,7 @@ class _Attempt:
         with os.fdopen(receiver, "rb", buffering=0) as pipe:
             try:
                 process = sandbox.spawn(
-                    self.supervisor.job_module,
-                    [str(job_file), str(sender)],
+                    [*self.supervisor.job_command, str(job_file), str(sender)],
                     scratch=self.scratch.directory,
                     limits=self._limits(),
                     pipe=sender,
@@ -256,16 +258,15 @@ class _Attempt:
     def _publish(self, watch: _Watch, end: events.Finished) -> str:
         report = len(watch.stage_names) - 1
         export = watch.stage_names.index("export")
-        artifacts = publish(
+        store = self.supervisor.store
+        files = store_files(
             self.lease.claim.job_id,
             model=self.scratch.stages / watch.directories[export] / "model",
             report=self.scratch.stages / watch.directories[report],
-            store=self.supervisor.store,
+            store=store,
             beat=self.lease.beat,
         )
-        done = self.lease.write(
-            lambda s, claim: job_queries.succeed(s, claim, verdict=end.verdict, artifacts=artifacts)
-        )
+        done = self.lease.write(lambda s, claim: publish(s, claim, files, verdict=end.verdict, store=store))
         if not done:
             self.lease.beat()  # tells a cancel from a lost lease
             raise LeaseLost

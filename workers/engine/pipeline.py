@@ -73,17 +73,9 @@ def run_job(job: Job, emit: Emit) -> None:
             running = names[number]
             done.append(_run_stage(job, number, tuple(done), emit))
         emit(events.Finished(verdict=stages.verdict(job.stages / done[-1])))
-    except ModelpressError as error:
-        emit(_failed(error, running))
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        emit(_failed(OutOfMemory(f"Memory ran out: {error}", hint=_MEMORY_HINT), running))
     except Exception as error:
         traceback.print_exc()
-        detail = f"{type(error).__name__}: {error}"[:1500]
-        hint = "This is a defect of Modelpress; the job's log on the worker has the details."
-        emit(events.Failed(code="engine_error", detail=detail, hint=hint, stage=running))
+        emit(_failed(error, running))
 
 
 _MEMORY_HINT = "Use a larger worker, or see POST /v1/plans for what the job needs and a spec that fits."
@@ -117,7 +109,11 @@ def _run_stage(job: Job, number: int, done: tuple[str, ...], emit: Emit) -> str:
     began = time.perf_counter()
     with _peak_memory() as peak:
         metrics = stages.run(name, context)
-    metrics = {"seconds": round(time.perf_counter() - began, 3), "peak_memory_bytes": peak["bytes"], **metrics}
+    metrics = {
+        "seconds": round(time.perf_counter() - began, 3),
+        "peak_memory_bytes": peak["bytes"],
+        **metrics,
+    }
     _seal(directory, metrics)
     emit(events.StageDone(stage=number, directory=directory.name, metrics=metrics))
     return directory.name
@@ -145,12 +141,19 @@ def _peak_memory() -> Iterator[dict[str, int]]:
             peak["bytes"] = int(line.split()[1]) * 1024
 
 
+def _failed(error: Exception, stage: str) -> events.Failed:
+    """The event a user can act on; what we did not foresee is called a defect, not explained away."""
+    if _is_out_of_memory(error):
+        error = OutOfMemory(f"Memory ran out: {error}"[:1500], hint=_MEMORY_HINT)
+    if isinstance(error, ModelpressError):
+        return events.Failed(code=error.code, detail=error.detail, hint=error.hint, stage=stage)
+    hint = "This is a defect of Modelpress; the job's log on the worker has the details."
+    detail = f"{type(error).__name__}: {error}"[:1500]
+    return events.Failed(code="engine_error", detail=detail, hint=hint, stage=stage)
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     """Torch says so on a GPU by a type of its own, on a CPU by words alone."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
-
-
-def _failed(error: ModelpressError, stage: str) -> events.Failed:
-    return events.Failed(code=error.code, detail=error.detail, hint=error.hint, stage=stage)
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
