@@ -54,8 +54,8 @@ class Part(BaseModel):
     """From 1."""
     bytes: int = Field(examples=[12])
     """Bytes of the part."""
-    sha256: str
-    """sha256 of the part in hex."""
+    sha256: str | None
+    """sha256 of the part in hex, if you sent its Content-Digest."""
 
 
 class UploadUrls(BaseModel):

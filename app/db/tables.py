@@ -53,7 +53,8 @@ class UploadPart(Base):
     upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id", ondelete="CASCADE"), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)
     bytes: Mapped[int]
-    sha256: Mapped[str]
+    sha256: Mapped[str | None]
+    """Of its bytes, where the client sent it and so had it checked."""
 
 
 class Model(Base):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
@@ -20,7 +20,7 @@ from app.errors import Conflict, IntakeError, InvalidRequest, ModelpressError, N
 from app.ids import new_id
 from app.settings import Settings
 from app.storage import get_staging
-from app.storage.parts import PartWriter, RunningDigests, create_file, digest_file, pump
+from app.storage.parts import PartFile, RunningDigests, create_file, digest_file, pump
 from app.storage.staging import Staging
 
 _RESEND = "Send this part again."
@@ -103,29 +103,30 @@ async def receive_part(
     length = part_length(upload, number)
     if declared_length not in (None, length):
         raise _wrong_length(number, length, declared_length or 0)
-    with PartWriter(
+    with PartFile(
         staging.upload_path(upload_id),
         offset=(number - 1) * upload.part_bytes,
         length=length,
         min_free_bytes=staging.min_free_bytes,
-    ) as writer:
+    ) as place:
         # Asked under the lock: another request may have recorded the part a moment ago.
         recorded = await asyncio.to_thread(_recorded_part, database, upload_id, number)
         arriving = _ArrivingPart(
-            writer=writer if recorded is None else None,
+            place=place.write if recorded is None else place.compare,
+            part=hashlib.sha256() if declared_sha256 else None,
             whole=_running.fork(upload_id, number) if recorded is None else None,
         )
         received = await pump(chunks, arriving.consume, limit=length)
         if received != length:
             raise _wrong_length(number, length, received)
-        _check_part(number, arriving.digest.digest(), declared_sha256, recorded)
+        arriving.check(number, declared_sha256)
         if recorded is not None:
             return recorded
-        sha256 = arriving.digest.hexdigest()
+        sha256 = declared_sha256.hex() if declared_sha256 else None
         row = UploadPart(upload_id=upload_id, number=number, bytes=length, sha256=sha256)
         await asyncio.to_thread(_record_part, database, row)
-    if arriving.whole is not None:
-        _running.advance(upload_id, number, arriving.whole, sha256)
+        if arriving.whole is not None:
+            _running.advance(upload_id, number, arriving.whole)
     return row
 
 
@@ -141,8 +142,7 @@ def complete_upload(database: Database, staging: Staging, settings: Settings, up
         return state
     if state.missing:
         raise _incomplete(state)
-    recorded = [part.sha256 for part in state.parts]
-    digest, parts = _running.take(upload_id, recorded)
+    digest, parts = _running.take(upload_id)
     offset = min(parts * state.upload.part_bytes, state.upload.size)
     try:
         sha256 = digest_file(staging.upload_path(upload_id), digest, offset=offset)
@@ -198,19 +198,26 @@ def remove_expired_uploads(session: Session) -> int:
 
 @dataclass
 class _ArrivingPart:
-    """Takes the batches of a part: digests them, and writes them unless the part is only compared."""
+    """Takes the batches of a part to its place, and into the digests that are wanted."""
 
-    writer: PartWriter | None
+    place: Callable[[Sequence[bytes]], None]
+    part: hashlib._Hash | None
     whole: hashlib._Hash | None
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
 
     def consume(self, batch: Sequence[bytes]) -> None:
-        for chunk in batch:
-            self.digest.update(chunk)
-            if self.whole is not None:
-                self.whole.update(chunk)
-        if self.writer is not None:
-            self.writer.write(batch)
+        for digest in (self.part, self.whole):
+            if digest is not None:
+                for chunk in batch:
+                    digest.update(chunk)
+        self.place(batch)
+
+    def check(self, number: int, announced: bytes | None) -> None:
+        if self.part is not None and self.part.digest() != announced:
+            raise InvalidRequest(
+                f"Part {number} arrived with another sha256 than its Content-Digest says.",
+                code="digest_mismatch",
+                hint=_RESEND,
+            )
 
 
 def _upload_with_part(database: Database, upload_id: str, number: int) -> Upload:
@@ -230,32 +237,18 @@ def _recorded_part(database: Database, upload_id: str, number: int) -> UploadPar
         return queries.get_part(session, upload_id, number)
 
 
-def _check_part(number: int, got: bytes, announced: bytes | None, recorded: UploadPart | None) -> None:
-    if announced not in (None, got):
-        raise InvalidRequest(
-            f"Part {number} arrived with another sha256 than its Content-Digest says.",
-            code="digest_mismatch",
-            hint=_RESEND,
-        )
-    if recorded is not None and recorded.sha256 != got.hex():
-        raise Conflict(
-            f"Part {number} has arrived before, with other bytes.",
-            code="part_differs",
-            hint="If the file has changed, delete this upload and start a new one.",
-        )
-
-
 def _record_part(database: Database, row: UploadPart) -> None:
-    """Record a part, unless the upload went away while it came in, or another process was quicker."""
+    """Record a part, unless the upload went away while it came in."""
     with database.write() as session:
         upload = _found(queries.get_upload_for_change(session, row.upload_id), row.upload_id)
-        if upload.status == "open" and queries.get_part(session, row.upload_id, row.number) is None:
-            queries.add_part(session, row)
+        if upload.status != "open":
+            raise Conflict(f"Upload {upload.id} is {upload.status}.", code="upload_completed")
+        queries.add_part(session, row)
 
 
 def _forget(staging: Staging, upload_ids: Sequence[str]) -> None:
     for upload_id in upload_ids:
-        _running.forget(upload_id)
+        _running.take(upload_id)
         staging.upload_path(upload_id).unlink(missing_ok=True)
 
 

@@ -13,7 +13,6 @@ import os
 import struct
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -35,61 +34,47 @@ def create_file(path: Path, size: int, min_free_bytes: int) -> None:
         file.truncate(size)
 
 
-@dataclass
-class RunningDigest:
-    """The sha256 of the first parts of an upload, advanced while each next part arrives in order."""
-
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
-    parts: list[str] = field(default_factory=list)
-    """Digest of each part that went in, from the first on."""
-
-
 class RunningDigests:
-    """The running digests of this process. A hint: what is not here is read again when the upload completes."""
+    """The sha256 of the first parts of each upload, advanced while each next part arrives in order.
+
+    A hint of this process: what did not go in here is read again when the upload completes.
+    """
 
     def __init__(self, capacity: int = 1024) -> None:
-        self._by_upload: dict[str, RunningDigest] = {}
+        self._by_upload: dict[str, tuple[hashlib._Hash, int]] = {}
         self._capacity = capacity
         self._lock = threading.Lock()
 
     def fork(self, upload_id: str, number: int) -> hashlib._Hash | None:
         """A copy to feed part `number` (from 1) into; None when an earlier part has not gone in."""
         with self._lock:
-            if number == 1 and upload_id not in self._by_upload:
-                if len(self._by_upload) >= self._capacity:
-                    del self._by_upload[next(iter(self._by_upload))]
-                self._by_upload[upload_id] = RunningDigest()
-            running = self._by_upload.get(upload_id)
-            return running.digest.copy() if running and len(running.parts) == number - 1 else None
+            digest, parts = self._by_upload.get(upload_id, (hashlib.sha256(), 0))
+            return digest.copy() if parts == number - 1 else None
 
-    def advance(self, upload_id: str, number: int, digest: hashlib._Hash, part_sha256: str) -> None:
-        """Keep a fork into which part `number` went whole, once the part is recorded."""
+    def advance(self, upload_id: str, number: int, digest: hashlib._Hash) -> None:
+        """Keep a fork into which part `number` went whole. Only for the request that recorded the part."""
         with self._lock:
-            running = self._by_upload.get(upload_id)
-            if running and len(running.parts) == number - 1:
-                running.digest = digest
-                running.parts.append(part_sha256)
+            _, parts = self._by_upload.get(upload_id, (None, 0))
+            if parts == number - 1:
+                self._by_upload[upload_id] = (digest, number)
+            while len(self._by_upload) > self._capacity:
+                del self._by_upload[next(iter(self._by_upload))]
 
-    def take(self, upload_id: str, recorded: Sequence[str]) -> tuple[hashlib._Hash, int]:
-        """Remove and return a digest and the number of parts in it, if they are the recorded ones; else a fresh one."""
+    def take(self, upload_id: str) -> tuple[hashlib._Hash, int]:
+        """Remove and return the digest and the number of parts that went in."""
         with self._lock:
-            running = self._by_upload.pop(upload_id, None)
-        if running and running.parts == list(recorded[: len(running.parts)]):
-            return running.digest, len(running.parts)
-        return hashlib.sha256(), 0
-
-    def forget(self, upload_id: str) -> None:
-        """Drop what is known of an upload that is no more."""
-        with self._lock:
-            self._by_upload.pop(upload_id, None)
+            return self._by_upload.pop(upload_id, (hashlib.sha256(), 0))
 
 
-class PartWriter:
-    """Writes one part to its place and holds the lock on its range until closed. Not for several threads at once."""
+class PartFile:
+    """The place of one part, locked until closed. Not for several threads at once.
+
+    A new part is written there with `write`; one that is recorded already is held against what is there with `compare`.
+    """
 
     def __init__(self, path: Path, *, offset: int, length: int, min_free_bytes: int) -> None:
         try:
-            self._file = os.open(path, os.O_WRONLY)
+            self._file = os.open(path, os.O_RDWR)
         except (FileNotFoundError, PermissionError):
             raise NotFound("The upload is gone: it was used, deleted, or has expired.") from None
         try:
@@ -100,7 +85,6 @@ class PartWriter:
         self._directory = path.parent
         self._min_free = min_free_bytes
         self._offset = offset
-        self._left = length
 
     def __enter__(self) -> Self:
         return self
@@ -109,15 +93,22 @@ class PartWriter:
         os.close(self._file)
 
     def write(self, chunks: Sequence[bytes]) -> None:
-        """Write chunks behind those before."""
-        size = sum(map(len, chunks))
-        if size > self._left:
-            raise InvalidRequest("The part is longer than its place in the upload.", code="part_length")
-        require_free(self._directory, size, self._min_free)
+        """Write chunks behind those before. Raises StorageFull."""
+        require_free(self._directory, sum(map(len, chunks)), self._min_free)
         with full_disk_translated():
             for start in range(0, len(chunks), _IOV_MAX):
                 self._write_vector(list(chunks[start : start + _IOV_MAX]))
-        self._left -= size
+
+    def compare(self, chunks: Sequence[bytes]) -> None:
+        """Raise Conflict (`part_differs`) if the bytes behind those before are not these."""
+        for chunk in chunks:
+            if os.pread(self._file, len(chunk), self._offset) != chunk:
+                raise Conflict(
+                    "This part has arrived before, with other bytes.",
+                    code="part_differs",
+                    hint="If the file has changed, delete this upload and start a new one.",
+                )
+            self._offset += len(chunk)
 
     def _write_vector(self, chunks: list[bytes]) -> None:
         while chunks:
