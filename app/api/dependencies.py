@@ -6,9 +6,10 @@ A `WriteSession` is committed before the response is sent, so no client hears of
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Generic, TypeVar
 
 from fastapi import Depends, Query, Request
+from pydantic import BaseModel, ConfigDict
 from sqlalchemy.orm import Session
 
 from app.db.engine import get_database
@@ -42,3 +43,15 @@ After = Annotated[
     str | None,
     Query(max_length=64, description="Id of the last item of the page before; leave out for the first page."),
 ]
+
+Item = TypeVar("Item")
+
+
+class Page(BaseModel, Generic[Item]):
+    """One page of a list, newest first."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    items: list[Item]
+    has_more: bool
+    """Whether there are more behind the last item: ask again with `after` set to its id."""

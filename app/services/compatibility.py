@@ -1,0 +1,84 @@
+"""Does a spec fit a model, its datasets and its student? What the database knows, put to app.spec.compatibility."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sqlalchemy.orm import Session
+
+from app.db import model_queries
+from app.db.tables import Model
+from app.errors import Fault, InvalidRequest, UnsupportedForModel
+from app.spec.compatibility import applicable_acceptance, check_spec
+from app.spec.compression import CompressionSpec, TextSource
+from app.spec.distill import DistillLogits, StudentFromModel
+from app.spec.facts import ModelFacts
+from app.spec.recipes import Recipe
+
+
+def read_facts(model: Model) -> ModelFacts:
+    """The facts of a model, as intake wrote them down."""
+    return ModelFacts.model_validate(model.facts)
+
+
+def fitting_spec(
+    session: Session, facts: ModelFacts, *, recipe: Recipe | None, spec: CompressionSpec | None
+) -> tuple[CompressionSpec, dict[str, ModelFacts]]:
+    """The spec to run, and the facts of uploaded students by id; datasets and students stay until the transaction ends.
+
+    Raises UnsupportedForModel with every fault, pointing into `/spec`, or at `/recipe`.
+    """
+    if recipe is not None:
+        return _of_recipe(recipe, facts), {}
+    if spec is None:
+        raise InvalidRequest("Give a recipe or a spec.", faults=[Fault("", "Give `recipe` or `spec`.")])
+    students, missing = _students(session, spec)
+    faults = [*missing, *_missing_datasets(session, spec), *check_spec(spec, facts, students)]
+    _refuse(facts, [Fault("/spec" + fault.pointer, fault.detail) for fault in faults])
+    return spec, students
+
+
+def _of_recipe(recipe: Recipe, facts: ModelFacts) -> CompressionSpec:
+    """A recipe's spec for this model, without the limits that are meant for other families."""
+    if facts.family not in recipe.families:
+        served = " and ".join(sorted(recipe.families))
+        _refuse(facts, [Fault("/recipe", f"{recipe.name} is for {served} models.")])
+    limits = applicable_acceptance(recipe.spec.acceptance, facts)
+    spec = recipe.spec.model_copy(update={"acceptance": limits})
+    _refuse(facts, [Fault("/recipe", f"{f.pointer}: {f.detail}") for f in check_spec(spec, facts)])
+    return spec
+
+
+def _refuse(facts: ModelFacts, faults: list[Fault]) -> None:
+    if faults:
+        raise UnsupportedForModel(
+            f"This cannot be done to this {facts.architecture}: {faults[0].detail}",
+            hint="Each entry of `errors` says where and what would work.",
+            faults=faults,
+        )
+
+
+def _students(session: Session, spec: CompressionSpec) -> tuple[dict[str, ModelFacts], list[Fault]]:
+    students: dict[str, ModelFacts] = {}
+    missing: list[Fault] = []
+    for number, step in enumerate(spec.steps):
+        if isinstance(step, DistillLogits) and isinstance(step.student, StudentFromModel):
+            model_id = step.student.model
+            student = model_queries.get_model_for_use(session, model_id)
+            if student is None:
+                missing.append(Fault(f"/steps/{number}/student/model", f"There is no model {model_id}."))
+            else:
+                students[model_id] = read_facts(student)
+    return students, missing
+
+
+def _missing_datasets(session: Session, spec: CompressionSpec) -> Iterator[Fault]:
+    """Every dataset that is named must exist, also one that no step reads: a name that leads nowhere is a mistake."""
+    named: dict[str, TextSource] = {
+        "/calibration/dataset": spec.calibration,
+        "/training/dataset": spec.training,
+        "/evaluation/text/dataset": spec.evaluation.text,
+    }
+    for pointer, source in named.items():
+        if source.dataset and model_queries.get_dataset_for_use(session, source.dataset) is None:
+            yield Fault(pointer, f"There is no dataset {source.dataset}.")

@@ -1,0 +1,212 @@
+"""Does a spec fit a model? Answered from the facts in its headers, so that a job is refused at submit, not at hour six.
+
+Pure: (spec, facts) in, faults out, each with a JSON pointer into the spec and words that say what would work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from app.errors import Fault
+from app.spec.architectures import block_index
+from app.spec.base import Family, Step
+from app.spec.compression import Acceptance, CompressionSpec
+from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel, StudentFromPreviousStep
+from app.spec.facts import ModelFacts, TensorFact
+from app.spec.prune import PruneDepth, PruneMagnitude
+from app.spec.quantize import QuantizeWeights
+
+_NAMED_LAYERS = 3
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_MEASURED = (
+    "max_perplexity_increase", "max_kl", "min_top1_agreement", "min_cosine", "max_latency_ratio", "max_peak_memory_ratio",
+)  # fmt: skip
+_NEEDS_MEMBERS = {"max_perplexity_increase": "perplexity", "max_kl": "next-token distributions"}
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The model as the steps before have left it: how many blocks, and its compressible layers."""
+
+    blocks: int
+    layers: tuple[TensorFact, ...]
+
+    def without_blocks(self, count: int) -> _Shape:
+        """Which blocks go is known only when the job runs; all have the same layers, so drop the last."""
+        left = self.blocks - count
+        return _Shape(left, tuple(t for t in self.layers if (block_index(t.name) or 0) < left))
+
+
+def check_spec(
+    spec: CompressionSpec, facts: ModelFacts, students: dict[str, ModelFacts] | None = None
+) -> list[Fault]:
+    """Everything in a spec that cannot be done to this model; pointers start at the spec.
+
+    `students` holds the facts of uploaded students by model id; one that is missing is not checked here.
+    """
+    faults: list[Fault] = []
+    shape = _Shape(facts.num_blocks, facts.compressible())
+    for number, step in enumerate(spec.steps):
+        where = f"/steps/{number}"
+        faults += _check_family(step, facts, where)
+        if isinstance(step, QuantizeWeights | PruneMagnitude):
+            faults += _check_layers(step, shape, where)
+        if isinstance(step, PruneDepth):
+            faults += _check_depth(step, shape, where)
+            shape = shape.without_blocks(min(step.blocks_to_drop(shape.blocks), shape.blocks - 1))
+        if isinstance(step, DistillLogits):
+            faults += _check_distillation(step, facts, students or {}, where)
+            shape = _after_distillation(step, shape, students or {})
+    return [*faults, *_check_acceptance(spec, facts)]
+
+
+def applicable_acceptance(acceptance: Acceptance, facts: ModelFacts) -> Acceptance:
+    """The limits that can be measured on such a model. Recipes serve every family and name limits for each."""
+    return acceptance.model_copy(update=dict.fromkeys(_foreign_limits(acceptance, facts)))
+
+
+def matching_layers(patterns: Sequence[str], layers: Iterable[TensorFact]) -> tuple[TensorFact, ...]:
+    """Layers whose module name (the tensor's without `.weight`) matches one of the shell patterns."""
+    return tuple(t for t in layers if any(fnmatchcase(module_name(t), p) for p in patterns))
+
+
+def module_name(tensor: TensorFact) -> str:
+    """The name of the module a weight belongs to."""
+    return tensor.name.removesuffix(".weight")
+
+
+def _check_family(step: Step, facts: ModelFacts, where: str) -> Iterator[Fault]:
+    if facts.family not in step.families:
+        known = " and ".join(sorted(step.families))
+        yield Fault(f"{where}/technique", f"Works on {known} models; this one is {facts.family}.")
+
+
+def _check_layers(step: QuantizeWeights | PruneMagnitude, shape: _Shape, where: str) -> Iterator[Fault]:
+    for number, pattern in enumerate(step.ignore):
+        if not matching_layers([pattern], shape.layers):
+            example = module_name(shape.layers[0]) if shape.layers else "none"
+            yield Fault(
+                f"{where}/ignore/{number}",
+                f"{pattern!r} matches none of the {len(shape.layers)} layers; they are named like {example}.",
+            )
+    ignored = set(matching_layers(step.ignore, shape.layers))
+    layers = [t for t in shape.layers if t not in ignored]
+    whole = next((t for t in layers if t.dtype not in _FLOATS), None)
+    if whole is not None:
+        yield Fault(
+            f"{where}/technique",
+            f"{module_name(whole)} is stored as {whole.dtype}: the model is already compressed. Upload the original.",
+        )
+    elif not layers:
+        yield Fault(f"{where}/ignore", "Nothing is left to work on: every layer is ignored.")
+    elif isinstance(step, QuantizeWeights) and step.group_size is not None:
+        yield from _check_group_size(step.group_size, layers, f"{where}/group_size")
+    elif isinstance(step, PruneMagnitude) and step.pattern == "2:4":
+        yield from _check_multiple_of_four(layers, f"{where}/pattern")
+
+
+def _check_group_size(group_size: int, layers: Sequence[TensorFact], pointer: str) -> Iterator[Fault]:
+    misfits = [t for t in layers if t.shape[1] % group_size]
+    if not misfits:
+        return
+    common = math.gcd(*(t.shape[1] for t in layers))
+    sizes = [size for size in range(8, min(common, 4096) + 1, 8) if common % size == 0]
+    nearest = min(sizes, key=lambda size: abs(math.log(size / group_size)), default=None)
+    works = (
+        f"{nearest} works" if nearest else "no group size fits all; leave it out for one scale per channel"
+    )
+    yield Fault(
+        pointer, f"{group_size} does not divide the inputs of {_some(misfits)}. For this model {works}."
+    )
+
+
+def _check_multiple_of_four(layers: Sequence[TensorFact], pointer: str) -> Iterator[Fault]:
+    misfits = [t for t in layers if t.shape[1] % 4]
+    if misfits:
+        yield Fault(pointer, f"2:4 needs inputs divisible by 4, unlike {_some(misfits)}; add them to ignore.")
+
+
+def _some(tensors: Sequence[TensorFact]) -> str:
+    named = ", ".join(f"{module_name(t)} ({t.shape[1]})" for t in tensors[:_NAMED_LAYERS])
+    more = len(tensors) - _NAMED_LAYERS
+    return named + (f" and {more} more" if more > 0 else "")
+
+
+def _check_depth(step: PruneDepth, shape: _Shape, where: str) -> Iterator[Fault]:
+    dropped = step.blocks_to_drop(shape.blocks)
+    if dropped >= shape.blocks:
+        field = "drop_blocks" if step.drop_blocks is not None else "drop_ratio"
+        yield Fault(
+            f"{where}/{field}",
+            f"This removes {dropped} of {shape.blocks} blocks; at least one must stay: {shape.blocks - 1} at most.",
+        )
+
+
+def _check_distillation(
+    step: DistillLogits, facts: ModelFacts, students: dict[str, ModelFacts], where: str
+) -> Iterator[Fault]:
+    limits = [facts.max_positions]
+    if isinstance(step.student, StudentFromModel) and step.student.model in students:
+        student = students[step.student.model]
+        limits.append(student.max_positions)
+        yield from _check_student(student, facts, f"{where}/student/model")
+    if step.sequence_length > min(limits):
+        yield Fault(f"{where}/sequence_length", f"The model takes {min(limits)} tokens at most.")
+
+
+def _check_student(student: ModelFacts, facts: ModelFacts, pointer: str) -> Iterator[Fault]:
+    if student.family is not facts.family:
+        yield Fault(pointer, f"The student is {student.family}, its teacher {facts.family}.")
+    if student.vocab_size != facts.vocab_size:
+        yield Fault(
+            pointer,
+            f"The student's vocabulary has {student.vocab_size} entries, the teacher's {facts.vocab_size}: "
+            "they must share one tokenizer.",
+        )
+    if student.num_labels != facts.num_labels:
+        yield Fault(pointer, f"The student has {student.num_labels} labels, the teacher {facts.num_labels}.")
+
+
+def _after_distillation(step: DistillLogits, shape: _Shape, students: dict[str, ModelFacts]) -> _Shape:
+    match step.student:
+        case StudentFromDepthCut():
+            return shape.without_blocks(blocks_cut(step.student.drop_ratio, shape.blocks))
+        case StudentFromModel() if step.student.model in students:
+            student = students[step.student.model]
+            return _Shape(student.num_blocks, student.compressible())
+        case StudentFromModel() | StudentFromPreviousStep():
+            return shape
+
+
+def blocks_cut(drop_ratio: float, num_blocks: int) -> int:
+    """How many blocks a depth cut removes: the nearest number, at least one, and never the last block."""
+    return min(max(1, round(drop_ratio * num_blocks)), num_blocks - 1)
+
+
+def _foreign_limits(acceptance: Acceptance, facts: ModelFacts) -> dict[str, str]:
+    """Limits that are set and mean nothing for this model, and why."""
+    reasons = {}
+    is_lm, labels = facts.family is Family.CAUSAL_LM, facts.num_labels is not None
+    for name in acceptance.limits():
+        if name in _NEEDS_MEMBERS and not is_lm:
+            reasons[name] = f"Encoders have no {_NEEDS_MEMBERS[name]}; use min_cosine."
+        elif name == "min_cosine" and is_lm:
+            reasons[name] = "For encoders; for a language model use max_perplexity_increase or max_kl."
+        elif name == "min_top1_agreement" and not is_lm and not labels:
+            reasons[name] = "This encoder has no classes to agree on; use min_cosine."
+    return reasons
+
+
+def _check_acceptance(spec: CompressionSpec, facts: ModelFacts) -> Iterator[Fault]:
+    foreign = _foreign_limits(spec.acceptance, facts)
+    for name, reason in foreign.items():
+        yield Fault(f"/acceptance/{name}", reason)
+    if not spec.evaluation.enabled:
+        for name in spec.acceptance.limits().keys() & _MEASURED - foreign.keys():
+            yield Fault(
+                f"/acceptance/{name}",
+                "Nothing is measured with evaluation.enabled false; leave this limit out.",
+            )

@@ -1,0 +1,273 @@
+"""What a job will take, predicted from the facts in a model's headers: peak memory, disk, time and output bytes.
+
+Pure: the API answers `POST /plans` and refuses a job with it, and the engine refuses with the same numbers before it
+starts. Memory counts the job's process and its children together, as the supervisor does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from app.spec.base import Frozen, Step
+from app.spec.compression import CompressionSpec, Evaluation
+from app.spec.distill import DistillLogits
+from app.spec.facts import ModelFacts
+from app.spec.optimize import OptimizeOnnx
+from app.spec.prune import PruneDepth
+from app.spec.quantize import QuantizeWeights
+from app.spec.sizes import Shape, after_step
+
+_MIB = 2**20
+
+# Each number below was measured on a two-core x86 machine with torch 2.13 (CPU) unless it says otherwise.
+INTERPRETER_BYTES = 350 * _MIB
+"""A Python process with torch and transformers imported."""
+SLAB_BYTES = 128 * _MIB
+"""Rows in flight while a checkpoint is streamed: read buffer, float32 copies of a chunk per thread, result."""
+LOADING_FACTOR = 1.15
+"""A model in memory over its float32 weights: buffers, and the largest tensor twice while it is read."""
+LOGITS_COPIES = 3
+"""Float32 arrays of (tokens, vocabulary) alive at once when two models are compared: both, and one being reduced."""
+TRAINING_BYTES_PER_PARAMETER = 16
+"""Float32 weight, gradient, and Adam's two moments."""
+TRAINING_LOGITS_COPIES = 5
+"""Teacher, student, both log-softmaxes, and the gradient."""
+ACTIVATION_FLOATS_PER_HIDDEN = 34
+"""Floats kept for the backward pass per token, block and hidden unit (Korthikanti et al. 2022, sec. 4)."""
+ONNX_COPIES = 4
+"""Float32 copies of the model while it is exported: module, exported program, proto, and onnxruntime's own."""
+
+FLOPS_PER_SECOND = 4e10
+"""Float32 matrix products on two cores."""
+STREAMED_BYTES_PER_SECOND = 150e6
+"""Reading and writing a checkpoint through the page cache, syncs included."""
+QUANTIZED_WEIGHTS_PER_SECOND = {"mse": 12e6, "absmax": 60e6}
+PROCESS_SECONDS = 4.0
+"""Start of a process with torch."""
+ONNX_SECONDS_PER_PARAMETER = 2e-7
+"""Export, optimize and quantize."""
+LATENCY_TOKENS = 160
+"""Tokens that one timed round runs through a model."""
+
+
+class StagePlan(Frozen):
+    """What one stage of a job will take."""
+
+    name: str
+    peak_memory_bytes: int
+    """Highest resident memory of the job's processes during the stage."""
+    disk_bytes: int
+    """Bytes the stage writes to the worker's scratch directory."""
+    seconds: float
+    """On two CPU cores; an estimate to a factor of about three."""
+    output_bytes: int | None = None
+    """Bytes of the weights that the stage leaves, for stages that change them."""
+
+
+class Plan(Frozen):
+    """What a job will take."""
+
+    stages: tuple[StagePlan, ...]
+    peak_memory_bytes: int
+    """The highest peak of all stages."""
+    disk_bytes: int
+    """Bytes of scratch space, all stages together; freed when the job has ended."""
+    seconds: float
+    """Sum over the stages, waiting in the queue not counted."""
+    input_bytes: int
+    """Bytes of the model as uploaded."""
+    output_bytes: int
+    """Bytes of the result: weights, tokenizer and configuration."""
+    bytes_ratio: float
+    """`output_bytes` over `input_bytes`."""
+    memory_budget: int | None
+    """Bytes the job may use, by its spec or its workers; null where neither is known."""
+    fits: bool
+    """Whether the peak is within the budget. A job that does not fit is refused."""
+
+
+def plan_job(
+    spec: CompressionSpec,
+    facts: ModelFacts,
+    *,
+    students: dict[str, ModelFacts] | None = None,
+    side_file_bytes: int = 0,
+    worker_memory: int | None = None,
+) -> Plan:
+    """Predict a job.
+
+    `side_file_bytes` are those of tokenizer and configuration, which are copied as they are; `worker_memory` are the
+    bytes its worker has to give, which caps the budget of the spec.
+    """
+    limits = [n for n in (spec.resources.memory_budget, worker_memory) if n is not None]
+    budget = min(limits, default=None)
+    stages = tuple(_stages(spec, facts, students or {}))
+    output = next(s.output_bytes or 0 for s in reversed(stages) if s.name == "export") + side_file_bytes
+    peak = max(stage.peak_memory_bytes for stage in stages)
+    uploaded = facts.weight_bytes + side_file_bytes
+    return Plan(
+        stages=stages,
+        peak_memory_bytes=peak,
+        disk_bytes=sum(stage.disk_bytes for stage in stages),
+        seconds=round(sum(stage.seconds for stage in stages), 1),
+        input_bytes=uploaded,
+        output_bytes=output,
+        bytes_ratio=round(output / uploaded, 4),
+        memory_budget=budget,
+        fits=budget is None or peak <= budget,
+    )
+
+
+def nearest_spec(
+    spec: CompressionSpec,
+    facts: ModelFacts,
+    *,
+    students: dict[str, ModelFacts] | None = None,
+    worker_memory: int | None = None,
+) -> CompressionSpec | None:
+    """The spec with the fewest changes that fits its budget, or None when only a larger budget helps.
+
+    Gives up, in this order: batch size of the distillation, its sequence length, the evaluation's window, and the
+    comparison as a whole. What is done to the model stays as it was asked for.
+    """
+    changed = spec
+    for shrink in (_smaller_batches, _shorter_sequences, _shorter_windows, _no_evaluation):
+        for candidate in shrink(changed):
+            changed = candidate
+            if plan_job(changed, facts, students=students, worker_memory=worker_memory).fits:
+                return changed
+    return None
+
+
+def _stages(spec: CompressionSpec, facts: ModelFacts, students: dict[str, ModelFacts]) -> Iterator[StagePlan]:
+    original = Shape.of(facts.tensors)
+    converted = original.weight_bytes if facts.format == "gguf" else 0
+    yield _stage("load", SLAB_BYTES if converted else 0, converted, _streaming(converted))
+    yield _measuring("baseline", spec.evaluation, [original], facts)
+    shape, names = original, spec.stage_names()
+    for number, step in enumerate(spec.steps):
+        result = after_step(step, shape, students)
+        memory = _step_memory(step, shape, result, original, facts)
+        seconds = _step_seconds(step, shape, result, original)
+        yield _stage(names[2 + number], memory, result.weight_bytes, seconds, result.weight_bytes)
+        shape = result
+    # Files are linked from the last step's directory, not copied.
+    yield _stage("export", 0, 0, 0.5, shape.weight_bytes)
+    yield _measuring("verify", spec.evaluation, [original, shape], facts)
+    yield _stage("report", 0, _MIB, 0.5)
+
+
+def _stage(name: str, memory: int, disk: int, seconds: float, output: int | None = None) -> StagePlan:
+    return StagePlan(
+        name=name,
+        peak_memory_bytes=INTERPRETER_BYTES + memory,
+        disk_bytes=disk,
+        seconds=round(seconds, 1),
+        output_bytes=output,
+    )
+
+
+def _measuring(name: str, evaluation: Evaluation, models: list[Shape], facts: ModelFacts) -> StagePlan:
+    """Models run in processes of their own, all at once; without a comparison only the last is reloaded."""
+    running = models if evaluation.enabled else models[-1:]
+    if name == "baseline" and not evaluation.enabled:
+        return _stage(name, 0, 0, 0.1)
+    window = min(evaluation.sequence_length, facts.max_positions)
+    logits = LOGITS_COPIES * 4 * window * _outputs(facts)
+    memory = sum(INTERPRETER_BYTES + _loaded(shape) for shape in running) + logits
+    tokens = evaluation.tokens + evaluation.latency_rounds * LATENCY_TOKENS if evaluation.enabled else window
+    seconds = sum(
+        PROCESS_SECONDS + 2 * shape.dense_parameters * tokens / FLOPS_PER_SECOND for shape in running
+    )
+    return _stage(name, memory, 0, seconds)
+
+
+def _outputs(facts: ModelFacts) -> int:
+    """Numbers a model puts out per token: logits of a language model, the embedding of an encoder."""
+    return facts.vocab_size if facts.family == "causal_lm" else facts.hidden_size
+
+
+def _loaded(shape: Shape) -> int:
+    """Bytes of a model in memory; a quantized one is unpacked when it is loaded."""
+    return int(LOADING_FACTOR * 4 * shape.dense_parameters)
+
+
+def _step_memory(step: Step, before: Shape, after: Shape, original: Shape, facts: ModelFacts) -> int:
+    """Bytes beyond the interpreter's."""
+    match step:
+        case PruneDepth():
+            states = 2 * 4 * step.calibration_tokens * facts.hidden_size
+            return 4 * before.largest_block + 4 * facts.vocab_size * facts.hidden_size + states
+        case DistillLogits():
+            tokens = step.batch_size * step.sequence_length
+            activations = 4 * tokens * facts.hidden_size * ACTIVATION_FLOATS_PER_HIDDEN * after.blocks
+            logits = TRAINING_LOGITS_COPIES * 4 * tokens * _outputs(facts)
+            return (
+                _loaded(original)
+                + TRAINING_BYTES_PER_PARAMETER * after.dense_parameters
+                + activations
+                + logits
+            )
+        case OptimizeOnnx():
+            return ONNX_COPIES * 4 * before.dense_parameters
+        case _:
+            return SLAB_BYTES
+
+
+def _step_seconds(step: Step, before: Shape, after: Shape, original: Shape) -> float:
+    streaming = _streaming(before.weight_bytes + after.weight_bytes)
+    match step:
+        case QuantizeWeights():
+            return streaming + before.dense_parameters / QUANTIZED_WEIGHTS_PER_SECOND[step.scale_search]
+        case PruneDepth():
+            return streaming + 2 * before.dense_parameters * step.calibration_tokens / FLOPS_PER_SECOND
+        case DistillLogits():
+            tokens = step.max_steps * step.batch_size * step.sequence_length
+            training = (
+                (6 * after.dense_parameters + 2 * original.dense_parameters) * tokens / FLOPS_PER_SECOND
+            )
+            return streaming + min(training, step.max_seconds or training)
+        case OptimizeOnnx():
+            return streaming + PROCESS_SECONDS + ONNX_SECONDS_PER_PARAMETER * before.dense_parameters
+        case _:
+            return streaming
+
+
+def _streaming(nbytes: int) -> float:
+    return nbytes / STREAMED_BYTES_PER_SECOND
+
+
+def _smaller_batches(spec: CompressionSpec) -> Iterator[CompressionSpec]:
+    return _halved_in_distillation(spec, "batch_size", 1)
+
+
+def _shorter_sequences(spec: CompressionSpec) -> Iterator[CompressionSpec]:
+    return _halved_in_distillation(spec, "sequence_length", 64)
+
+
+def _halved_in_distillation(spec: CompressionSpec, field: str, least: int) -> Iterator[CompressionSpec]:
+    while any(isinstance(s, DistillLogits) and getattr(s, field) // 2 >= least for s in spec.steps):
+        steps = tuple(
+            step.model_copy(update={field: max(least, getattr(step, field) // 2)})
+            if isinstance(step, DistillLogits)
+            else step
+            for step in spec.steps
+        )
+        spec = spec.model_copy(update={"steps": steps})
+        yield spec
+
+
+def _shorter_windows(spec: CompressionSpec) -> Iterator[CompressionSpec]:
+    while spec.evaluation.enabled and spec.evaluation.sequence_length // 2 >= 64:
+        shorter = {"sequence_length": spec.evaluation.sequence_length // 2}
+        spec = spec.model_copy(update={"evaluation": spec.evaluation.model_copy(update=shorter)})
+        yield spec
+
+
+def _no_evaluation(spec: CompressionSpec) -> Iterator[CompressionSpec]:
+    if spec.evaluation.enabled:
+        acceptance = spec.acceptance.model_copy(
+            update={name: None for name in spec.acceptance.limits() if not name.startswith("max_bytes")}
+        )
+        off = spec.evaluation.model_copy(update={"enabled": False})
+        yield spec.model_copy(update={"evaluation": off, "acceptance": acceptance})

@@ -1,0 +1,136 @@
+"""Bytes on disk that a spec leaves, computed from shapes before anything is read.
+
+Exact but for the order of names in a header, for everything that writes safetensors. ONNX is an estimate.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from app.spec.architectures import block_index, is_compressible
+from app.spec.base import Step
+from app.spec.compatibility import blocks_cut, matching_layers, module_name
+from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel
+from app.spec.facts import ModelFacts, TensorFact
+from app.spec.optimize import OptimizeOnnx
+from app.spec.prune import PruneDepth
+from app.spec.quantize import QuantizeWeights
+
+_PACKED_WORD_BITS = 32
+# Nodes, names and shapes of the graph: measured 0.3 to 1 MB for 6 to 30 blocks.
+_ONNX_GRAPH_BYTES_PER_BLOCK = 35_000
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model between two steps: its tensors as they lie on disk."""
+
+    tensors: tuple[TensorFact, ...]
+    dense_parameters: int
+    """Weights it has once loaded, where packed ones are unpacked."""
+    onnx_bytes: int | None = None
+
+    @classmethod
+    def of(cls, tensors: tuple[TensorFact, ...]) -> Shape:
+        """A model none of whose weights is packed."""
+        return cls(tensors, sum(t.elements for t in tensors))
+
+    @property
+    def largest_block(self) -> int:
+        """Weights of the largest block."""
+        totals = Counter[int | None]()
+        for tensor in self.tensors:
+            totals[block_index(tensor.name)] += tensor.elements
+        return max((count for index, count in totals.items() if index is not None), default=0)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return len({block_index(t.name) for t in self.tensors} - {None})
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight files."""
+        return safetensors_bytes(self.tensors) if self.onnx_bytes is None else self.onnx_bytes
+
+
+def safetensors_bytes(tensors: Iterable[TensorFact]) -> int:
+    """Bytes of one safetensors file that holds these tensors: length, header padded to 8, and the elements."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in tensors:
+        end = position + tensor.nbytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (position, end)}
+        position = end
+    return 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8 + position
+
+
+def after_step(step: Step, shape: Shape, students: dict[str, ModelFacts]) -> Shape:
+    """The model that a step leaves."""
+    match step:
+        case QuantizeWeights():
+            return _quantized(step, shape)
+        case PruneDepth():
+            return without_blocks(shape, step.blocks_to_drop(shape.blocks))
+        case DistillLogits(student=StudentFromDepthCut(drop_ratio=ratio)):
+            return without_blocks(shape, blocks_cut(ratio, shape.blocks))
+        case DistillLogits(student=StudentFromModel(model=model)) if model in students:
+            return Shape.of(students[model].tensors)
+        case OptimizeOnnx():
+            return _onnx(step, shape)
+        case _:
+            return shape
+
+
+def without_blocks(shape: Shape, count: int) -> Shape:
+    """The model with `count` blocks fewer; all have the same tensors, so it does not matter which."""
+    kept = shape.blocks - count
+    tensors = tuple(t for t in shape.tensors if (block_index(t.name) or 0) < kept)
+    return Shape.of(tensors)
+
+
+def compressible(shape: Shape) -> tuple[TensorFact, ...]:
+    """Weights of the linear layers inside blocks."""
+    return tuple(t for t in shape.tensors if is_compressible(t.name, t.shape))
+
+
+def packed_layer(tensor: TensorFact, step: QuantizeWeights) -> tuple[TensorFact, ...]:
+    """The tensors of compressed-tensors' `pack-quantized` that stand for one weight of (rows, columns)."""
+    rows, columns = tensor.shape
+    groups = columns // step.group_size if step.group_size else 1
+    module = module_name(tensor)
+    packed = (
+        TensorFact(name=f"{module}.weight_packed", dtype="I32", shape=(rows, _words(columns, step.bits))),
+        TensorFact(name=f"{module}.weight_scale", dtype=tensor.dtype, shape=(rows, groups)),
+        TensorFact(name=f"{module}.weight_shape", dtype="I64", shape=(2,)),
+    )
+    if step.symmetric:
+        return packed
+    zero_points = (_words(rows, step.bits), groups)
+    return (*packed, TensorFact(name=f"{module}.weight_zero_point", dtype="I32", shape=zero_points))
+
+
+def _words(codes: int, bits: int) -> int:
+    return -(-codes * bits // _PACKED_WORD_BITS)
+
+
+def _quantized(step: QuantizeWeights, shape: Shape) -> Shape:
+    layers = compressible(shape)
+    chosen = {t.name for t in layers} - {t.name for t in matching_layers(step.ignore, layers)}
+    tensors: list[TensorFact] = []
+    for tensor in shape.tensors:
+        tensors += packed_layer(tensor, step) if tensor.name in chosen else (tensor,)
+    return Shape(tuple(tensors), shape.dense_parameters)
+
+
+def _onnx(step: OptimizeOnnx, shape: Shape) -> Shape:
+    """Float32 throughout, but for what is quantized to int8. An LM head tied to the embedding is stored twice."""
+    bytes_per_weight = 1 if step.quantization == "int8_dynamic" else 4
+    layers = {t.name: t for t in compressible(shape)}
+    inside = sum(t.elements for t in layers.values()) * bytes_per_weight
+    outside = sum(4 * t.elements for t in shape.tensors if t.name not in layers)
+    graph = _ONNX_GRAPH_BYTES_PER_BLOCK * (shape.blocks + 1)
+    return Shape(shape.tensors, shape.dense_parameters, inside + outside + graph)
