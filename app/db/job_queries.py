@@ -12,7 +12,7 @@ A job's status changes only here. Legal moves, each one UPDATE that names the st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -450,3 +450,48 @@ def _is_held(session: Session, claim: Claim) -> bool:
 
 def _ended() -> dict[str, Any]:
     return {"lease_owner": None, "lease_until": None, "ended_at": db_now()}
+
+
+def list_jobs(
+    session: Session,
+    *,
+    status: str | None,
+    model_id: str | None,
+    labels: Mapping[str, str],
+    after: str | None,
+    limit: int,
+) -> Sequence[Job]:
+    """Jobs for which everything given holds, newest first, from behind the id `after`. `cancelling` counts as a status."""
+    query = select(Job).order_by(Job.id.desc()).limit(limit)
+    if status is not None:
+        query = query.where(Job.status == ("running" if status == "cancelling" else status))
+    if status in ("running", "cancelling"):
+        query = query.where(Job.cancel_requested == (true() if status == "cancelling" else false()))
+    if model_id is not None:
+        query = query.where(Job.model_id == model_id)
+    for name, value in labels.items():
+        query = query.where(Job.labels[name].as_string() == value)
+    return session.scalars(query if after is None else query.where(Job.id < after)).all()
+
+
+def stages_of(session: Session, job_ids: Sequence[str]) -> dict[str, list[JobStage]]:
+    """The stages of several jobs, each job's in order."""
+    found: dict[str, list[JobStage]] = {}
+    query = select(JobStage).where(JobStage.job_id.in_(job_ids)).order_by(JobStage.job_id, JobStage.number)
+    for stage in session.scalars(query):
+        found.setdefault(stage.job_id, []).append(stage)
+    return found
+
+
+def artifacts_of(session: Session, job_ids: Sequence[str]) -> dict[str, list[Artifact]]:
+    """The artifacts of several jobs, each job's by kind and path."""
+    found: dict[str, list[Artifact]] = {}
+    query = select(Artifact).where(Artifact.job_id.in_(job_ids)).order_by(Artifact.kind, Artifact.path)
+    for artifact in session.scalars(query):
+        found.setdefault(artifact.job_id, []).append(artifact)
+    return found
+
+
+def get_artifact(session: Session, artifact_id: str) -> Artifact | None:
+    """An artifact by id."""
+    return session.get(Artifact, artifact_id)
