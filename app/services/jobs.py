@@ -1,0 +1,224 @@
+"""What can be done with jobs. Status changes are those of app.db.job_queries; messages go out after the commit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sqlalchemy.orm import Session
+
+from app.db import job_queries, model_queries
+from app.db.engine import after_commit, get_database
+from app.db.tables import Artifact, Job
+from app.errors import Conflict, JobFailed, NotFound
+from app.ids import new_id
+from app.services.job_view import NAME_LABEL, EventView, JobView, event_view, has_ended, job_view
+from app.services.planning import Planned, Wish, plan_wish, require_fit
+from app.settings import Settings
+from app.storage import get_store
+from app.storage.references import remove_unreferenced
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job to be made."""
+
+    wish: Wish
+    name: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class JobFilter:
+    """Which jobs a list shows; everything given must hold."""
+
+    status: str | None = None
+    model_id: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+def submit_job(session: Session, settings: Settings, submission: Submission) -> JobView:
+    """Write down a job with its stages and first event; its message goes out once that is committed.
+
+    Raises what `plan_wish` and `require_fit` raise, before anything is written.
+    """
+    planned = plan_wish(session, submission.wish)
+    require_fit(planned)
+    job = _new_job(planned, settings, submission)
+    job_queries.create_job(session, job, planned.spec.stage_names())
+    _send_after_commit(session, job)
+    session.refresh(job)
+    return _view(session, job)
+
+
+def read_job(session: Session, job_id: str) -> JobView:
+    """One job. Raises NotFound."""
+    return _view(session, require_job(session, job_id))
+
+
+def list_jobs(
+    session: Session, wanted: JobFilter, *, limit: int, after: str | None
+) -> tuple[list[JobView], bool]:
+    """A page of jobs, newest first, and whether there are more."""
+    jobs = job_queries.list_jobs(
+        session,
+        status=wanted.status,
+        model_id=wanted.model_id,
+        labels=wanted.labels,
+        after=after,
+        limit=limit + 1,
+    )
+    shown = jobs[:limit]
+    ids = [job.id for job in shown]
+    stages = job_queries.stages_of(session, ids)
+    artifacts = job_queries.artifacts_of(session, ids)
+    views = [job_view(job, stages.get(job.id, ()), artifacts.get(job.id, ())) for job in shown]
+    return views, len(jobs) > limit
+
+
+def read_events(
+    session: Session, job_id: str, *, after: int, limit: int
+) -> tuple[list[EventView], bool, bool]:
+    """Events above `after`; whether there are more; whether the job has ended, so that no more will come."""
+    # First the status, then the events: an end that is seen is never without its event.
+    ended = has_ended(require_job(session, job_id))
+    events = job_queries.list_events(session, job_id, after=after, limit=limit + 1)
+    return [event_view(event) for event in events[:limit]], len(events) > limit, ended
+
+
+def cancel_job(session: Session, job_id: str) -> JobView:
+    """Cancel a job: at once if it is queued, within about two seconds if it runs. Safe to repeat.
+
+    Raises NotFound; Conflict when it has succeeded or failed.
+    """
+    job = require_job(session, job_id)
+    if not (job.cancel_requested or job.status == "cancelled"):
+        status = job_queries.request_cancel(session, job_id)
+        session.refresh(job)
+        if status is None and job.status != "cancelled":
+            raise Conflict(f"The job has already ended: {job.status}.", code="job_ended")
+    return _view(session, job)
+
+
+def retry_job(session: Session, job_id: str) -> JobView:
+    """Queue a failed or cancelled job again; stages already committed are not repeated.
+
+    Raises NotFound; Conflict in any other state, or when its model is gone.
+    """
+    job = require_job(session, job_id)
+    if model_queries.get_model_for_use(session, job.model_id) is None:
+        raise Conflict(
+            "The model of this job has been deleted.",
+            code="input_deleted",
+            hint="Upload the model again and post a new job.",
+        )
+    if not job_queries.retry_job(session, job_id):
+        raise Conflict(
+            f"Only failed and cancelled jobs can be retried; this one is {job.status}.",
+            code="job_not_retryable",
+            hint="To run it once more, post a new job with the same spec.",
+        )
+    _send_after_commit(session, job)
+    session.refresh(job)
+    return _view(session, job)
+
+
+def delete_job(session: Session, job_id: str) -> None:
+    """Delete a job that has ended, with its artifacts and those of their blobs nobody else refers to.
+
+    Raises NotFound; Conflict while it lives.
+    """
+    require_job(session, job_id)
+    digests = [artifact.sha256 for artifact in job_queries.list_artifacts(session, job_id)]
+    if not job_queries.delete_job(session, job_id):
+        raise Conflict("The job has not ended.", code="job_not_ended", hint="Cancel it first.")
+    after_commit(session, lambda: _remove_blobs(digests))
+
+
+def read_result(session: Session, job_id: str) -> tuple[JobView, Sequence[Artifact]]:
+    """A job that has succeeded, with its artifacts.
+
+    Raises NotFound until it ends; JobFailed when it failed or was cancelled.
+    """
+    job = require_job(session, job_id)
+    if not has_ended(job):
+        raise NotFound(
+            f"The job has no result yet: it is {job.status}.",
+            code="result_not_ready",
+            hint="Ask again when it has ended, or follow its events.",
+        )
+    if job.status == "cancelled":
+        raise JobFailed("The job was cancelled.", code="job_cancelled", hint="POST …/retry runs it again.")
+    if job.status == "failed":
+        error = job.error or {}
+        raise JobFailed(
+            f"The job failed: {error.get('detail', 'no reason was recorded')}",
+            code=error.get("code"),
+            hint=error.get("hint"),
+        )
+    artifacts = job_queries.list_artifacts(session, job_id)
+    return job_view(job, job_queries.list_stages(session, job_id), artifacts), artifacts
+
+
+def read_report(session: Session, job_id: str, *, html: bool) -> Artifact:
+    """The artifact that holds a job's report. Raises NotFound before there is one."""
+    job = require_job(session, job_id)
+    kind = "report_html" if html else "report"
+    for artifact in job_queries.list_artifacts(session, job_id):
+        if artifact.kind == kind:
+            return artifact
+    raise NotFound(
+        f"The job has no report: it is {job.status}.",
+        code="report_not_ready",
+        hint="A report is written when a job has succeeded.",
+    )
+
+
+def require_job(session: Session, job_id: str) -> Job:
+    """A job by id. Raises NotFound."""
+    job = job_queries.get_job(session, job_id)
+    if job is None:
+        raise NotFound(f"There is no job {job_id}.", hint="GET /v1/jobs lists those there are.")
+    return job
+
+
+def _new_job(planned: Planned, settings: Settings, submission: Submission) -> Job:
+    name = {NAME_LABEL: submission.name} if submission.name else {}
+    return Job(
+        id=new_id("job"),
+        model_id=planned.model.id,
+        model_name=planned.model.name,
+        spec=planned.spec.model_dump(mode="json"),
+        technique="+".join(step.technique for step in planned.spec.steps),
+        recipe=planned.recipe,
+        labels=submission.labels | name,
+        queue=planned.queue,
+        max_attempts=settings.max_attempts,
+        warnings=[],
+    )
+
+
+def _send_after_commit(session: Session, job: Job) -> None:
+    """The row is the outbox: when the broker is away, the job is accepted all the same and the sweeper sends it."""
+    job_id, queue = job.id, job.queue
+    job_queries.mark_dispatched(session, job_id)
+    after_commit(session, lambda: _send(job_id, queue))
+
+
+def _send(job_id: str, queue: str) -> None:
+    # Celery takes longer to import than all the rest of the API.
+    from app.queue import enqueue_job
+
+    if not enqueue_job(job_id, queue):
+        with get_database().write() as session:
+            job_queries.forget_dispatch(session, [job_id])
+
+
+def _remove_blobs(digests: list[str]) -> None:
+    remove_unreferenced(get_database(), get_store(), digests)
+
+
+def _view(session: Session, job: Job) -> JobView:
+    return job_view(
+        job, job_queries.list_stages(session, job.id), job_queries.list_artifacts(session, job.id)
+    )
