@@ -43,9 +43,10 @@ def embedded_services() -> Iterator[Settings]:
     migrate()
     with contextlib.ExitStack() as stack:
         if not settings.redis_url:
-            stack.enter_context(_own_broker())
+            stack.enter_context(_own_broker(settings.data_dir / "broker.log"))
             settings = get_settings()
-        stack.enter_context(_Child("worker", lambda: worker_command(settings)))
+        worker_log = settings.data_dir / "worker.log"
+        stack.enter_context(_Child("worker", lambda: worker_command(settings), worker_log))
         stop = threading.Event()
         sweeper = threading.Thread(
             target=sweep_forever, args=(get_database(), settings, stop), name="sweeper", daemon=True
@@ -70,7 +71,7 @@ def worker_command(settings: Settings) -> list[str]:
 
 
 @contextlib.contextmanager
-def _own_broker() -> Iterator[None]:
+def _own_broker(log: Path) -> Iterator[None]:
     """A server on a unix socket, with nothing kept on disk: the database holds every job."""
     # A unix socket's path may have 107 bytes; a data directory's may be longer.
     with tempfile.TemporaryDirectory(prefix="modelpress-") as directory:
@@ -79,7 +80,7 @@ def _own_broker() -> Iterator[None]:
             _server_binary(), "--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700",
             "--save", "", "--appendonly", "no", "--dir", directory, "--loglevel", "warning",
         ]  # fmt: skip
-        with _Child("broker", lambda: command):
+        with _Child("broker", lambda: command, log):
             _wait_for_broker(f"unix://{socket}")
             os.environ["REDIS_URL"] = f"unix://{socket}"
             get_settings.cache_clear()
@@ -118,10 +119,14 @@ def _wait_for_broker(url: str) -> None:
 
 
 class _Child:
-    """A child process that is started again when it dies, with a pause that doubles, until the block ends."""
+    """A child process that is started again when it dies, with a pause that doubles, until the block ends.
 
-    def __init__(self, name: str, command: Callable[[], list[str]]) -> None:
+    What it prints goes to a log file.
+    """
+
+    def __init__(self, name: str, command: Callable[[], list[str]], log: Path) -> None:
         self._name = name
+        self._log = log
         self._command = command
         self._leaving = threading.Event()
         self._process = self._spawn()
@@ -143,12 +148,15 @@ class _Child:
             self._process.wait()
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            self._command(),
-            stdin=subprocess.DEVNULL,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - only prctl is called between fork and exec
-            start_new_session=True,  # Ctrl-C reaches the parent alone, which ends its children in order
-        )
+        with self._log.open("ab") as log:
+            return subprocess.Popen(
+                self._command(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 - only prctl is called between fork and exec
+                start_new_session=True,  # Ctrl-C reaches the parent alone, which ends its children in order
+            )
 
     def _keep(self) -> None:
         pause = 0.5

@@ -55,12 +55,12 @@ def draining() -> bool:
     return _draining.is_set()
 
 
-@signals.setup_logging.connect
+@signals.setup_logging.connect  # type: ignore[untyped-decorator]
 def _logging(**_: Any) -> None:
     configure_logging(get_settings())
 
 
-@signals.worker_process_init.connect
+@signals.worker_process_init.connect  # type: ignore[untyped-decorator]
 def _in_pool_process(**_: Any) -> None:
     """A pool process, and with it the job it runs, must not outlive a worker that is killed."""
     sandbox.die_with_parent()
@@ -68,12 +68,12 @@ def _in_pool_process(**_: Any) -> None:
     get_database.cache_clear()
 
 
-@signals.worker_ready.connect
+@signals.worker_ready.connect  # type: ignore[untyped-decorator]
 def _ready(**_: Any) -> None:
     threading.Thread(target=_announce_until_leaving, daemon=True, name="announce").start()
 
 
-@signals.worker_shutting_down.connect
+@signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
 def _shutting_down(**_: Any) -> None:
     _draining.set()
     _leaving.set()
