@@ -48,6 +48,7 @@ class Assignment:
     model_name: str
     model_sha256: str
     facts: dict[str, Any]
+    student_facts: dict[str, Any] | None
     inputs: tuple[Blob, ...]
     directories: tuple[str, ...]
     """Of the committed stages, in order."""
@@ -64,8 +65,11 @@ def read_assignment(session: Session, job_id: str) -> Assignment:
         )
     blobs = _model_blobs(session, job.model_id, "model")
     student = spec.student_model_id()
+    student_facts = None
     if student is not None:
         blobs += _model_blobs(session, student, "student")
+        student_model = model_queries.get_model(session, student)
+        student_facts = student_model.facts if student_model else None
     for dataset_id in sorted(spec.dataset_ids()):
         dataset = model_queries.get_dataset(session, dataset_id)
         if dataset is None:
@@ -79,6 +83,7 @@ def read_assignment(session: Session, job_id: str) -> Assignment:
         model_name=job.model_name,
         model_sha256=model.sha256,
         facts=model.facts,
+        student_facts=student_facts,
         inputs=tuple(blobs),
         directories=tuple(s.directory for s in stages if s.directory is not None),
     )
@@ -140,6 +145,7 @@ class Scratch:
             "model_sha256": assignment.model_sha256,
             "spec": assignment.spec.model_dump(mode="json"),
             "facts": assignment.facts,
+            "student_facts": assignment.student_facts,
             "inputs": str(self.directory / "inputs"),
             "stages": str(self.stages),
             "fence": fence,

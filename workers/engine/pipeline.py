@@ -40,6 +40,7 @@ class Job:
     model_sha256: str
     spec: CompressionSpec
     facts: ModelFacts
+    student_facts: ModelFacts | None
     inputs: Path
     stages: Path
     fence: int
@@ -55,6 +56,8 @@ class Job:
         content = json.loads(path.read_text())
         content["spec"] = CompressionSpec.model_validate(content["spec"])
         content["facts"] = ModelFacts.model_validate(content["facts"])
+        student = content["student_facts"]
+        content["student_facts"] = student and ModelFacts.model_validate(student)
         for name in ("inputs", "stages"):
             content[name] = Path(content[name])
         content["committed"] = tuple(content["committed"])
@@ -73,7 +76,7 @@ def run_job(job: Job, emit: Emit) -> None:
             running = names[number]
             done.append(_run_stage(job, number, tuple(done), emit))
         emit(events.Finished(verdict=stages.verdict(job.stages / done[-1])))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever happens must reach the row of the job
         traceback.print_exc()
         emit(_failed(error, running))
 
@@ -97,6 +100,7 @@ def _run_stage(job: Job, number: int, done: tuple[str, ...], emit: Emit) -> str:
         model_name=job.model_name,
         spec=job.spec,
         facts=job.facts,
+        student_facts=job.student_facts,
         inputs=job.inputs,
         directory=directory,
         done=dict(zip(job.spec.stage_names(), (job.stages / d for d in done), strict=False)),

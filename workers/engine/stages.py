@@ -24,6 +24,7 @@ from app.spec.base import Step
 from app.spec.compression import CompressionSpec, TextSource
 from app.spec.distill import DistillLogits
 from app.spec.facts import ModelFacts
+from app.spec.plan import plan_job
 from app.spec.report import Report, StepReport
 from workers.engine.calibration.builtin import builtin_text
 from workers.engine.checkpoint.gguf_source import convert_gguf
@@ -34,6 +35,7 @@ from workers.engine.measure.windows import prepare_evaluation
 from workers.engine.technique import Progress, StepContext, run_step
 
 Metrics = dict[str, Any]
+_GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ class StageContext:
     model_name: str
     spec: CompressionSpec
     facts: ModelFacts
+    student_facts: ModelFacts | None
     inputs: Path
     directory: Path
     """Empty; everything the stage leaves goes here."""
@@ -93,12 +96,34 @@ def verdict(report_directory: Path) -> str:
 
 
 def _load(context: StageContext) -> Metrics:
-    """Bring the model, and the student, into Hugging Face layout without reading a weight twice."""
+    """Refuse what will not fit, then bring the model and the student into Hugging Face layout."""
+    _require_room(context)
     for source, name in (("model", "model"), ("student", "student")):
         if (context.inputs / source).is_dir():
             _import(context.inputs / source, context.directory / name, context)
     context.progress(1.0, "model is in place")
     return {"bytes": _tree_bytes(context.directory / "model")}
+
+
+def _require_room(context: StageContext) -> None:
+    """Raise JobFailed when the job cannot end well on this worker: better now than at hour six."""
+    student = context.spec.student_model_id()
+    students = {student: context.student_facts} if student and context.student_facts else {}
+    plan = plan_job(context.spec, context.facts, students=students, worker_memory=context.memory_budget)
+    if not plan.fits:
+        raise JobFailed(
+            f"The job needs {plan.peak_memory_bytes / _GIB:.2f} GiB of memory; "
+            f"this worker has {context.memory_budget / _GIB:.2f} GiB for it.",
+            code="over_memory_budget",
+            hint="Use a larger worker, or see POST /v1/plans for a spec that fits.",
+        )
+    free = shutil.disk_usage(context.directory).free
+    if free < plan.disk_bytes:
+        raise JobFailed(
+            f"The job needs {plan.disk_bytes / _GIB:.2f} GiB of scratch space; {free / _GIB:.2f} GiB are free.",
+            code="disk_full",
+            hint="Free space where MODELPRESS_DATA_DIR lies, or move it to a larger disk.",
+        )
 
 
 def _import(source: Path, target: Path, context: StageContext) -> None:
