@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, FastAPI
 
-from app.api import health
+from app.api import artifacts, health, jobs, uploads
 from app.api.middleware import BodyLimit, RequestContext
 from app.api.problems import add_problem_handlers, problem_responses
 from app.logging import configure_logging
@@ -25,7 +25,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 def _v1() -> APIRouter:
     router = APIRouter(prefix="/v1", responses=problem_responses(422))
-    for module in (health,):
+    for module in (uploads, jobs, artifacts, health):
         router.include_router(module.router)
     return router
 

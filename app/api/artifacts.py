@@ -1,0 +1,55 @@
+"""Artifacts: the files that jobs leave."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path
+
+from app.api.dependencies import ReadSession
+from app.api.problems import problem_responses
+from app.api.streams import BlobResponse
+from app.services import artifacts
+from app.services.job_view import ArtifactView, artifact_view
+from app.storage import get_store
+
+router = APIRouter(prefix="/artifacts", tags=["artifacts"])
+
+ArtifactId = Annotated[str, Path(pattern=r"^art_[0-9a-z]{1,40}$", description="Id of the artifact.")]
+
+_CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The file. `ETag` and `Repr-Digest` carry its sha256.",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    },
+    206: {"description": "The bytes of the `Range` that was asked for."},
+    304: {"description": "You have it already (`If-None-Match`)."},
+}
+
+
+@router.get(
+    "/{artifact_id}", operation_id="get_artifact", summary="See an artifact", responses=problem_responses(404)
+)
+def get_artifact(artifact_id: ArtifactId, session: ReadSession) -> ArtifactView:
+    """Name, size, digest and links of a file that a job left."""
+    return artifact_view(artifacts.require_artifact(session, artifact_id))
+
+
+@router.head(
+    "/{artifact_id}/content",
+    operation_id="head_artifact_content",
+    summary="Size and digest of an artifact",
+    response_class=BlobResponse,
+    responses={200: {"description": "The headers that GET would answer with."}, **problem_responses(404)},
+)
+@router.get(
+    "/{artifact_id}/content",
+    operation_id="get_artifact_content",
+    summary="Download an artifact",
+    response_class=BlobResponse,
+    responses={**_CONTENT, **problem_responses(404, 416)},
+)
+def get_artifact_content(artifact_id: ArtifactId, session: ReadSession) -> BlobResponse:
+    """The bytes. A download that broke off goes on with `Range: bytes=<n>-` and `If-Range: <ETag>`."""
+    artifact = artifacts.require_artifact(session, artifact_id)
+    return BlobResponse(artifact, get_store().path_of(artifact.sha256))

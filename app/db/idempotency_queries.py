@@ -1,0 +1,79 @@
+"""Every statement on idempotency keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import delete, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from app.db.engine import db_now
+from app.db.tables import IdempotencyKey
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the first call was answered."""
+
+    status_code: int
+    headers: dict[str, Any]
+    body: str
+
+
+def take_key(session: Session, key: str, request_sha256: str, *, stale_seconds: float) -> bool:
+    """Take a key nobody has, or one whose call has been in flight so long that its process must have died."""
+    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+    statement = (
+        insert(IdempotencyKey)
+        .values(key=key, request_sha256=request_sha256, created_at=db_now())
+        .on_conflict_do_nothing()
+        .returning(IdempotencyKey.key)
+    )
+    if session.execute(statement).one_or_none() is not None:
+        return True
+    abandoned = (
+        update(IdempotencyKey)
+        .where(
+            IdempotencyKey.key == key,
+            IdempotencyKey.request_sha256 == request_sha256,
+            IdempotencyKey.status_code.is_(None),
+            IdempotencyKey.created_at < db_now() - stale_seconds,
+        )
+        .values(created_at=db_now())
+        .returning(IdempotencyKey.key)
+    )
+    return session.execute(abandoned).one_or_none() is not None
+
+
+def read_key(session: Session, key: str) -> tuple[str, Answer | None]:
+    """The digest of the request a key was used for, and its answer once there is one."""
+    row = session.get(IdempotencyKey, key)
+    if row is None:
+        # Forgotten between two statements: to the caller it is a call that is still being worked on.
+        return "", None
+    if row.status_code is None:
+        return row.request_sha256, None
+    return row.request_sha256, Answer(row.status_code, row.headers or {}, row.body or "")
+
+
+def keep_answer(session: Session, key: str, answer: Answer) -> None:
+    """Write down what the call with this key was answered."""
+    session.execute(
+        update(IdempotencyKey)
+        .where(IdempotencyKey.key == key)
+        .values(status_code=answer.status_code, headers=answer.headers, body=answer.body)
+    )
+
+
+def forget_key(session: Session, key: str) -> None:
+    """Drop the key of a call that failed; one that has its answer stays."""
+    session.execute(
+        delete(IdempotencyKey).where(IdempotencyKey.key == key, IdempotencyKey.status_code.is_(None))
+    )
+
+
+def delete_old_keys(session: Session, *, older_than_seconds: float) -> None:
+    """Drop keys nobody will send again."""
+    session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < db_now() - older_than_seconds))
