@@ -120,7 +120,7 @@ def quantization_config(
         "group_size": group_size,
         "dynamic": False,
     }
-    return {
+    declared = {
         "quant_method": "compressed-tensors",
         "format": FORMAT,
         "quantization_status": "compressed",
@@ -135,3 +135,6 @@ def quantization_config(
         },
         "ignore": ["lm_head", r"re:^(?!.*\blayers?\.\d+\.).*", *ignored_modules],
     }
+    # transformers 5.23 makes room for unpacked zero points when it keeps weights packed, and then refuses packed ones;
+    # asked to dequantize while loading, it reads them rightly. vLLM ignores the key.
+    return declared if symmetric else declared | {"dequantize": True}
