@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, FastAPI
 
-from app.api import artifacts, health, jobs, uploads
+from app.api import artifacts, catalogue, health, jobs, metrics, plans, uploads
 from app.api.middleware import BodyLimit, RequestContext
 from app.api.problems import add_problem_handlers, problem_responses
 from app.logging import configure_logging
@@ -20,12 +20,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(RequestContext)
     add_problem_handlers(app)
     app.include_router(_v1())
+    app.include_router(metrics.router)
     return app
 
 
 def _v1() -> APIRouter:
     router = APIRouter(prefix="/v1", responses=problem_responses(422))
-    for module in (uploads, jobs, artifacts, health):
+    for module in (uploads, jobs, artifacts, catalogue, plans, health):
         router.include_router(module.router)
     return router
 

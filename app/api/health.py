@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
+
+from app.api.dependencies import CurrentSettings
+from app.services.health import Readiness, check_readiness
 
 router = APIRouter(prefix="/health", tags=["ops"])
 
 
-@router.get("/live", operation_id="get_liveness")
+@router.get("/live", operation_id="get_liveness", summary="Is this process alive?")
 def get_liveness() -> dict[str, str]:
     """Say that this process answers. Asks no dependency: a broken database is no reason to restart the API."""
     return {"status": "ok"}
+
+
+@router.get(
+    "/ready",
+    operation_id="get_readiness",
+    summary="Can the service work?",
+    responses={503: {"model": Readiness, "description": "A required dependency does not answer."}},
+)
+def get_readiness(settings: CurrentSettings, response: Response) -> Readiness:
+    """Ask database, storage, broker and workers. 503 only when requests cannot be served.
+
+    Without broker or workers the answer is `degraded`: jobs are accepted and wait.
+    """
+    readiness = check_readiness(settings)
+    if readiness.status == "unavailable":
+        response.status_code = 503
+    return readiness

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import delete, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.dml import ReturningInsert
 
 from app.db.engine import db_now
 from app.db.tables import IdempotencyKey
@@ -24,14 +24,7 @@ class Answer:
 
 def take_key(session: Session, key: str, request_sha256: str, *, stale_seconds: float) -> bool:
     """Take a key nobody has, or one whose call has been in flight so long that its process must have died."""
-    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
-    statement = (
-        insert(IdempotencyKey)
-        .values(key=key, request_sha256=request_sha256, created_at=db_now())
-        .on_conflict_do_nothing()
-        .returning(IdempotencyKey.key)
-    )
-    if session.execute(statement).one_or_none() is not None:
+    if session.execute(_insert(session, key, request_sha256)).one_or_none() is not None:
         return True
     abandoned = (
         update(IdempotencyKey)
@@ -77,3 +70,17 @@ def forget_key(session: Session, key: str) -> None:
 def delete_old_keys(session: Session, *, older_than_seconds: float) -> None:
     """Drop keys nobody will send again."""
     session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < db_now() - older_than_seconds))
+
+
+def _insert(session: Session, key: str, request_sha256: str) -> ReturningInsert[tuple[str]]:
+    """INSERT … ON CONFLICT DO NOTHING, in the words of the database in use; the other's dialect is never imported."""
+    values = {"key": key, "request_sha256": request_sha256, "created_at": db_now()}
+    if session.get_bind().dialect.name == "postgresql":
+        from sqlalchemy.dialects import postgresql
+
+        on_postgresql = postgresql.insert(IdempotencyKey).values(values).on_conflict_do_nothing()
+        return on_postgresql.returning(IdempotencyKey.key)
+    from sqlalchemy.dialects import sqlite
+
+    on_sqlite = sqlite.insert(IdempotencyKey).values(values).on_conflict_do_nothing()
+    return on_sqlite.returning(IdempotencyKey.key)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from app.spec.base import Frozen
+from app.spec.base import Format, Frozen
 
 
 class Export(Frozen):
@@ -16,3 +17,27 @@ class Export(Frozen):
     """`auto`: what the last step writes. Anything else must be what the last step writes, or the job is refused."""
     max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
     """Weight files are split at this size."""
+
+
+@dataclass(frozen=True)
+class FormatFacts:
+    """What a format is for."""
+
+    summary: str
+    runtimes: tuple[str, ...]
+
+
+FORMATS: dict[Format, FormatFacts] = {
+    "safetensors": FormatFacts(
+        "Plain weights in Hugging Face layout, in the dtype of the original",
+        ("transformers", "vLLM", "SGLang", "text-generation-inference", "any reader of safetensors"),
+    ),
+    "compressed-tensors": FormatFacts(
+        "Packed integer weights with scales (`pack-quantized`), Hugging Face layout",
+        ("transformers with compressed-tensors", "vLLM", "SGLang"),
+    ),
+    "onnx": FormatFacts(
+        "An ONNX graph with tokenizer and configuration beside it; int8 weights where they were quantized",
+        ("onnxruntime on CPUs, phones and in browsers", "OpenVINO", "TensorRT"),
+    ),
+}

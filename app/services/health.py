@@ -1,0 +1,110 @@
+"""Can the service work? Each dependency is asked, none is trusted to be there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.db import worker_queries
+from app.db.engine import get_database
+from app.db.health_queries import database_version
+from app.errors import ModelpressError
+from app.settings import Settings
+
+
+class Check(BaseModel):
+    """One dependency."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    ok: bool
+    required: bool = True
+    """Whether the service is not ready without it."""
+    detail: str
+    facts: dict[str, Any] = Field(default_factory=dict)
+
+
+class Readiness(BaseModel):
+    """Whether the service can take jobs, and every dependency's part in that."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    status: Literal["ready", "degraded", "unavailable"]
+    """`degraded`: jobs are accepted and wait, e.g. for the broker or a worker to come back."""
+    checks: dict[str, Check]
+
+
+def check_readiness(settings: Settings) -> Readiness:
+    """Ask database, broker, storage and workers."""
+    checks = {
+        "database": _guarded(_database),
+        "storage": _guarded(lambda: _storage(settings)),
+        "broker": _guarded(lambda: _broker(settings), required=False),
+        "workers": _guarded(_workers, required=False),
+    }
+    if any(not check.ok and check.required for check in checks.values()):
+        return Readiness(status="unavailable", checks=checks)
+    return Readiness(status="ready" if all(c.ok for c in checks.values()) else "degraded", checks=checks)
+
+
+def _guarded(check: Callable[[], Check], *, required: bool = True) -> Check:
+    """A check that fails says so; it never makes the answer itself fail."""
+    try:
+        return check().model_copy(update={"required": required})
+    except ModelpressError as error:
+        return Check(ok=False, required=required, detail=error.detail)
+    except OSError as error:
+        return Check(ok=False, required=required, detail=f"{type(error).__name__}: {error.strerror or error}")
+
+
+def _database() -> Check:
+    database = get_database()
+    with database.read() as session:
+        version = database_version(session)
+    kind = database.engine.dialect.name
+    return Check(ok=True, detail=f"{kind} answers", facts={"kind": kind, "schema_version": version})
+
+
+def _storage(settings: Settings) -> Check:
+    """A file is really written: a full or read-only disk has been known to look well otherwise."""
+    directory = settings.data_dir.absolute()
+    with tempfile.TemporaryFile(dir=directory) as probe:
+        probe.write(b"modelpress")
+        probe.flush()
+        os.fsync(probe.fileno())
+    free = shutil.disk_usage(directory).free
+    enough = free > settings.min_free_disk_bytes
+    detail = "writable" if enough else f"nearly full: less than {settings.min_free_disk_bytes} bytes free"
+    return Check(ok=enough, detail=detail, facts={"free_bytes": free})
+
+
+def _broker(settings: Settings) -> Check:
+    if not settings.redis_url:
+        return Check(ok=False, detail="no broker is configured (REDIS_URL); jobs wait")
+    # A seventh of the time that all of the API takes to import.
+    import redis
+
+    client = redis.Redis.from_url(settings.redis_url, socket_timeout=2, socket_connect_timeout=2)
+    try:
+        client.ping()
+    except redis.RedisError as error:
+        return Check(ok=False, detail=f"does not answer ({type(error).__name__}); jobs wait until it does")
+    finally:
+        client.close()
+    return Check(ok=True, detail="answers")
+
+
+def _workers() -> Check:
+    """Without a worker jobs are accepted and wait. The weakest sandbox among them is the one to know of."""
+    with get_database().read() as session:
+        workers = worker_queries.list_fresh(session)
+    queues = sorted({queue for worker in workers for queue in worker.queues.split(",")})
+    facts = {"count": len(workers), "queues": queues, "sandboxes": sorted({w.sandbox for w in workers})}
+    if not workers:
+        return Check(ok=False, detail="no worker has been seen lately; jobs wait for one", facts=facts)
+    return Check(ok=True, detail=f"{len(workers)} seen lately", facts=facts)
