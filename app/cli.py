@@ -1,0 +1,222 @@
+"""The command line: `modelpress serve | worker | sweeper | migrate | submit | status | download | demo | healthy`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from app.client import TERMINAL, Client, ClientError, Json
+from app.errors import ModelpressError
+from app.settings import get_settings
+from app.spec.report import Report
+from app.terminal import JobBars, Outcome, console, errors, outcome_table, save_result, upload_model
+
+cli = typer.Typer(
+    help="Compress neural networks, and see what was gained and what was lost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Url = Annotated[
+    str, typer.Option("--url", envvar="MODELPRESS_URL", help="Where the service is.", show_default=True)
+]
+_LOCAL = "http://127.0.0.1:8000"
+
+
+class Part(StrEnum):
+    """What a health check looks at."""
+
+    API = "api"
+    WORKER = "worker"
+
+
+@cli.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.  [default: MODELPRESS_HOST]")] = "",
+    port: Annotated[
+        int, typer.Option(help="Port; 0 is any free one.  [default: MODELPRESS_PORT]", min=-1, max=65535)
+    ] = -1,
+    *,
+    api_only: Annotated[
+        bool, typer.Option("--api-only", help="No broker, worker or sweeper of its own: for deployments.")
+    ] = False,
+) -> None:
+    """Run the service: the API and, unless --api-only, a broker, a worker and the sweeper."""
+    from app import serving
+
+    if sys.stderr.isatty():
+        os.environ.setdefault("MODELPRESS_LOG_FORMAT", "console")
+    settings = get_settings()
+    try:
+        serving.serve(
+            host or settings.host,
+            settings.port if port < 0 else port,
+            api_only=api_only,
+            announce=_announce,
+        )
+    except KeyboardInterrupt:
+        console.print("Stopped.")
+
+
+@cli.command()
+def worker() -> None:
+    """Run a worker for the queues in MODELPRESS_WORKER_QUEUES."""
+    from app import serving
+
+    serving.run_worker()
+
+
+@cli.command()
+def sweeper() -> None:
+    """Take jobs back from dead workers and send lost messages again. Any number may run."""
+    from app import serving
+
+    serving.run_sweeper()
+
+
+@cli.command()
+def migrate() -> None:
+    """Bring the database to the newest version. Safe to repeat."""
+    from app.db.migrate import migrate as run_migrations
+
+    run_migrations()
+
+
+@cli.command()
+def healthy(part: Part) -> None:
+    """Exit with 0 if the API on this machine is ready, or a worker of this host is there: for health checks."""
+    if part is Part.WORKER:
+        from app import serving
+
+        serving.require_announced_worker()
+        return
+    url = f"http://127.0.0.1:{get_settings().port}/v1/health/ready"
+    try:
+        urllib.request.urlopen(url, timeout=4).close()
+    except urllib.error.URLError as error:
+        raise ClientError(f"{url}: {error}") from None
+
+
+@cli.command()
+def submit(  # noqa: PLR0913 - one argument for each option there is
+    model: Annotated[Path, typer.Argument(exists=True, help="A model file, an archive, or a directory.")],
+    recipe: Annotated[str, typer.Option(help="Name of a recipe; GET /v1/recipes lists them.")] = "",
+    spec: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A spec as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to put the result; implies --wait.")] = None,
+    resume: Annotated[str, typer.Option(help="Id of an upload of this model that broke off.")] = "",
+    url: Url = _LOCAL,
+    *,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the job until it ends.")] = False,
+) -> None:
+    """Upload a model and start a job on it."""
+    wish = _wish(recipe, spec)
+    with Client(url) as client:
+        uploaded = upload_model(client, model, resume=resume or None)
+        job = client.post("/v1/jobs", {"model": uploaded["id"], "name": model.name, **wish})
+        console.print(f"model {uploaded['id']}, job {job['id']}", highlight=False)
+        if wait or output is not None:
+            _finish(client, job, output)
+
+
+@cli.command()
+def status(job: Annotated[str, typer.Argument(help="Id of the job.")], url: Url = _LOCAL) -> None:
+    """Show a job, and what it gained and lost once it has ended."""
+    with Client(url) as client:
+        found = client.get(f"/v1/jobs/{job}")
+        eta = "" if found["eta_seconds"] is None else f", {found['eta_seconds']:.0f} s left"
+        line = f"{found['id']}  {found['status']}  {100 * found['progress']:.0f} %{eta}"
+        console.print(line, highlight=False)
+        if found["status"] in TERMINAL:
+            _show(client, found)
+
+
+@cli.command()
+def download(
+    job: Annotated[str, typer.Argument(help="Id of the job.")],
+    directory: Annotated[Path, typer.Argument(file_okay=False, help="Where to put the result's files.")],
+    url: Url = _LOCAL,
+) -> None:
+    """Download a job's result, each file checked against its sha256."""
+    with Client(url) as client:
+        client.get(f"/v1/jobs/{job}/result")  # says why there is none, if there is none
+        for path in save_result(client, client.get(f"/v1/jobs/{job}"), directory, label="download"):
+            console.print(str(path), highlight=False)
+
+
+@cli.command()
+def demo(
+    directory: Annotated[
+        Path, typer.Option("--dir", file_okay=False, help="Where results and reports go.")
+    ] = Path("modelpress-demo"),
+) -> None:
+    """Compress real models over HTTP, one job of each kind, and print what was gained and lost."""
+    from app.demo import run_demo
+
+    run_demo(directory)
+
+
+def main() -> None:
+    """Run a command; what goes wrong is said in words, with exit code 1."""
+    try:
+        cli()
+    except ModelpressError as error:
+        _fail(error.detail, *(f"{fault.pointer}: {fault.detail}" for fault in error.faults), error.hint)
+    except ClientError as error:
+        _fail(str(error))
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        _fail(f"{error.title} cannot be used as given:", *faults)
+
+
+def _announce(url: str) -> None:
+    console.print(f"Modelpress answers at {url}", highlight=False, soft_wrap=True)
+    console.print(f"Try it out: {url}/docs     Ctrl-C stops it", highlight=False, soft_wrap=True)
+
+
+def _wish(recipe: str, spec: Path | None) -> dict[str, Any]:
+    if bool(recipe) == (spec is not None):
+        raise ClientError('Say what to do: either --recipe NAME (for a start, "int8") or --spec FILE.')
+    if spec is None:
+        return {"recipe": recipe}
+    try:
+        return {"spec": json.loads(spec.read_bytes())}
+    except ValueError as error:
+        raise ClientError(f"{spec} is not JSON: {error}.") from None
+
+
+def _finish(client: Client, job: Json, output: Path | None) -> None:
+    with JobBars() as bars:
+        ended = bars.follow(client, job, bars.add(job["name"] or job["id"]))
+    if output is not None and ended["status"] == "succeeded":
+        save_result(client, ended, output, label="download")
+        console.print(f"The result is in {output}.", highlight=False)
+    _show(client, ended)
+    if ended["status"] != "succeeded":
+        raise typer.Exit(1)
+
+
+def _show(client: Client, job: Json) -> None:
+    report = None
+    if job["status"] == "succeeded":
+        report = Report.model_validate(client.get(job["urls"]["report"]))
+    console.print(outcome_table([Outcome(job["name"] or job["id"], job, report)]))
+
+
+def _fail(*lines: str | None) -> None:
+    for line in filter(None, lines):
+        errors.print(line, highlight=False, markup=False, soft_wrap=True)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

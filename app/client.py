@@ -1,0 +1,241 @@
+"""A small client of the HTTP API, for the command line and the demo. Uploads and downloads survive broken connections.
+
+ClientError
+├── ServiceProblem   the service answered with a problem (RFC 9457)
+├── Unreachable      nothing answers at the URL, or it went away for longer than we retry
+└── DigestMismatch   a download is not the file the service says it is
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import httpx
+
+TERMINAL = ("succeeded", "failed", "cancelled")
+
+_ATTEMPTS = 6
+_PIECE = 1 << 20
+_SECONDS = httpx.Timeout(60, connect=5)
+_RETRY_STATUS = (502, 503, 504)
+
+Json = dict[str, Any]
+OnBytes = Callable[[int], None]
+"""Called with the number of bytes that have just gone over the wire."""
+
+
+class ClientError(Exception):
+    """What went wrong, in words for people."""
+
+
+class Unreachable(ClientError):
+    """Nothing answers."""
+
+
+class DigestMismatch(ClientError):
+    """The bytes that came are not those the service promised."""
+
+
+class ServiceProblem(ClientError):
+    """The service refused, and says why."""
+
+    def __init__(self, status: int, problem: Mapping[str, Any]) -> None:
+        self.status = status
+        self.code = str(problem.get("code", ""))
+        self.detail = str(problem.get("detail") or problem.get("title") or f"HTTP {status}")
+        self.hint = problem.get("hint")
+        self.faults = list(problem.get("errors") or [])
+        super().__init__(self.detail)
+
+    def __str__(self) -> str:
+        """The problem as lines of text: what, where, what to do."""
+        where = (
+            f"  {f.get('pointer') or f.get('parameter') or '(body)'}: {f['detail']}" for f in self.faults
+        )
+        return "\n".join([self.detail, *where, *([self.hint] if self.hint else [])])
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """One event of a job, as the stream gives it."""
+
+    number: int
+    type: str
+    data: Json
+
+
+class Client:
+    """Calls on one service. A context manager."""
+
+    def __init__(self, url: str, *, transport: httpx.BaseTransport | None = None) -> None:
+        self._http = httpx.Client(base_url=url, timeout=_SECONDS, transport=transport)
+        self.url = url.rstrip("/")
+        self._reached = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def get(self, path: str, **params: Any) -> Json:
+        """GET a resource."""
+        return self._json("GET", path, params=params)
+
+    def post(self, path: str, body: object = None) -> Json:
+        """POST a JSON body. Its key lets it be sent again when a connection breaks, without happening twice."""
+        return self._json("POST", path, json=body, headers={"Idempotency-Key": uuid.uuid4().hex})
+
+    def upload(self, path: Path, *, resume: str | None = None, on_bytes: OnBytes = lambda _: None) -> str:
+        """Send a file in parts, each with its digest; parts that have arrived before are skipped.
+
+        Returns the id of the completed upload. `resume` is the id of an upload of the same file that was not finished.
+        """
+        size = path.stat().st_size
+        if resume is None:
+            upload = self.post("/v1/uploads", {"name": path.name, "size": size})
+        else:
+            upload = self.get(f"/v1/uploads/{resume}")
+            if upload["size"] != size:
+                raise ClientError(
+                    f"Upload {resume} is of a file of {upload['size']} bytes, {path} has {size}."
+                )
+        on_bytes(sum(part["bytes"] for part in upload["parts"]))
+        with path.open("rb") as file:
+            for number in upload["missing"]:
+                self._send_part(upload, number, file)
+                on_bytes(_part_length(upload, number))
+        return str(self.post(upload["urls"]["complete"])["id"])
+
+    def events(self, job: Json) -> Iterator[JobEvent]:
+        """A job's events as they happen, from the first, until it has ended; a broken stream is taken up again."""
+        last, misses = 0, 0
+        while misses < _ATTEMPTS:
+            with contextlib.suppress(httpx.TransportError):
+                for event in self._stream_events(job["urls"]["events"], last):
+                    last, misses = event.number, 0
+                    yield event
+            # A stream also ends when a proxy has had enough of it.
+            if self.get(job["urls"]["self"])["status"] in TERMINAL:
+                return
+            misses += 1
+            time.sleep(_pause(misses))
+        raise Unreachable(f"The events of {job['id']} do not come any more from {self.url}.")
+
+    def wait(self, job: Json) -> Json:
+        """The job once it has ended."""
+        for _ in self.events(job):
+            pass
+        return self.get(job["urls"]["self"])
+
+    def download(self, artifact: Json, target: Path, *, on_bytes: OnBytes = lambda _: None) -> None:
+        """Write an artifact to `target`, which appears only once it is whole and its sha256 is right.
+
+        What an earlier, broken download left in `target`.part is taken up.
+        """
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".part")
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                self._fetch(artifact, partial, on_bytes)
+                break
+            except httpx.TransportError as error:
+                if attempt == _ATTEMPTS:
+                    raise self._unreachable(error) from None
+                time.sleep(_pause(attempt))
+        with partial.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != artifact["sha256"]:
+            partial.unlink()
+            raise DigestMismatch(
+                f"{artifact['path']} arrived with sha256 {found}, not {artifact['sha256']}: it was removed."
+            )
+        partial.replace(target)
+
+    def _send_part(self, upload: Json, number: int, file: BinaryIO) -> None:
+        file.seek((number - 1) * upload["part_bytes"])
+        content = file.read(_part_length(upload, number))
+        digest = base64.b64encode(hashlib.sha256(content).digest()).decode()
+        url = upload["urls"]["part"].replace("{number}", str(number))
+        self._json("PUT", url, content=content, headers={"Content-Digest": f"sha-256=:{digest}:"})
+
+    def _stream_events(self, url: str, after: int) -> Iterator[JobEvent]:
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
+        with self._http.stream("GET", url, headers=headers) as response:
+            _raise_for_problem(response)
+            fields: dict[str, str] = {}
+            for line in response.iter_lines():
+                if line:
+                    name, _, value = line.partition(":")
+                    fields[name] = value.removeprefix(" ")
+                    continue
+                if "data" in fields:
+                    event = json.loads(fields["data"])
+                    yield JobEvent(event["number"], event["type"], event["data"])
+                fields = {}
+
+    def _fetch(self, artifact: Json, partial: Path, on_bytes: OnBytes) -> None:
+        have = partial.stat().st_size if partial.exists() else 0
+        if have >= artifact["bytes"]:
+            return
+        headers = {"Range": f"bytes={have}-"} if have else {}
+        with self._http.stream("GET", artifact["urls"]["content"], headers=headers) as response:
+            _raise_for_problem(response)
+            resumed = response.status_code == httpx.codes.PARTIAL_CONTENT
+            with partial.open("ab" if resumed else "wb") as file:
+                on_bytes(have if resumed else 0)
+                for piece in response.iter_bytes(_PIECE):
+                    file.write(piece)
+                    on_bytes(len(piece))
+
+    def _json(self, method: str, url: str, **request: Any) -> Json:
+        """One call, sent again when the connection breaks or the service is busy, once it has been reached at all."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            last = attempt == _ATTEMPTS
+            try:
+                response = self._http.request(method, url, **request)
+            except httpx.TransportError as error:
+                if last or not self._reached:
+                    raise self._unreachable(error) from None
+            else:
+                self._reached = True
+                if last or response.status_code not in _RETRY_STATUS:
+                    _raise_for_problem(response)
+                    return dict(response.json()) if response.content else {}
+            time.sleep(_pause(attempt))
+        raise AssertionError("the last attempt returns or raises")
+
+    def _unreachable(self, error: httpx.TransportError) -> Unreachable:
+        return Unreachable(
+            f"Nothing answers at {self.url} ({error}).\n"
+            "Start the service with `modelpress serve`, or say where it is with --url or MODELPRESS_URL."
+        )
+
+
+def _raise_for_problem(response: httpx.Response) -> None:
+    if response.is_success:
+        return
+    response.read()
+    try:
+        problem = response.json()
+    except ValueError:
+        problem = {}
+    raise ServiceProblem(response.status_code, problem if isinstance(problem, dict) else {})
+
+
+def _part_length(upload: Json, number: int) -> int:
+    return int(min(upload["part_bytes"], upload["size"] - (number - 1) * upload["part_bytes"]))
+
+
+def _pause(attempt: int) -> float:
+    """Seconds before the next attempt: doubling, 4 s at most."""
+    return min(4.0, 0.25 * 2.0**attempt)

@@ -1,0 +1,127 @@
+"""The long-running commands: the API alone or with everything embedded, a worker, the sweeper."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from app.db.engine import get_database
+from app.db.worker_queries import list_fresh
+from app.embedded import embedded_services, worker_command
+from app.errors import InvalidRequest, Unavailable
+from app.logging import configure_logging
+from app.services.sweeping import sweep_forever
+from app.settings import Settings, get_settings
+
+# Downloads and event streams still open when the service is told to stop are cut after this.
+_GRACEFUL_SECONDS = 5
+
+
+def serve(host: str, port: int, *, api_only: bool, announce: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then stop everything in order. `announce` is given the URL once it answers."""
+    with _listen(host, port) as listener, _sigterm_unwinds(), contextlib.ExitStack() as stack:
+        if api_only:
+            _require_broker(get_settings())
+        else:
+            stack.enter_context(embedded_services())
+        url = f"http://{_for_browsers(host)}:{listener.getsockname()[1]}"
+        config = uvicorn.Config(
+            "app.main:app", log_config=None, timeout_graceful_shutdown=_GRACEFUL_SECONDS, server_header=False
+        )
+        _AnnouncingServer(config, lambda: announce(url)).run(sockets=[listener])
+
+
+def run_worker() -> None:
+    """Become a Celery worker: this process is replaced, so that signals reach Celery itself."""
+    settings = get_settings()
+    _require_broker(settings)
+    command = worker_command(settings)
+    os.execv(command[0], command)  # noqa: S606 - a list of our own words
+
+
+def run_sweeper() -> None:
+    """Sweep until SIGINT or SIGTERM."""
+    settings = get_settings()
+    _require_broker(settings)
+    configure_logging(settings)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    sweep_forever(get_database(), settings, stop)
+
+
+def require_announced_worker() -> None:
+    """Raise Unavailable unless a worker of this host has announced itself lately."""
+    with get_database().read() as session:
+        workers = [worker.id for worker in list_fresh(session)]
+    if not any(name.startswith(f"{socket.gethostname()}:") for name in workers):
+        raise Unavailable("No worker of this host has announced itself lately.", code="no_worker")
+
+
+class _AnnouncingServer(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._announce = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self._announce()
+
+
+@contextlib.contextmanager
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
+    """A listening socket, taken before anything is started: a port in use is told at once. Port 0: any free one."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise _cannot_listen(host, port, error) from None
+    with listener:
+        yield listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> InvalidRequest:
+    if error.errno == errno.EADDRINUSE:
+        return InvalidRequest(
+            f"Port {port} on {host} is in use.",
+            code="port_in_use",
+            hint="Stop what listens there, or choose another: modelpress serve --port 8001 (0: any free one).",
+        )
+    return InvalidRequest(f"Cannot listen on {host}, port {port}: {error.strerror}.", code="cannot_listen")
+
+
+@contextlib.contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Make SIGTERM an exception, so that what is embedded is stopped in order as on Ctrl-C."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit(0)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _require_broker(settings: Settings) -> None:
+    if not settings.redis_url:
+        raise InvalidRequest(
+            "REDIS_URL is not set.",
+            code="no_broker",
+            hint="Point it at a Redis or Valkey server, or run `modelpress serve`, which brings its own.",
+        )
+
+
+def _for_browsers(host: str) -> str:
+    """An address one can open: `0.0.0.0` and `::` mean every address of this machine."""
+    if host in ("0.0.0.0", "::", ""):  # noqa: S104 - compared, not bound
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
