@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from app.errors import InvalidRequest, UnsupportedForModel
-from app.spec.architectures import ARCHITECTURES, block_index, is_compressible
+from app.errors import InvalidRequest
+from app.spec.architectures import ARCHITECTURES, block_index
 from app.spec.base import Family
 from app.spec.facts import TensorFact
 from app.spec.quantize import QuantizeWeights
@@ -27,12 +26,12 @@ from workers.engine.checkpoint import (
     Checkpoint,
     CheckpointWriter,
     Slab,
-    TensorEntry,
     copy_side_files,
     map_slabs,
     row_slabs,
     write_config,
 )
+from workers.engine.checkpoint.selection import Selection, module_name, non_finite, select_layers
 from workers.engine.export.pack_quantized import (
     ROWS_PER_WORD_GROUP,
     PackedLayer,
@@ -43,7 +42,6 @@ from workers.engine.export.pack_quantized import (
 from workers.engine.quantize.grid import Grid, fit_groups
 from workers.engine.technique import StepContext, StepOutcome, implements
 
-_FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 # Weights fitted at once: three float32 buffers of this size stay in a core's own cache.
 _CHUNK_WEIGHTS = 2**17
 
@@ -60,7 +58,8 @@ class SlabError:
 def quantize_weights(step: QuantizeWeights, context: StepContext) -> StepOutcome:
     """Write `context.target` with all linear layers inside blocks quantized, everything else as it was."""
     checkpoint = Checkpoint.open(context.source)
-    layers = plan_layers(checkpoint, step)
+    selection = select_layers(checkpoint, step.ignore)
+    layers = _plan(selection, step)
     facts: list[TensorFact] = []
     slabs: list[Slab] = []
     for name, entry in checkpoint.tensors.items():
@@ -85,38 +84,26 @@ def quantize_weights(step: QuantizeWeights, context: StepContext) -> StepOutcome
             if slab.entry.name in layers:
                 errors[slab.entry.name].append(error)
     copy_side_files(context.source, context.target)
-    write_config(context.target, _config(checkpoint, step, layers))
-    return _outcome(checkpoint, step, layers, errors)
+    write_config(context.target, _config(checkpoint, step, selection))
+    return _outcome(selection, layers, errors)
 
 
-def plan_layers(checkpoint: Checkpoint, step: QuantizeWeights) -> dict[str, PackedLayer]:
-    """The weights that will be quantized, by tensor name. Raises InvalidRequest if the step does not fit the model."""
-    if "quantization_config" in checkpoint.config:
-        raise UnsupportedForModel(
-            "The model is already quantized.",
-            code="already_quantized",
-            hint="Upload the original model in 32 or 16 bits.",
+def _plan(selection: Selection, step: QuantizeWeights) -> dict[str, PackedLayer]:
+    """What each chosen weight becomes. Raises InvalidRequest if the group size does not divide a layer's inputs."""
+    layers = {
+        name: PackedLayer(
+            module=module_name(name),
+            rows=entry.shape[0],
+            columns=entry.shape[1],
+            dtype=DTYPE_NAMES[entry.dtype],
+            bits=step.bits,
+            symmetric=step.symmetric,
+            group_size=step.group_size,
         )
-    layers: dict[str, PackedLayer] = {}
-    for entry in _compressible(checkpoint):
-        module = _module(entry.name)
-        if _ignored_by(module, step) is not None:
-            continue
-        if entry.dtype not in _FLOATS:
-            raise UnsupportedForModel(
-                f"{entry.name} is stored as {entry.dtype}, not as floating point of 16 bits or more.",
-                code="unsupported_dtype",
-                hint="Upload the original model in 32 or 16 bits.",
-            )
-        rows, columns = entry.shape
-        layers[entry.name] = PackedLayer(
-            module, rows, columns, DTYPE_NAMES[entry.dtype], step.bits, step.symmetric, step.group_size
-        )
-    if not layers:
-        raise InvalidRequest(
-            "No layer is left to quantize.", code="nothing_to_do", hint="Shorten the step's ignore list."
-        )
-    _check_group_size(list(layers.values()), step.group_size)
+        for name, entry in selection.chosen.items()
+    }
+    if step.group_size is not None:
+        _check_group_size(list(layers.values()), step.group_size)
     return layers
 
 
@@ -154,17 +141,11 @@ def _finite_norm(groups: Tensor, name: str) -> float:
     norm = groups.square().sum(dtype=torch.float64).item()
     # The norm of finite weights can overflow too, so only a suspicious one is worth the second look.
     if not math.isfinite(norm) and not torch.isfinite(groups).all():
-        raise InvalidRequest(
-            f"{name} holds weights that are NaN or infinite.",
-            code="non_finite_weights",
-            hint="The model is broken, often by training in 16 bits: upload a checkpoint from before.",
-        )
+        raise non_finite(name)
     return norm
 
 
-def _check_group_size(layers: list[PackedLayer], group_size: int | None) -> None:
-    if group_size is None:
-        return
+def _check_group_size(layers: list[PackedLayer], group_size: int) -> None:
     wrong = [layer for layer in layers if layer.columns % group_size]
     if not wrong:
         return
@@ -180,16 +161,16 @@ def _check_group_size(layers: list[PackedLayer], group_size: int | None) -> None
     )
 
 
-def _config(checkpoint: Checkpoint, step: QuantizeWeights, layers: dict[str, PackedLayer]) -> dict[str, Any]:
-    left = [entry.name for entry in _compressible(checkpoint) if entry.name not in layers]
+def _config(checkpoint: Checkpoint, step: QuantizeWeights, selection: Selection) -> dict[str, Any]:
     architecture = ARCHITECTURES.get((checkpoint.config.get("architectures") or ["?"])[0])
     by_pattern = architecture is not None and architecture.family is Family.ENCODER
+    left = [module_name(layer.name) for layer in selection.untouched]
     return checkpoint.config | {
         "quantization_config": quantization_config(
             bits=step.bits,
             symmetric=step.symmetric,
             group_size=step.group_size,
-            ignored_modules=[_ignore_entry(_module(name), by_pattern=by_pattern) for name in left],
+            ignored_modules=[_ignore_entry(module, by_pattern=by_pattern) for module in left],
         )
     }
 
@@ -203,54 +184,31 @@ def _ignore_entry(module: str, *, by_pattern: bool) -> str:
 
 
 def _outcome(
-    checkpoint: Checkpoint,
-    step: QuantizeWeights,
-    layers: dict[str, PackedLayer],
-    errors: dict[str, list[SlabError]],
+    selection: Selection, layers: dict[str, PackedLayer], errors: dict[str, list[SlabError]]
 ) -> StepOutcome:
-    outcomes = []
-    for entry in _compressible(checkpoint):
-        module, layer = _module(entry.name), layers.get(entry.name)
-        parameters = math.prod(entry.shape)
-        if layer is None:
-            reason = f"ignored by {_ignored_by(module, step)!r} in the spec"
-            outcomes.append(
-                LayerOutcome(name=module, action="untouched", reason=reason, parameters=parameters)
-            )
-            continue
-        outcomes.append(
-            LayerOutcome(
-                name=module,
-                action="quantized",
-                parameters=parameters,
-                bits=layer.stored_bits(),
-                relative_error=_relative(errors[entry.name]),
-            )
+    quantized = tuple(
+        LayerOutcome(
+            name=name,
+            action="quantized",
+            parameters=layer.rows * layer.columns,
+            bits=layer.stored_bits(),
+            relative_error=_relative(errors[name]),
         )
-    unused = [p for p in step.ignore if not any(fnmatchcase(o.name, p) for o in outcomes)]
-    done = list(layers.values())
-    weights = sum(layer.rows * layer.columns for layer in done)
-    bits = sum(layer.stored_bits() * layer.rows * layer.columns for layer in done) / weights
-    overall = _relative([error for parts in errors.values() for error in parts])
+        for name, layer in layers.items()
+    )
+    weights = sum(layer.parameters for layer in quantized)
+    stored = sum(layer.stored_bits() * layer.rows * layer.columns for layer in layers.values())
     return StepOutcome(
-        layers=tuple(outcomes),
-        metrics={"quantized_weights": weights, "stored_bits": bits, "relative_error": overall},
-        warnings=tuple(f"ignore pattern {pattern!r} matches no layer" for pattern in unused),
+        layers=(*quantized, *selection.untouched),
+        metrics={
+            "quantized_weights": weights,
+            "stored_bits": stored / weights,
+            "relative_error": _relative([error for parts in errors.values() for error in parts]),
+        },
+        warnings=selection.warnings,
     )
 
 
 def _relative(errors: list[SlabError]) -> float:
     weights = sum(error.of_weights for error in errors)
     return math.sqrt(sum(error.of_error for error in errors) / weights) if weights else 0.0
-
-
-def _compressible(checkpoint: Checkpoint) -> list[TensorEntry]:
-    return [entry for entry in checkpoint.tensors.values() if is_compressible(entry.name, entry.shape)]
-
-
-def _module(name: str) -> str:
-    return name.removesuffix(".weight")
-
-
-def _ignored_by(module: str, step: QuantizeWeights) -> str | None:
-    return next((pattern for pattern in step.ignore if fnmatchcase(module, pattern)), None)
