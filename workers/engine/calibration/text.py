@@ -22,13 +22,17 @@ def read_documents(path: Path) -> list[str]:
 
 
 def token_windows(tokenizer: Any, path: Path, *, tokens: int, length: int) -> Tensor:
+    """Non-overlapping windows from the start of a text file, as `cut_windows` makes them."""
+    return cut_windows(tokenizer, path.read_text(encoding="utf-8"), tokens=tokens, length=length)
+
+
+def cut_windows(tokenizer: Any, text: str, *, tokens: int, length: int) -> Tensor:
     """Non-overlapping windows from the start of a text: (tokens // length, length), int64, at least one window.
 
     No special tokens are added inside; windows are a plain cut of one long stream. Raises InvalidRequest when the
     text is too short for one window.
     """
     stream: list[int] = []
-    text = path.read_text(encoding="utf-8")
     wanted = max(tokens, length)
     for start in range(0, len(text), _CHUNK_CHARACTERS):
         chunk = text[start : start + _CHUNK_CHARACTERS]

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from app.spec.facts import ModelFacts
-from workers.engine.calibration.text import token_windows
-from workers.engine.measure.windows import special_tokens
+from workers.engine.calibration.text import special_tokens, token_windows
 
 # Their tables of positions begin with rows that no position uses.
 _UNUSED_POSITIONS = {"Roberta": 2, "XLMRoberta": 2, "MPNet": 2}
