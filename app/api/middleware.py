@@ -8,6 +8,7 @@ import uuid
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.problems import render, render_unexpected
@@ -96,7 +97,8 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > limit:
-                raise _too_large(limit)
+                # FastAPI takes any other exception for a body that cannot be parsed.
+                raise HTTPException(413) from _too_large(limit)
             return message
 
         await self.app(scope, receive_within_limit, send)

@@ -120,6 +120,8 @@ def add_problem_handlers(app: FastAPI) -> None:
 
 def _render_http(request: Request, error: HTTPException) -> ProblemResponse:
     """Errors of the framework itself: an unknown path, a method that a path does not have, a broken form."""
+    if isinstance(error.__cause__, ModelpressError):
+        return render(error.__cause__)
     phrase = http.HTTPStatus(error.status_code).phrase
     body = _body(
         status=error.status_code,

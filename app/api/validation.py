@@ -42,29 +42,37 @@ def validation_problem(error: RequestValidationError) -> ModelpressError:
     return InvalidRequest(f"The request has {count}; see `errors`.", faults=faults)
 
 
-def faults_of(errors: Iterable[Any], body: Any, prefix: str = "") -> list[Fault]:
-    """Faults for pydantic's errors over `body`; `prefix` is the pointer of `body` in the request."""
-    faults = []
+def faults_of(errors: Iterable[Any], body: Any) -> list[Fault]:
+    """Faults for the errors of a request with this body."""
+    faults: dict[Fault, None] = {}
     for item in errors:
+        if _is_echo(item):
+            continue
         place, *rest = item["loc"] or ("body",)
         if place in ("query", "path", "header", "cookie"):
             pointer = "/".join(map(str, item["loc"]))
         else:
-            pointer = prefix + _pointer(rest if place == "body" else item["loc"], body)
+            pointer = _pointer(rest, body, absent=item["type"] == "missing")
         tail, detail = _explain(item)
-        fault = Fault(pointer + tail, detail)
-        if fault not in faults:
-            faults.append(fault)
-    return faults
+        faults[Fault(pointer + tail, detail)] = None
+    return list(faults)
 
 
-def _pointer(loc: Sequence[int | str], value: Any) -> str:
-    """A JSON pointer, by walking the body: pydantic also names the chosen member of a union, which is in no body."""
+def _is_echo(item: Any) -> bool:
+    """Pydantic calls a list too short whose items are there and wrong: they are told of one by one."""
+    return item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]
+
+
+def _pointer(loc: Sequence[int | str], value: Any, *, absent: bool) -> str:
+    """A JSON pointer, by walking the body: pydantic also names the chosen member of a union, which is in no body.
+
+    `absent`: the last part names a field that should be there and is not.
+    """
     parts: list[str] = []
     for position, part in enumerate(loc):
         if _has(value, part):
             value = value[part]
-        elif position < len(loc) - 1 or not isinstance(value, dict | None):
+        elif not (absent and position == len(loc) - 1):
             continue
         parts.append(str(part).replace("~", "~0").replace("/", "~1"))
     return "".join(f"/{part}" for part in parts)
