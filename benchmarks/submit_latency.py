@@ -75,7 +75,7 @@ def wait_for_worker(client: httpx.Client, process: subprocess.Popen[bytes]) -> N
         if process.poll() is not None:
             raise SystemExit("the service ended before it was up")
         try:
-            if client.get("/workers").json()["items"]:
+            if client.get("/workers").json():
                 return
         except httpx.TransportError:
             pass

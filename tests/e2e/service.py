@@ -77,7 +77,7 @@ class Service:
 
     def ready_workers(self) -> list[Any]:
         """Workers as the API lists them."""
-        return list(self.client.get("/v1/workers").json()["data"])
+        return list(self.client.get("/v1/workers").json())
 
     def upload(self, directory: Path, name: str = "tiny") -> str:
         """Upload a model directory as a zip; returns its id."""
@@ -106,4 +106,4 @@ class Service:
 
     def events(self, job_id: str) -> list[dict[str, Any]]:
         """All events of a job."""
-        return list(self.client.get(f"/v1/jobs/{job_id}/events", params={"limit": 1000}).json()["data"])
+        return list(self.client.get(f"/v1/jobs/{job_id}/events", params={"limit": 1000}).json()["items"])
