@@ -89,6 +89,8 @@ class Measurement(Frozen):
     files: tuple[FileSize, ...]
     weight_bytes: int
     """Bytes of the files that hold weights."""
+    components: dict[str, int] = Field(default_factory=dict)
+    """Bytes by what they hold, e.g. `embeddings`, `attention`, `scales`; they add up to `bytes`."""
     parameters: int
     low_bit_parameters: int = 0
     """Weights stored in 8 bits or fewer."""
@@ -109,6 +111,8 @@ class Comparison(Frozen):
     bytes_ratio: float
     latency_ratio: float | None = None
     """Result's median over original's, for the first latency both have."""
+    latency_ratio_interval: tuple[float, float] | None = None
+    """95 % interval of that ratio by bootstrap over rounds: on a busy machine it is wide, and spans 1."""
     peak_memory_ratio: float | None = None
     perplexity_ratio: float | None = None
     delta_ln_perplexity: tuple[float, float, float] | None = None
