@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def compare(
     return Evaluated(
         original=original,
         result=result,
-        comparison=_comparison(original, result, quality),
+        comparison=_comparison(original, result, quality, latency.ratio(seed=pair.seed)),
         verification=verification,
         text=prepared.text,
         vocabulary=quality.vocabulary,
@@ -136,6 +136,7 @@ def _measurement(size: Size, facts: RunnerFacts) -> Measurement:
         bytes=size.bytes,
         files=size.files,
         weight_bytes=size.weight_bytes,
+        components=size.components,
         parameters=size.parameters,
         low_bit_parameters=size.low_bit_parameters,
         bits_per_weight=size.bits_per_weight,
@@ -143,17 +144,14 @@ def _measurement(size: Size, facts: RunnerFacts) -> Measurement:
     )
 
 
-def _comparison(original: Measurement, result: Measurement, quality: Quality) -> Comparison:
+def _comparison(
+    original: Measurement, result: Measurement, quality: Quality, latency_ratio: tuple[float, float, float]
+) -> Comparison:
+    memory = original.peak_memory_bytes, result.peak_memory_bytes
     return Comparison(
         bytes_ratio=result.bytes / original.bytes,
-        latency_ratio=_ratio(original, result, lambda m: m.latency[0].median_ms if m.latency else None),
-        peak_memory_ratio=_ratio(original, result, lambda m: m.peak_memory_bytes),
+        latency_ratio=latency_ratio[0],
+        latency_ratio_interval=latency_ratio[1:],
+        peak_memory_ratio=memory[1] / memory[0] if memory[0] and memory[1] else None,
         **quality.relative(),
     )
-
-
-def _ratio(
-    original: Measurement, result: Measurement, of: Callable[[Measurement], float | None]
-) -> float | None:
-    before, after = of(original), of(result)
-    return after / before if before and after is not None else None

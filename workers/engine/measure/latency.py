@@ -14,6 +14,7 @@ from workers.engine.measure.runner_client import RunnerClient
 _WARM_UP = 2
 _TOKENS = 128
 _THROUGHPUT_BATCH = 8
+_BOOTSTRAP_DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,17 @@ class LatencyInTurns:
         """Times of one model: 0 the original, 1 the result."""
         pairs = zip(self._runs, self._samples, strict=True)
         return tuple(summarize(run.what, samples[model]) for run, samples in pairs)
+
+    def ratio(self, *, seed: int) -> tuple[float, float, float]:
+        """Result's median over original's for the first kind of run, and its 95 % interval by bootstrap over rounds.
+
+        Rounds are drawn in pairs: what slowed one model in a round most likely slowed the other.
+        """
+        before, after = (np.asarray(samples) for samples in self._samples[0])
+        draws = np.random.default_rng(seed).integers(0, len(before), size=(_BOOTSTRAP_DRAWS, len(before)))
+        resampled = np.median(after[draws], axis=1) / np.median(before[draws], axis=1)
+        low, high = np.quantile(resampled, (0.025, 0.975))
+        return float(np.median(after) / np.median(before)), float(low), float(high)
 
 
 def rounds_in_all(count: int) -> int:

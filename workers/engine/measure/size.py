@@ -5,6 +5,7 @@ Counts what is stored, by reading headers; zeros are counted by streaming the we
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,19 @@ _PACKED = "weight_packed"
 # What a quantized layer stores beside its weights: bytes that count, numbers that are no weights.
 _AUXILIARY = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")
 _SLAB_BYTES = 32 * 2**20
+# The first that matches: attention.output.dense is attention's, output.dense alone the feed-forward's.
+_COMPONENTS = tuple(
+    (part, re.compile(words))
+    for part, words in (
+        ("scales", r"_scale$|_zero_point$|_shape$|_g_idx$|_scales$"),
+        ("norms", r"norm|LayerNorm|layer_norm"),
+        ("embeddings", r"embed|wte|wpe"),
+        ("output head", r"lm_head|classifier|pooler|cls\."),
+        ("attention", r"attn|attention"),
+        ("feed-forward", r"mlp|ffn|intermediate|output\.dense|feed_forward"),
+    )
+)
+_OTHER_TENSORS = "other tensors and headers"
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,8 @@ class Size:
     """Weights the files stand for: of a packed tensor the logical ones."""
     low_bit_parameters: int
     """Those of them stored in 8 bits or fewer."""
+    components: dict[str, int]
+    """Bytes by what they hold; they add up to `bytes`."""
     zero_share: float | None
     """Share of the weights that are exactly zero; None for ONNX, whose graph may hold them in any form."""
 
@@ -53,19 +69,32 @@ def measure_size(directory: Path) -> Size:
     )
     weight_bytes = sum(file.bytes for file in files if file.path.endswith(_WEIGHT_SUFFIXES))
     if (directory / "model.onnx").is_file():
-        parameters, low_bit, zeros = *count_onnx(directory / "model.onnx"), None
+        parameters, low_bit, tensors = count_onnx(directory / "model.onnx")
+        zeros = None
     else:
         checkpoint = Checkpoint.open(directory)
         parameters, low_bit = _count_parameters(checkpoint)
+        tensors = [(entry.name, entry.nbytes) for entry in checkpoint.tensors.values()]
         zeros = sum(_count_zeros(checkpoint)) / max(1, parameters)
+    total = sum(file.bytes for file in files)
     return Size(
-        bytes=sum(file.bytes for file in files),
+        bytes=total,
+        components=_components(tensors, weight_bytes, total),
         files=files,
         weight_bytes=weight_bytes,
         parameters=parameters,
         low_bit_parameters=low_bit,
         zero_share=zeros,
     )
+
+
+def _components(tensors: list[tuple[str, int]], weight_bytes: int, total: int) -> dict[str, int]:
+    sums = dict.fromkeys((*(name for name, _ in _COMPONENTS), _OTHER_TENSORS), 0)
+    for name, nbytes in tensors:
+        sums[next((part for part, words in _COMPONENTS if words.search(name)), _OTHER_TENSORS)] += nbytes
+    sums[_OTHER_TENSORS] += weight_bytes - sum(sums.values())
+    sums["other files"] = total - weight_bytes
+    return {part: count for part, count in sums.items() if count > 0}
 
 
 def _count_parameters(checkpoint: Checkpoint) -> tuple[int, int]:

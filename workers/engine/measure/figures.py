@@ -1,0 +1,125 @@
+"""Which plots a report has, and from which of its numbers they are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from markupsafe import Markup
+
+from app.spec.architectures import block_index
+from app.spec.report import LayerOutcome, Report, StepReport
+from workers.engine.measure.plots import Axis, Point, axis_from_zero, scatter, stacked_bars, strips
+from workers.engine.measure.wording import size, words
+
+_ATTENTION_WORDS = ("attn", "attention")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot with its title, what to see in it, and its legend: (style class, words)."""
+
+    title: str
+    caption: str
+    svg: Markup
+    legend: tuple[tuple[str, str], ...] = ()
+
+
+def figures(report: Report) -> list[Figure]:
+    """All plots the report has numbers for."""
+    found = [*_sizes(report), *_latencies(report)]
+    for step in report.steps:
+        found += [*_errors(step), *_curves(step)]
+    return found
+
+
+def _sizes(report: Report) -> Iterator[Figure]:
+    measurements = (("original", report.original), ("result", report.result))
+    parts = list(dict.fromkeys(part for _, m in measurements for part in m.components))
+    if not parts:
+        return
+    bars = [
+        (
+            name,
+            [
+                (parts.index(part), count / 1e6, f"{name}, {part}: {size(count)}")
+                for part, count in sorted(m.components.items(), key=lambda item: parts.index(item[0]))
+            ],
+        )
+        for name, m in measurements
+    ]
+    yield Figure(
+        "Size by component",
+        "All files, scales and tokenizer included.",
+        stacked_bars(bars, axis_from_zero([m.bytes / 1e6 for _, m in measurements], "MB")),
+        tuple((f"c{index}", part) for index, part in enumerate(parts)),
+    )
+
+
+def _latencies(report: Report) -> Iterator[Figure]:
+    for before, after in zip(report.original.latency, report.result.latency, strict=False):
+        rows = [
+            ("original", before.samples_ms, before.median_ms),
+            ("result", after.samples_ms, after.median_ms),
+        ]
+        everything = [*before.samples_ms, *after.samples_ms]
+        yield Figure(
+            f"Latency: {before.what}",
+            f"{len(before.samples_ms)} runs each, in turns; the bar is the median.",
+            strips(rows, axis_from_zero(everything, "ms")),
+        )
+
+
+def _errors(step: StepReport) -> Iterator[Figure]:
+    measured = [layer for layer in step.layers if layer.relative_error is not None]
+    if not measured:
+        return
+    placed = [(_block(layer), layer.relative_error or 0.0, layer) for layer in measured]
+    points = [
+        Point(block, error, _series(layer), f"{layer.name}: {error:.4f}") for block, error, layer in placed
+    ]
+    yield Figure(
+        f"Error of each layer: {step.technique}",
+        "How far the weights moved, relative to their size. The line joins the blocks' medians.",
+        scatter(
+            points,
+            _blocks_axis([block for block, _, _ in placed]),
+            axis_from_zero([error for _, error, _ in placed], "relative error"),
+            line=_medians([(block, error) for block, error, _ in placed]),
+        ),
+        (("s0", "attention"), ("s1", "feed-forward")),
+    )
+
+
+def _curves(step: StepReport) -> Iterator[Figure]:
+    for name, curve in step.curves.items():
+        if len(curve) < 2:
+            continue
+        axis = "block" if name.startswith("block") else "step"
+        highest, lowest = max(y for _, y in curve), min(y for _, y in curve)
+        y_axis = Axis(min(0.0, lowest), highest * 1.06 if highest > 0 else 1.0, words(name))
+        points = [Point(x, y, 0, f"{axis} {x:g}: {y:.4g}") for x, y in curve]
+        x_axis = Axis(curve[0][0], curve[-1][0], axis)
+        yield Figure(
+            f"{words(name).capitalize()}: {step.technique}",
+            "",
+            scatter(points, x_axis, y_axis, line=curve),
+        )
+
+
+def _block(layer: LayerOutcome) -> int:
+    return block_index(layer.name.removesuffix(".weight") + ".weight") or 0
+
+
+def _series(layer: LayerOutcome) -> int:
+    return 0 if any(word in layer.name for word in _ATTENTION_WORDS) else 1
+
+
+def _blocks_axis(blocks: Sequence[int]) -> Axis:
+    return Axis(min(blocks) - 0.5, max(blocks) + 0.5, "block")
+
+
+def _medians(placed: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+    blocks = sorted({block for block, _ in placed})
+    return [(block, median(error for b, error in placed if b == block)) for block in blocks]
