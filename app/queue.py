@@ -26,7 +26,14 @@ def get_celery() -> Celery:
     celery.conf.update(
         # A submit must not hang while the broker is away: the row is the outbox, the sweeper sends it later.
         broker_connection_timeout=2,
-        broker_transport_options={"socket_timeout": 2, "socket_connect_timeout": 2},
+        # kombu would otherwise try again for two seconds, in which the route holds one of a few sessions.
+        broker_transport_options={
+            "socket_timeout": 2,
+            "socket_connect_timeout": 2,
+            "max_retries": 1,
+            "interval_start": 0,
+            "interval_step": 0,
+        },  # fmt: skip
         task_publish_retry=False,
         task_ignore_result=True,
     )
