@@ -51,7 +51,8 @@ class Serve:
 
     def child(self, word: str) -> psutil.Process:
         """The child of its own whose command line has that word."""
-        (found,) = [p for p in psutil.Process(self.process.pid).children() if word in " ".join(p.cmdline())]
+        children = psutil.Process(self.process.pid).children()
+        (found,) = [p for p in children if word in _command_line(p)]
         return found
 
 
