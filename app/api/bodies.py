@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import Header, Request
-from starlette.requests import ClientDisconnect
 
 from app.errors import InvalidRequest
 
@@ -33,11 +32,14 @@ ContentDigest = Annotated[
 
 async def chunks_of(request: Request) -> AsyncIterator[bytes]:
     """The body as it arrives. Raises InvalidRequest (`body_cut`) when the connection breaks."""
-    try:
-        async for chunk in request.stream():
-            yield chunk
-    except ClientDisconnect:
-        raise InvalidRequest("The connection broke before the body was there.", code="body_cut") from None
+    # The same as request.stream(), without its second generator: this loop turns four times for every MiB.
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise InvalidRequest("The connection broke before the body was there.", code="body_cut")
+        more = message.get("more_body", False)
+        yield message.get("body", b"")
 
 
 def declared_length(request: Request) -> int | None:

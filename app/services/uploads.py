@@ -99,31 +99,22 @@ async def receive_part(
     """
     upload_id, number = part
     declared_length, declared_sha256 = declared
-    upload = await asyncio.to_thread(_upload_with_part, database, upload_id, number)
-    length = part_length(upload, number)
-    if declared_length not in (None, length):
-        raise _wrong_length(number, length, declared_length or 0)
-    with PartFile(
-        staging.upload_path(upload_id),
-        offset=(number - 1) * upload.part_bytes,
-        length=length,
-        min_free_bytes=staging.min_free_bytes,
-    ) as place:
-        # Asked under the lock: another request may have recorded the part a moment ago.
-        recorded = await asyncio.to_thread(_recorded_part, database, upload_id, number)
+    opened = await asyncio.to_thread(_open_part, database, staging, part, declared_length)
+    with opened.place as place:
+        recorded = opened.recorded
         arriving = _ArrivingPart(
             place=place.write if recorded is None else place.compare,
             part=hashlib.sha256() if declared_sha256 else None,
             whole=_running.fork(upload_id, number) if recorded is None else None,
         )
-        received = await pump(chunks, arriving.consume, limit=length)
-        if received != length:
-            raise _wrong_length(number, length, received)
+        received = await pump(chunks, arriving.consume, limit=opened.length)
+        if received != opened.length:
+            raise _wrong_length(number, opened.length, received)
         arriving.check(number, declared_sha256)
         if recorded is not None:
             return recorded
         sha256 = declared_sha256.hex() if declared_sha256 else None
-        row = UploadPart(upload_id=upload_id, number=number, bytes=length, sha256=sha256)
+        row = UploadPart(upload_id=upload_id, number=number, bytes=received, sha256=sha256)
         await asyncio.to_thread(_record_part, database, row)
         if arriving.whole is not None:
             _running.advance(upload_id, number, arriving.whole)
@@ -200,15 +191,14 @@ def remove_expired_uploads(session: Session) -> int:
 class _ArrivingPart:
     """Takes the batches of a part to its place, and into the digests that are wanted."""
 
-    place: Callable[[Sequence[bytes]], None]
+    place: Callable[[memoryview], None]
     part: hashlib._Hash | None
     whole: hashlib._Hash | None
 
-    def consume(self, batch: Sequence[bytes]) -> None:
+    def consume(self, batch: memoryview) -> None:
         for digest in (self.part, self.whole):
             if digest is not None:
-                for chunk in batch:
-                    digest.update(chunk)
+                digest.update(batch)
         self.place(batch)
 
     def check(self, number: int, announced: bytes | None) -> None:
@@ -220,8 +210,18 @@ class _ArrivingPart:
             )
 
 
-def _upload_with_part(database: Database, upload_id: str, number: int) -> Upload:
-    """The upload, which has a part of this number."""
+@dataclass
+class _OpenPart:
+    place: PartFile
+    length: int
+    recorded: UploadPart | None
+
+
+def _open_part(
+    database: Database, staging: Staging, part: tuple[str, int], declared_length: int | None
+) -> _OpenPart:
+    """Find the place of a part and lock it."""
+    upload_id, number = part
     with database.read() as session:
         upload = _found(queries.get_upload(session, upload_id), upload_id)
     if not 1 <= number <= part_count(upload):
@@ -229,12 +229,22 @@ def _upload_with_part(database: Database, upload_id: str, number: int) -> Upload
             f"Upload {upload_id} has parts 1 to {part_count(upload)}; there is no part {number}.",
             code="no_such_part",
         )
-    return upload
-
-
-def _recorded_part(database: Database, upload_id: str, number: int) -> UploadPart | None:
-    with database.read() as session:
-        return queries.get_part(session, upload_id, number)
+    length = part_length(upload, number)
+    if declared_length is not None and declared_length != length:
+        raise _wrong_length(number, length, declared_length)
+    place = PartFile(
+        staging.upload_path(upload_id),
+        offset=(number - 1) * upload.part_bytes,
+        length=length,
+        min_free_bytes=staging.min_free_bytes,
+    )
+    try:
+        # Asked under the lock: another request may have recorded the part a moment ago.
+        with database.read() as session:
+            return _OpenPart(place, length, queries.get_part(session, upload_id, number))
+    except BaseException:
+        place.close()
+        raise
 
 
 def _record_part(database: Database, row: UploadPart) -> None:
