@@ -204,7 +204,8 @@ class Client:
             try:
                 response = self._http.request(method, url, **request)
             except httpx.TransportError as error:
-                if last or not self._reached:
+                never_there = isinstance(error, httpx.ConnectError) and not self._reached
+                if last or never_there:
                     raise self._unreachable(error) from None
             else:
                 self._reached = True

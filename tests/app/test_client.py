@@ -1,0 +1,155 @@
+"""The client against the real app behind a real server, over connections that break."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import claim, finish
+from cutting_proxy import cutting_proxy
+
+from app.client import Client, ClientError, DigestMismatch, Json, ServiceProblem, Unreachable
+from app.db.engine import get_database
+from app.settings import Settings
+
+PART = 200_000
+
+
+@pytest.fixture
+def small_parts(override_settings: Callable[..., Settings]) -> None:
+    """Parts small enough that a test has several."""
+    override_settings(part_bytes=PART)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(os.urandom(3 * PART + 17))
+    return path
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def make_artifact(client: Client, model: str, content: bytes) -> Json:
+    job = client.post("/v1/jobs", {"model": model, "recipe": "int8"})
+    finish(get_database(), claim(get_database(), job["id"]), {"model.safetensors": ("model", content)})
+    artifact = client.get(job["urls"]["self"])["artifacts"][0]
+    return dict(artifact)
+
+
+def test_a_file_arrives_whole_and_every_byte_is_counted(
+    small_parts: None, server_url: str, file: Path
+) -> None:
+    sent: list[int] = []
+    with Client(server_url) as client:
+        upload = client.upload(file, on_bytes=sent.append)
+        state = client.get(f"/v1/uploads/{upload}")
+    assert (state["status"], state["sha256"], state["part_count"]) == ("completed", sha256(file), 4)
+    assert sum(sent) == file.stat().st_size
+
+
+def test_an_upload_survives_connections_that_break(small_parts: None, server_url: str, file: Path) -> None:
+    with cutting_proxy(server_url, 120_000, PART + 50_000, direction="up") as proxy:
+        with Client(proxy.url) as client:
+            client.get("/v1/health/live")
+            state = client.get(f"/v1/uploads/{client.upload(file)}")
+        assert proxy.connections > 2
+    assert (state["status"], state["sha256"]) == ("completed", sha256(file))
+
+
+def test_a_post_whose_answer_was_lost_happens_once(server_url: str, add_model: Callable[..., str]) -> None:
+    model = add_model()
+    with Client(server_url) as client:
+        answer_bytes = len(client._http.get("/v1/health/live").content)
+    with (
+        cutting_proxy(server_url, answer_bytes + 500, direction="down") as proxy,
+        Client(proxy.url) as client,
+    ):
+        client.get("/v1/health/live")
+        job = client.post("/v1/jobs", {"model": model, "recipe": "int8"})
+        assert proxy.connections > 1
+        assert [j["id"] for j in client.get("/v1/jobs")["items"]] == [job["id"]]
+
+
+def test_an_upload_that_broke_off_sends_only_what_is_missing(
+    small_parts: None, server_url: str, file: Path
+) -> None:
+    sent: list[int] = []
+    with Client(server_url) as client:
+        begun = client.post("/v1/uploads", {"name": "weights.bin", "size": file.stat().st_size})
+        part = file.read_bytes()[PART : 2 * PART]
+        assert httpx.put(f"{server_url}/v1/uploads/{begun['id']}/parts/2", content=part).status_code == 200
+        upload = client.upload(file, resume=begun["id"], on_bytes=sent.append)
+        state = client.get(f"/v1/uploads/{upload}")
+    assert (state["id"], state["status"], state["sha256"]) == (begun["id"], "completed", sha256(file))
+    assert sent == [PART, PART, PART, 17]
+
+
+def test_another_file_is_not_mixed_into_an_upload(server_url: str, file: Path) -> None:
+    with Client(server_url) as client:
+        begun = client.post("/v1/uploads", {"name": "weights.bin", "size": 5})
+        with pytest.raises(ClientError, match="is of a file of 5 bytes"):
+            client.upload(file, resume=begun["id"])
+
+
+def test_a_problem_is_told_with_place_and_hint(server_url: str) -> None:
+    with Client(server_url) as client, pytest.raises(ServiceProblem) as caught:
+        client.post("/v1/uploads", {"name": "x", "size": 0})
+    assert (caught.value.status, caught.value.code) == (422, "invalid_request")
+    assert "/size: " in str(caught.value)
+
+
+def test_a_service_that_is_not_there_is_named_at_once() -> None:
+    began = time.monotonic()
+    with Client("http://127.0.0.1:9") as client, pytest.raises(Unreachable, match="modelpress serve"):
+        client.get("/v1/health/live")
+    assert time.monotonic() - began < 2
+
+
+def test_a_download_goes_on_where_the_connection_broke(
+    server_url: str, add_model: Callable[..., str], tmp_path: Path
+) -> None:
+    content = os.urandom(3_000_000)
+    got: list[int] = []
+    with Client(server_url) as client:
+        artifact = make_artifact(client, add_model(), content)
+    with (
+        cutting_proxy(server_url, 1_500_000, direction="down") as proxy,
+        Client(proxy.url) as client,
+    ):
+        client.download(artifact, tmp_path / "out" / "model.safetensors", on_bytes=got.append)
+        assert proxy.connections == 2
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == content
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+
+
+def test_a_download_with_wrong_bytes_is_removed(
+    server_url: str, add_model: Callable[..., str], tmp_path: Path
+) -> None:
+    with Client(server_url) as client:
+        artifact = make_artifact(client, add_model(), b"weights")
+        (tmp_path / "model.part").write_bytes(b"wei")
+        with pytest.raises(DigestMismatch, match="was removed"):
+            client.download(artifact | {"sha256": "0" * 64}, tmp_path / "model")
+    assert list(tmp_path.glob("model*")) == []
+
+
+def test_events_come_once_each_over_streams_that_break(
+    server_url: str, add_model: Callable[..., str]
+) -> None:
+    with Client(server_url) as client:
+        job = client.post("/v1/jobs", {"model": add_model(), "recipe": "int8"})
+        finish(get_database(), claim(get_database(), job["id"]), {"report.json": ("report", b"{}")})
+        everything = [event["number"] for event in client.get(job["urls"]["events"])["items"]]
+    assert len(everything) == 3
+    for cut in (700, 800, 900):
+        with cutting_proxy(server_url, cut, direction="down") as proxy, Client(proxy.url) as client:
+            assert [event.number for event in client.events(job)] == everything
+            assert client.wait(job)["status"] == "succeeded"
