@@ -33,7 +33,7 @@ def get_celery() -> Celery:
             "max_retries": 1,
             "interval_start": 0,
             "interval_step": 0,
-        },  # fmt: skip
+        },
         task_publish_retry=False,
         task_ignore_result=True,
     )
