@@ -1,0 +1,199 @@
+"""ONNX: export a model as one float32 graph, and check a file by means of onnx and onnxruntime alone.
+
+What the graphs offer is what Optimum and sentence-transformers expect: `input_ids`, `attention_mask` and, for models
+that tell segments apart, `token_type_ids`, with free batch and sequence sizes; out come `logits` of language models
+and classifiers, `last_hidden_state` of encoders. No key-value cache: every call computes the whole sequence.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from app.errors import JobFailed, VerificationFailed
+from workers.engine.export.onnx_graph import clean, multiply_in_place, name_dimensions, token_embedding
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx_data"
+# The newest set of operators that TensorRT, OpenVINO and onnxruntime-web releases of the last two years all read.
+OPSET = 20
+# protobuf cannot write messages of 2 GiB; the graph itself takes a few megabytes.
+SINGLE_FILE_BYTES = 2**31 - 2**26
+_WRAPPED = "model."
+
+
+class _Forward(nn.Module):
+    """The model as a function of tensors alone, in the order of the graph's inputs, with one output."""
+
+    def __init__(self, model: nn.Module, extra: dict[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.extra = extra
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
+        """Logits, or last hidden states."""
+        segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        output = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **segments, **self.extra
+        )
+        return output[0]
+
+
+def export_graph(model: nn.Module, architecture: str) -> ir.Model:
+    """Export a float32 transformers model in evaluation mode; the graph's weights share memory with the model's.
+
+    Raises JobFailed (`onnx_export_failed`) for a model that torch.onnx cannot express.
+    """
+    is_decoder = architecture.endswith("ForCausalLM")
+    forward = _Forward(model, {"use_cache": False} if is_decoder else {}).eval()
+    # Plain products and a softmax run as fast as the Attention operator, which needs opset 23 (measured, onnxruntime 1.32).
+    model.set_attn_implementation("eager")  # type: ignore[operator]  # a method of transformers' base class
+    names = input_names(model)
+    ids = torch.arange(3, 35).reshape(2, 16)
+    sample = {name: torch.ones_like(ids) if name == "attention_mask" else ids * 0 for name in names}
+    sample["input_ids"] = ids
+    free = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                forward,
+                (),
+                kwargs=sample,
+                input_names=names,
+                output_names=["logits" if _has_logits(architecture) else "last_hidden_state"],
+                dynamic_shapes={name: free for name in names},
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise JobFailed(
+            f"PyTorch cannot export this {architecture} to ONNX: {_first_line(error)}",
+            code="onnx_export_failed",
+            hint=f"Use quantize.weights for {architecture}, or report this configuration to the maintainers.",
+        ) from error
+    if program is None:
+        raise RuntimeError("torch.onnx.export with dynamo=True returned no program")
+    return _finished(program.model)
+
+
+def input_names(model: nn.Module) -> list[str]:
+    """The graph's inputs, in order: segments only where the model was trained to tell them apart."""
+    config: Any = model.config
+    segments = config.model_type == "bert" and config.type_vocab_size > 1
+    return ["input_ids", "attention_mask", *(["token_type_ids"] if segments else [])]
+
+
+def save_graph(model: ir.Model, directory: Path) -> int:
+    """Write `model.onnx`, and `model.onnx_data` beside it if protobuf could not hold the weights; return the bytes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    values = model.graph.initializers.values()
+    weights = sum(value.const_value.nbytes for value in values if value.const_value is not None)
+    ir.save(model, directory / MODEL_FILE, external_data=DATA_FILE if weights > SINGLE_FILE_BYTES else None)
+    return directory_bytes(directory)
+
+
+def directory_bytes(directory: Path) -> int:
+    """Bytes of all files of a graph."""
+    files = [file for file in directory.iterdir() if file.is_file()]
+    for file in files:
+        file.chmod(0o644)
+    return sum(file.stat().st_size for file in files)
+
+
+def check_graph(directory: Path, *, threads: int) -> None:
+    """Check a written graph: valid by onnx's rules, loaded by onnxruntime, and free in both of its dimensions.
+
+    Raises VerificationFailed.
+    """
+    import onnx
+
+    path = str(directory / MODEL_FILE)
+    try:
+        onnx.checker.check_model(path)
+    except onnx.checker.ValidationError as error:
+        raise _invalid(f"onnx.checker refuses it: {_first_line(error)}") from error
+    session = open_session(directory, threads=threads)
+    for batch, length in ((1, 3), (2, 5)):
+        feed = {node.name: np.ones((batch, length), dtype=np.int64) for node in session.get_inputs()}
+        output = run(session, feed)
+        if output.shape[0] != batch or (output.ndim == 3 and output.shape[1] != length):
+            raise _invalid(f"for {batch} sequences of {length} tokens it returns {output.shape}")
+        if not np.isfinite(output).all():
+            raise _invalid("its output is not finite")
+
+
+def open_session(directory: Path, *, threads: int, **settings: Any) -> Any:
+    """An onnxruntime session on the CPU; `settings` are attributes of SessionOptions."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Sessions are timed in turns: the threads of one must not spin while another runs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    for name, value in settings.items():
+        setattr(options, name, value)
+    return onnxruntime.InferenceSession(
+        str(directory / MODEL_FILE), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def run(session: Any, feed: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+    """The first output."""
+    output: NDArray[np.float32] = session.run(None, feed)[0]
+    return output
+
+
+def _finished(model: ir.Model) -> ir.Model:
+    clean(model, prefix=_WRAPPED)
+    embedding = token_embedding(model.graph)
+    if embedding is not None:
+        multiply_in_place(model.graph, embedding)
+    name_dimensions(model.graph)
+    model.producer_name = "modelpress"
+    return model
+
+
+def _has_logits(architecture: str) -> bool:
+    return architecture.endswith(("ForCausalLM", "ForSequenceClassification"))
+
+
+def _invalid(what: str) -> VerificationFailed:
+    return VerificationFailed(
+        f"The ONNX file is not usable: {what}",
+        code="onnx_invalid",
+        hint="Report this with the model's configuration.",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to ourselves that torchvision is absent, and what torch and onnxscript deprecate of each other."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
