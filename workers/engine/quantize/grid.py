@@ -10,16 +10,35 @@ The scale is rounded to the dtype it will be stored in before it is judged, so w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 
-# Steps of t, from below the clipping that pays at each width (measured on SmolLM2, stories15m and MiniLM: finer
-# coarse steps gained less than 0.5 % of the error), and the neighbours of the zero point that are tried.
-_COARSE_STEP = {8: 0.03, 4: 0.06, 3: 0.06, 2: 0.06}
-_COARSE_STEPS = {8: 7, 4: 9, 3: 9, 2: 9}
-_ZERO_OFFSETS = {8: (0,), 4: (0, -1, 1), 3: (0, -1, 1), 2: (0, -1, 1)}
-_REFITS = 2
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which candidates a search tries, in this order."""
+
+    factors: tuple[float, ...]
+    """Values of t, with the first zero point."""
+    neighbours: tuple[float, ...]
+    """Added to the best t, each with the zero point above and below the best (asymmetric only)."""
+    fine: tuple[float, ...]
+    """Added to the best t after that."""
+    refits: int
+
+
+def _evenly(first: float, last: float, count: int) -> tuple[float, ...]:
+    return tuple(first + k * (last - first) / (count - 1) for k in range(count))
+
+
+# Measured on SmolLM2, stories15m and MiniLM: within 0.5 % of the error of 200 candidates at a tenth of their time.
+# At 8 bits clipping hardly pays and the optimum is narrow; a moved zero point changes nothing.
+_FEW_BITS = Schedule(_evenly(0.5, 1.15, 14), (-0.05, 0.0, 0.05), (-0.017, 0.017), refits=2)
+_EIGHT_BITS = Schedule(
+    _evenly(0.79, 1.03, 9), (), (-0.016, -0.012, -0.008, -0.004, 0.004, 0.008, 0.012, 0.016), refits=1
+)
 
 
 @dataclass(frozen=True)
@@ -74,16 +93,18 @@ class _Fitter:
         self.error = self._error(self.scale, self.zero)
 
     def search(self) -> None:
-        """Coarse steps with each zero point, finer steps around the best, then refits of the scale."""
-        bits, step = self.grid.bits, _COARSE_STEP[self.grid.bits]
-        for offset in (0,) if self.grid.symmetric else _ZERO_OFFSETS[bits]:
-            zero = self._clamped(self.first_zero + offset)
-            for k in range(-_COARSE_STEPS[bits], 2):
-                self._try_factor(torch.full_like(self.base, 1 + k * step), zero)
-        around = self.factor
-        for share in (-1 / 3, 1 / 3):
-            self._try_factor(around + share * step, self.zero)
-        for _ in range(_REFITS):
+        """Coarse steps, the zero points beside the best, finer steps around it, then refits of the scale."""
+        schedule = _EIGHT_BITS if self.grid.bits == 8 else _FEW_BITS
+        for factor in schedule.factors:
+            self._try_factor(torch.full_like(self.base, factor), self.first_zero)
+        around, zero = self.factor, self.zero
+        if not self.grid.symmetric:
+            for offset, step in product((-1, 1), schedule.neighbours):
+                self._try_factor(around + step, self._clamped(zero + offset))
+        around, zero = self.factor, self.zero
+        for step in schedule.fine:
+            self._try_factor(around + step, zero)
+        for _ in range(schedule.refits):
             self._refit()
 
     def result(self) -> Fit:
