@@ -10,7 +10,7 @@ import numpy as np
 
 from app.spec.facts import ModelFacts
 from app.spec.report import Comparison, Measurement
-from workers.engine.measure.latency import LatencyInTurns, rounds_in_all, timed_runs
+from workers.engine.measure.latency import LatencyInTurns, ratio_interval, rounds_in_all, timed_runs
 from workers.engine.measure.quality import Quality, quality_for
 from workers.engine.measure.results import Evaluated, Pair, Prepared, Progress, RunnerFacts, Verification
 from workers.engine.measure.runner_client import RunnerClient
@@ -84,7 +84,7 @@ def compare(
     return Evaluated(
         original=original,
         result=result,
-        comparison=_comparison(original, result, quality, latency.ratio(seed=pair.seed)),
+        comparison=_comparison(original, result, quality),
         verification=verification,
         text=prepared.text,
         vocabulary=quality.vocabulary,
@@ -144,14 +144,13 @@ def _measurement(size: Size, facts: RunnerFacts) -> Measurement:
     )
 
 
-def _comparison(
-    original: Measurement, result: Measurement, quality: Quality, latency_ratio: tuple[float, float, float]
-) -> Comparison:
+def _comparison(original: Measurement, result: Measurement, quality: Quality) -> Comparison:
+    before, after = original.latency[0], result.latency[0]
     memory = original.peak_memory_bytes, result.peak_memory_bytes
     return Comparison(
         bytes_ratio=result.bytes / original.bytes,
-        latency_ratio=latency_ratio[0],
-        latency_ratio_interval=latency_ratio[1:],
+        latency_ratio=after.median_ms / before.median_ms,
+        latency_ratio_interval=ratio_interval(before, after),
         peak_memory_ratio=memory[1] / memory[0] if memory[0] and memory[1] else None,
         **quality.relative(),
     )

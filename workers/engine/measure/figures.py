@@ -11,6 +11,7 @@ from markupsafe import Markup
 from app.spec.architectures import block_index
 from app.spec.report import LayerOutcome, Report, StepReport
 from workers.engine.measure.plots import Axis, Point, axis_from_zero, scatter, stacked_bars, strips
+from workers.engine.measure.size import COMPONENTS
 from workers.engine.measure.wording import size, words
 
 _ATTENTION_WORDS = ("attn", "attention")
@@ -36,15 +37,20 @@ def figures(report: Report) -> list[Figure]:
 
 def _sizes(report: Report) -> Iterator[Figure]:
     measurements = (("original", report.original), ("result", report.result))
-    parts = list(dict.fromkeys(part for _, m in measurements for part in m.components))
+    parts = [part for part in COMPONENTS if any(part in m.components for _, m in measurements)]
     if not parts:
         return
     bars = [
         (
             name,
             [
-                (parts.index(part), count / 1e6, f"{name}, {part}: {size(count)}")
-                for part, count in sorted(m.components.items(), key=lambda item: parts.index(item[0]))
+                (
+                    COMPONENTS.index(part),
+                    m.components[part] / 1e6,
+                    f"{name}, {part}: {size(m.components[part])}",
+                )
+                for part in parts
+                if part in m.components
             ],
         )
         for name, m in measurements
@@ -53,7 +59,7 @@ def _sizes(report: Report) -> Iterator[Figure]:
         "Size by component",
         "All files, scales and tokenizer included.",
         stacked_bars(bars, axis_from_zero([m.bytes / 1e6 for _, m in measurements], "MB")),
-        tuple((f"c{index}", part) for index, part in enumerate(parts)),
+        tuple((f"c{COMPONENTS.index(part)}", part) for part in parts),
     )
 
 

@@ -74,21 +74,22 @@ class LatencyInTurns:
         pairs = zip(self._runs, self._samples, strict=True)
         return tuple(summarize(run.what, samples[model]) for run, samples in pairs)
 
-    def ratio(self, *, seed: int) -> tuple[float, float, float]:
-        """Result's median over original's for the first kind of run, and its 95 % interval by bootstrap over rounds.
-
-        Rounds are drawn in pairs: what slowed one model in a round most likely slowed the other.
-        """
-        before, after = (np.asarray(samples) for samples in self._samples[0])
-        draws = np.random.default_rng(seed).integers(0, len(before), size=(_BOOTSTRAP_DRAWS, len(before)))
-        resampled = np.median(after[draws], axis=1) / np.median(before[draws], axis=1)
-        low, high = np.quantile(resampled, (0.025, 0.975))
-        return float(np.median(after) / np.median(before)), float(low), float(high)
-
 
 def rounds_in_all(count: int) -> int:
     """How often `rounds(count)` yields."""
     return count + _WARM_UP
+
+
+def ratio_interval(original: Latency, result: Latency, *, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the result's median over the original's, by bootstrap over rounds.
+
+    Rounds are drawn in pairs: what slowed one model in a round most likely slowed the other.
+    """
+    before, after = np.asarray(original.samples_ms), np.asarray(result.samples_ms)
+    draws = np.random.default_rng(seed).integers(0, len(before), size=(_BOOTSTRAP_DRAWS, len(before)))
+    resampled = np.median(after[draws], axis=1) / np.median(before[draws], axis=1)
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def summarize(what: str, samples_ms: list[float]) -> Latency:

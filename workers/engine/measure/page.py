@@ -18,7 +18,7 @@ def render(report: Report) -> str:
     """The page; everything that came from a user is escaped by the template engine."""
     page: str = _template().render(
         report=report,
-        verdict=wording.VERDICTS[report.verdict],
+        verdict=wording.verdict(report),
         headline=headline(report),
         rows=summary_rows(report),
         flags=[wording.flag(flag) for flag in report.flags],

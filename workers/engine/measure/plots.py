@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 WIDTH = 440
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 14, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 14, 38
 # Markup.format escapes what it fills in.
 _SVG = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>')
 _LINE = Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>')
@@ -110,10 +110,7 @@ def stacked_bars(bars: Sequence[tuple[str, Sequence[tuple[int, float, str]]]], a
         start = 0.0
         for colour, length, title in parts:
             x0, x1 = axis.place(start, left, right), axis.place(start + length, left, right)
-            rect = (
-                '<rect class="part c{}" x="{:.1f}" y="{}" width="{:.1f}" height="{}"><title>{}</title></rect>'
-            )
-            marks.append(Markup(rect).format(colour, x0, top, max(0.5, x1 - x0), bar_height, title))
+            marks.append(_PART.format(colour, x0, top, max(0.5, x1 - x0), bar_height, title))
             start += length
     return _svg(height, "Size by component", marks)
 
@@ -177,9 +174,9 @@ def _svg(height: int, label: str, marks: Sequence[Markup]) -> Markup:
 
 
 def _round_step(rough: float) -> float:
-    """The next of 1, 2, 5 times a power of ten."""
+    """Near a rough step, the first of 1, 2, 2.5, 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(rough))
-    return next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= 0.8 * rough)
 
 
 def _number(value: float) -> str:

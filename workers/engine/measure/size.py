@@ -36,6 +36,11 @@ _COMPONENTS = tuple(
     )
 )
 _OTHER_TENSORS = "other tensors and headers"
+COMPONENTS = (
+    *("embeddings", "attention", "feed-forward", "output head", "scales"),
+    *("norms", _OTHER_TENSORS, "other files"),
+)
+"""In the order a reader expects them."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def _components(tensors: list[tuple[str, int]], weight_bytes: int, total: int) -
         sums[next((part for part, words in _COMPONENTS if words.search(name)), _OTHER_TENSORS)] += nbytes
     sums[_OTHER_TENSORS] += weight_bytes - sum(sums.values())
     sums["other files"] = total - weight_bytes
-    return {part: count for part, count in sums.items() if count > 0}
+    return {part: sums[part] for part in COMPONENTS if sums[part] > 0}
 
 
 def _count_parameters(checkpoint: Checkpoint) -> tuple[int, int]:

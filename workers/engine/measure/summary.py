@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from app.spec.report import Comparison, Latency, Report
+from workers.engine.measure.latency import ratio_interval
 from workers.engine.measure.wording import Tone, count, seconds, size, times
 
 # Smaller changes than this are shown without a colour.
@@ -32,6 +33,9 @@ def headline(report: Report) -> list[tuple[str, str]]:
     figures = [
         (times(result.bytes / original.bytes), f"the size: {size(result.bytes)}, was {size(original.bytes)}")
     ]
+    if report.uploaded_bytes is not None:
+        what = f"the uploaded {report.uploaded_dtype} file, which unpacks to {size(original.bytes)}"
+        figures = [(times(result.weight_bytes / report.uploaded_bytes), what), *figures]
     if comparison is None:
         return figures
     if comparison.perplexity_ratio is not None:
@@ -41,7 +45,9 @@ def headline(report: Report) -> list[tuple[str, str]]:
     elif comparison.top1_agreement is not None:
         figures.append((f"{comparison.top1_agreement:.1%}", "same first choice as the original"))
     if comparison.latency_ratio is not None:
-        figures.append((times(comparison.latency_ratio), f"the time: {original.latency[0].what}"))
+        interval = ratio_interval(original.latency[0], result.latency[0])
+        unsure = "; the difference may be noise" if interval[0] <= 1 <= interval[1] else ""
+        figures.append((times(comparison.latency_ratio), f"the time: {original.latency[0].what}{unsure}"))
     if comparison.peak_memory_ratio is not None:
         figures.append((times(comparison.peak_memory_ratio), "the peak memory"))
     return figures
@@ -51,7 +57,7 @@ def summary_rows(report: Report) -> list[Row]:
     """The whole table."""
     rows = [*_size_rows(report)]
     if report.comparison is not None:
-        rows += [*_quality_rows(report, report.comparison), *_speed_rows(report, report.comparison)]
+        rows += [*_quality_rows(report, report.comparison), *_speed_rows(report)]
     return rows
 
 
@@ -83,7 +89,9 @@ def _quality_rows(report: Report, comparison: Comparison) -> Iterator[Row]:
     yield from _perplexity_rows(report, comparison)
     if comparison.kl_mean is not None:
         detail = f"median {comparison.kl_median:.4f}, 99th percentile {comparison.kl_p99:.3f}, max {comparison.kl_max:.2f}"
-        yield Row("KL divergence", f"nats from the original; {detail}", "0", f"{comparison.kl_mean:.4f}", "")
+        yield Row(
+            "KL divergence, mean", f"nats from the original; {detail}", "0", f"{comparison.kl_mean:.4f}", ""
+        )
     shares = (
         ("Same first choice", "as the original", comparison.top1_agreement),
         ("Cosine of embeddings, mean", "1: the same direction", comparison.cosine_mean),
@@ -92,8 +100,10 @@ def _quality_rows(report: Report, comparison: Comparison) -> Iterator[Row]:
     )
     for label, note, value in shares:
         if value is not None:
-            shown = f"{value:.1%}" if value is comparison.top1_agreement else f"{value:.4f}"
-            yield Row(label, note, "1", shown, "", _tone(1 / max(value, 1e-9)))
+            is_share = value is comparison.top1_agreement
+            yield Row(
+                label, note, "100%" if is_share else "1", f"{value:.1%}" if is_share else f"{value:.4f}", ""
+            )
     if comparison.answer_flips is not None:
         note = "right next tokens that became wrong"
         yield Row("Answer flips", note, "0", f"{comparison.answer_flips:.1%}", "")
@@ -103,36 +113,44 @@ def _perplexity_rows(report: Report, comparison: Comparison) -> Iterator[Row]:
     before, after = (m.quality.get("perplexity") for m in (report.original, report.result))
     if before is None or after is None or comparison.delta_ln_perplexity is None:
         return
-    low, high = (_factor(bound) for bound in comparison.delta_ln_perplexity[1:])
-    note = f"lower is better; 95 % interval of the change {low:.3f} to {high:.3f}"
-    yield _ratio_row("Perplexity", note, (before, after), "{:.2f}".format)
+    low, high = (_factor(bound) - 1 for bound in comparison.delta_ln_perplexity[1:])
+    note = f"lower is better; 95 % interval of the change {low:+.1%} to {high:+.1%}"
+    yield _percent_row("Perplexity", note, (before, after), "{:.2f}")
     bits = [m.quality["bits_per_byte"] for m in (report.original, report.result)]
-    yield _ratio_row("Bits per byte of text", "", (bits[0], bits[1]), "{:.3f}".format)
+    yield _percent_row("Bits per byte of text", "", (bits[0], bits[1]), "{:.3f}")
 
 
-def _speed_rows(report: Report, comparison: Comparison) -> Iterator[Row]:
-    interval = comparison.latency_ratio_interval
-    for number, (before, after) in enumerate(
-        zip(report.original.latency, report.result.latency, strict=False)
-    ):
-        note = f"median; 95th percentile {_ms(before.p95_ms)} and {_ms(after.p95_ms)}"
-        if number == 0 and interval is not None:
-            note += f"; 95 % interval of the change {interval[0]:.2f} to {interval[1]:.2f}"
-        yield _latency_row(before, after, note)
+def _speed_rows(report: Report) -> Iterator[Row]:
+    for before, after in zip(report.original.latency, report.result.latency, strict=False):
+        yield _latency_row(before, after)
     memory = report.original.peak_memory_bytes, report.result.peak_memory_bytes
     if memory[0] is not None and memory[1] is not None:
         note = "of a process that runs this model alone"
         yield _ratio_row("Peak memory", note, (memory[0], memory[1]), size)
 
 
-def _latency_row(before: Latency, after: Latency, note: str) -> Row:
+def _latency_row(before: Latency, after: Latency) -> Row:
+    low, high = ratio_interval(before, after)
+    note = (
+        f"median; 95th percentile {_ms(before.p95_ms)} and {_ms(after.p95_ms)}; "
+        f"95 % interval of the change {low:.2f} to {high:.2f}"
+    )
     label = before.what[0].upper() + before.what[1:]
-    return _ratio_row(label, note, (before.median_ms, after.median_ms), _ms)
+    row = _ratio_row(label, note, (before.median_ms, after.median_ms), _ms)
+    return replace(row, tone="plain") if low <= 1 <= high else row
 
 
 def _ratio_row(label: str, note: str, pair: tuple[float, float], show: Callable[[float], str]) -> Row:
     ratio = pair[1] / pair[0] if pair[0] else 1.0
-    return Row(label, note, show(pair[0]), show(pair[1]), times(ratio), _tone(ratio), ratio)
+    return Row(
+        label, note, show(pair[0]), show(pair[1]), "same" if ratio == 1 else times(ratio), _tone(ratio), ratio
+    )
+
+
+def _percent_row(label: str, note: str, pair: tuple[float, float], form: str) -> Row:
+    """For small changes, which a ratio would round away."""
+    ratio = pair[1] / pair[0]
+    return Row(label, note, form.format(pair[0]), form.format(pair[1]), f"{ratio - 1:+.1%}", _tone(ratio))
 
 
 def _tone(ratio: float) -> Tone:

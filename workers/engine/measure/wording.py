@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from app.spec.report import Flag, FlagCode, Limit, Verdict
+from app.spec.report import Flag, FlagCode, Limit, Report
 
 Tone = Literal["good", "bad", "warn", "plain"]
 
@@ -18,18 +18,6 @@ class VerdictWords:
     reason: str
     tone: Tone
 
-
-VERDICTS: dict[Verdict, VerdictWords] = {
-    "accepted": VerdictWords("Accepted", "The result keeps every limit of the spec.", "good"),
-    "rejected": VerdictWords(
-        "Rejected",
-        "The result misses a limit of the spec or gives worthless output. The files are kept.",
-        "bad",
-    ),
-    "unmeasured": VerdictWords(
-        "Unmeasured", "Evaluation was disabled: the files load and run, their quality is unknown.", "warn"
-    ),
-}
 
 _FLAGS: dict[FlagCode, tuple[str, Tone]] = {
     "nan": ("Outputs are not numbers", "bad"),
@@ -57,6 +45,31 @@ _LIMITS: dict[str, str] = {
     "max_peak_memory_ratio": "Peak memory of the original, at most",
 }
 _SHARES = ("max_perplexity_increase", "min_top1_agreement")
+
+
+def verdict(report: Report) -> VerdictWords:
+    """The verdict, and in one sentence what it rests on."""
+    if report.verdict == "unmeasured":
+        reason = "Evaluation was disabled: the files load and run, their quality is unknown."
+        return VerdictWords("Unmeasured", reason, "warn")
+    if report.verdict == "accepted":
+        held = [limit for limit in report.limits if limit.measured is not None]
+        kept = (
+            "The result keeps every limit of the spec."
+            if held
+            else "No limit of the spec applies to this model."
+        )
+        bare = "The spec sets no limits: read what follows before you use the result."
+        return VerdictWords("Accepted", kept if report.limits else bare, "good")
+    missed = [_missed(limit) for limit in report.limits if not limit.ok]
+    reason = f"Missed: {'; '.join(missed)}." if missed else "The output is worthless."
+    return VerdictWords("Rejected", f"{reason} The files are kept.", "bad")
+
+
+def _missed(held: Limit) -> str:
+    shown = limit(held)
+    title = shown["title"][0].lower() + shown["title"][1:]
+    return f"{title} {shown['wanted']} (measured: {shown['measured']})"
 
 
 def flag(found: Flag) -> dict[str, str]:
