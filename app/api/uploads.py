@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from app.api.bodies import RAW_BODY, ContentDigest, chunks_of, declared_length, parse_digest
 from app.api.dependencies import CurrentSettings, ReadSession, WriteSession
+from app.api.idempotency import IdempotentRoute
 from app.api.problems import problem_responses
 from app.db.engine import get_database
 from app.db.tables import UploadPart
@@ -17,7 +18,7 @@ from app.services import uploads
 from app.services.uploads import UploadState
 from app.storage import get_staging
 
-router = APIRouter(prefix="/uploads", tags=["uploads"])
+router = APIRouter(prefix="/uploads", tags=["uploads"], route_class=IdempotentRoute)
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[
