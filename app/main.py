@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, FastAPI
 
-from app.api import artifacts, catalogue, health, jobs, metrics, plans, uploads
+from app.api import artifacts, catalogue, docs, health, jobs, metrics, plans, uploads
 from app.api.middleware import BodyLimit, RequestContext
 from app.api.problems import add_problem_handlers, problem_responses
 from app.logging import configure_logging
@@ -21,11 +21,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     add_problem_handlers(app)
     app.include_router(_v1())
     app.include_router(metrics.router)
+    docs.add_docs(app)
     return app
 
 
 def _v1() -> APIRouter:
-    router = APIRouter(prefix="/v1", responses=problem_responses(422))
+    router = APIRouter(prefix="/v1", responses=problem_responses(422, 503))
     for module in (uploads, jobs, artifacts, catalogue, plans, health):
         router.include_router(module.router)
     return router

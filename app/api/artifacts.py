@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path
+from fastapi.responses import FileResponse
 
 from app.api.dependencies import ReadSession
 from app.api.problems import problem_responses
@@ -39,14 +40,14 @@ def get_artifact(artifact_id: ArtifactId, session: ReadSession) -> ArtifactView:
     "/{artifact_id}/content",
     operation_id="head_artifact_content",
     summary="Size and digest of an artifact",
-    response_class=BlobResponse,
+    response_class=FileResponse,
     responses={200: {"description": "The headers that GET would answer with."}, **problem_responses(404)},
 )
 @router.get(
     "/{artifact_id}/content",
     operation_id="get_artifact_content",
     summary="Download an artifact",
-    response_class=BlobResponse,
+    response_class=FileResponse,
     responses={**_CONTENT, **problem_responses(404, 416)},
 )
 def get_artifact_content(artifact_id: ArtifactId, session: ReadSession) -> BlobResponse:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic.config import JsonDict
 
@@ -127,7 +127,7 @@ def list_jobs(
     limit: Limit = 20,
     after: After = None,
 ) -> Page[JobView]:
-    """Jobs, newest first."""
+    """Jobs, newest first, each with its stages and artifacts."""
     wanted = JobFilter(status=status, model_id=model, labels=dict(map(_split_label, label or ())))
     items, has_more = jobs.list_jobs(session, wanted, limit=limit, after=after)
     return Page(items=items, has_more=has_more)
@@ -204,7 +204,7 @@ def retry_job(job_id: JobId, session: WriteSession, response: Response) -> JobVi
     "/{job_id}/report",
     operation_id="get_job_report",
     summary="Read the report",
-    response_class=BlobResponse,
+    response_class=FileResponse,
     responses={
         200: {
             "model": Report,

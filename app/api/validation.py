@@ -60,7 +60,7 @@ def faults_of(errors: Iterable[Any], body: Any) -> list[Fault]:
 
 def _is_echo(item: Any) -> bool:
     """Pydantic calls a list too short whose items are there and wrong: they are told of one by one."""
-    return item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]
+    return bool(item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"])
 
 
 def _pointer(loc: Sequence[int | str], value: Any, *, absent: bool) -> str:

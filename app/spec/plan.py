@@ -26,6 +26,8 @@ SLAB_BYTES = 128 * _MIB
 """Rows in flight while a checkpoint is streamed: read buffer, float32 copies of a chunk per thread, result."""
 LOADING_FACTOR = 1.15
 """A model in memory over its float32 weights: buffers, and the largest tensor twice while it is read."""
+RELOAD_TOKENS = 32
+"""Tokens that a reloaded result is tried on when nothing is compared."""
 LOGITS_COPIES = 3
 """Float32 arrays of (tokens, vocabulary) alive at once when two models are compared: both, and one being reduced."""
 TRAINING_BYTES_PER_PARAMETER = 16
@@ -172,7 +174,7 @@ def _measuring(name: str, evaluation: Evaluation, models: list[Shape], facts: Mo
     running = models if evaluation.enabled else models[-1:]
     if name == "baseline" and not evaluation.enabled:
         return _stage(name, 0, 0, 0.1)
-    window = min(evaluation.sequence_length, facts.max_positions)
+    window = min(evaluation.sequence_length, facts.max_positions) if evaluation.enabled else RELOAD_TOKENS
     logits = LOGITS_COPIES * 4 * window * _outputs(facts)
     memory = sum(INTERPRETER_BYTES + _loaded(shape) for shape in running) + logits
     tokens = evaluation.tokens + evaluation.latency_rounds * LATENCY_TOKENS if evaluation.enabled else window

@@ -1,0 +1,36 @@
+// The examples name resources that do not exist. Put the newest real ones in their place, so that "Execute" works.
+const EXAMPLES = {
+  "mdl_01k0b6x2v9m4c8d7e5f3g1h0j2": "v1/models?limit=1",
+  "dst_01k0b6x2v9m4c8d7e5f3g1h0j2": "v1/datasets?limit=1",
+  "job_01k0b6x2v9m4c8d7e5f3g1h0j2": "v1/jobs?limit=1",
+};
+const ARTIFACT = "art_01k0b6x2v9m4c8d7e5f3g1h0j2";
+
+async function newest(url) {
+  const answer = await fetch(url);
+  return answer.ok ? (await answer.json()).items[0] : undefined;
+}
+
+async function specWithRealIds() {
+  let text = await (await fetch("openapi.json")).text();
+  for (const [example, url] of Object.entries(EXAMPLES)) {
+    const found = await newest(url);
+    if (found) text = text.replaceAll(example, found.id);
+  }
+  const done = await newest("v1/jobs?limit=1&status=succeeded");
+  if (done) text = text.replaceAll(ARTIFACT, done.artifacts[0].id);
+  return JSON.parse(text);
+}
+
+specWithRealIds().then((spec) => SwaggerUIBundle({
+  spec,
+  dom_id: "#docs",
+  deepLinking: true,
+  displayOperationId: false,
+  displayRequestDuration: true,
+  filter: true,
+  tryItOutEnabled: true,
+  defaultModelsExpandDepth: 0,
+  presets: [SwaggerUIBundle.presets.apis],
+  layout: "BaseLayout",
+}));
