@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,15 +84,14 @@ def implemented() -> frozenset[type[Step]]:
 
 def run_step(step: Step, context: StepContext) -> StepOutcome:
     """Execute one step of a spec."""
-    _import_techniques()
+    if type(step) not in _RUNNERS:
+        # A technique's name is its module's: a job imports what it runs, and nothing else.
+        importlib.import_module(f"workers.engine.{type(step).model_fields['technique'].default}")
     return _RUNNERS[type(step)](step, context)
 
 
 def _import_techniques() -> None:
     """Import every module of the technique families, so that their decorators run."""
-    import importlib
-    import pkgutil
-
     for family in ("prune", "distill", "quantize", "optimize"):
         package = importlib.import_module(f"workers.engine.{family}")
         for module in pkgutil.iter_modules(package.__path__):
