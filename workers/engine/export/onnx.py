@@ -71,7 +71,7 @@ def export_graph(model: nn.Module, architecture: str) -> ir.Model:
                 kwargs=sample,
                 input_names=names,
                 output_names=["logits" if _has_logits(architecture) else "last_hidden_state"],
-                dynamic_shapes={name: free for name in names},
+                dynamic_shapes=dict.fromkeys(names, free),
                 opset_version=OPSET,
                 dynamo=True,
                 optimize=False,
@@ -112,6 +112,23 @@ def directory_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
+def rewrite_graph(directory: Path, target: Path, level: str, *, threads: int) -> int:
+    """Let onnxruntime optimize a graph (`basic`, `extended` or `all`) and write it to `target`; return the bytes."""
+    import onnxruntime
+
+    target.mkdir(parents=True)
+    options = _options(threads)
+    options.graph_optimization_level = getattr(
+        onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{level.upper()}"
+    )
+    options.optimized_model_filepath = str(target / MODEL_FILE)
+    if directory_bytes(directory) > SINGLE_FILE_BYTES:
+        entry = "session.optimized_model_external_initializers_file_name"
+        options.add_session_config_entry(entry, DATA_FILE)
+    _session(directory, options)
+    return directory_bytes(target)
+
+
 def check_graph(directory: Path, *, threads: int) -> None:
     """Check a written graph: valid by onnx's rules, loaded by onnxruntime, and free in both of its dimensions.
 
@@ -134,8 +151,18 @@ def check_graph(directory: Path, *, threads: int) -> None:
             raise _invalid("its output is not finite")
 
 
-def open_session(directory: Path, *, threads: int, **settings: Any) -> Any:
-    """An onnxruntime session on the CPU; `settings` are attributes of SessionOptions."""
+def open_session(directory: Path, *, threads: int) -> Any:
+    """An onnxruntime session on the CPU with the settings that users of the file will have, but for threads."""
+    return _session(directory, _options(threads))
+
+
+def run(session: Any, feed: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+    """The first output."""
+    output: NDArray[np.float32] = session.run(None, feed)[0]
+    return output
+
+
+def _options(threads: int) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -144,17 +171,14 @@ def open_session(directory: Path, *, threads: int, **settings: Any) -> Any:
     options.log_severity_level = 3
     # Sessions are timed in turns: the threads of one must not spin while another runs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    for name, value in settings.items():
-        setattr(options, name, value)
-    return onnxruntime.InferenceSession(
-        str(directory / MODEL_FILE), options, providers=["CPUExecutionProvider"]
-    )
+    return options
 
 
-def run(session: Any, feed: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
-    """The first output."""
-    output: NDArray[np.float32] = session.run(None, feed)[0]
-    return output
+def _session(directory: Path, options: Any) -> Any:
+    import onnxruntime
+
+    path = str(directory / MODEL_FILE)
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def _finished(model: ir.Model) -> ir.Model:

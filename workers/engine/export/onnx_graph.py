@@ -63,7 +63,9 @@ def linear_nodes(graph: ir.Graph) -> dict[str, LinearNode]:
     for node in graph:
         if node.op_type == "MatMul" and (weight := _transposed_weight(node.inputs[1])) is not None:
             found[weight] = LinearNode(weight, node)
-        elif node.op_type == "Gemm" and _is_weight(node.inputs[1]) and node.attributes.get_int("transB", 0):
+        elif (
+            node.op_type == "Gemm" and _is_weight(node.inputs[1]) and node.attributes.get_int("transB", False)
+        ):
             bias = node.inputs[2] if len(node.inputs) > 2 else None
             found[_name(_input(node, 1))] = LinearNode(_name(_input(node, 1)), node, bias)
     return found
@@ -123,7 +125,9 @@ def add_constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
     if name in graph.initializers:
         return graph.initializers[name]
     tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 

@@ -1,0 +1,128 @@
+"""Say what became of every layer, what each variant measured, and what to beware of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from app.spec.architectures import block_index, is_compressible
+from app.spec.optimize import OptimizeOnnx
+from app.spec.report import LayerOutcome
+from workers.engine.checkpoint.layout import TensorEntry
+from workers.engine.export.onnx_int8 import Quantized
+from workers.engine.optimize.onnx_contest import Times
+from workers.engine.optimize.onnx_variants import LEAST_COSINE, Variant
+from workers.engine.technique import StepOutcome
+
+
+def describe(
+    spec: OptimizeOnnx,
+    variants: Sequence[Variant],
+    kept: Variant,
+    times: Times,
+    layers: tuple[LayerOutcome, ...],
+) -> StepOutcome:
+    """The outcome of the step: `torch` and every variant have their times, sizes and agreement in the metrics."""
+    metrics: dict[str, float | int | str | None] = {"kept": kept.name, "torch_ms": median(times["torch"])}
+    for variant in variants:
+        metrics |= {
+            f"{variant.name}_ms": median(times[variant.name]),
+            f"{variant.name}_bytes": variant.bytes,
+            f"{variant.name}_load_ms": variant.load_ms,
+            f"{variant.name}_max_difference": variant.difference,
+            f"{variant.name}_cosine": variant.cosine,
+        }
+    curves = {
+        f"{name}_ms": tuple((float(number), ms) for number, ms in enumerate(samples))
+        for name, samples in times.items()
+    }
+    return StepOutcome(
+        layers=layers, metrics=metrics, curves=curves, warnings=_warnings(spec, variants, kept, times)
+    )
+
+
+def layer_outcomes(
+    tensors: Sequence[TensorEntry], kept: Variant, reason: str, *, base_prefix: str
+) -> tuple[LayerOutcome, ...]:
+    """One outcome for each compressible layer; `reason` is why a float graph was kept, if one was.
+
+    A layer that the graph has in no form known to us is untouched, and says so.
+    """
+    by_name = {name.removeprefix(base_prefix): quantized for name, quantized in kept.quantized.items()}
+    found: list[LayerOutcome] = []
+    for entry in tensors:
+        if is_compressible(entry.name, entry.shape):
+            quantized = by_name.get(entry.name.removeprefix(base_prefix))
+            why = "the graph holds no product with this weight" if kept.quantized else reason
+            found.append(_outcome(entry, quantized, why))
+    return tuple(found)
+
+
+def why_not_int8(spec: OptimizeOnnx, variants: Sequence[Variant], kept: Variant, times: Times) -> str:
+    """Why the layers stay in float32, for the report of each of them."""
+    if spec.quantization == "none":
+        return 'quantization is "none" in the spec'
+    reasons = []
+    for variant in variants:
+        if variant.quantized and not variant.is_accurate:
+            reasons.append(f"{variant.name}: mean cosine {variant.cosine:.3f}, below {LEAST_COSINE}")
+        elif variant.quantized:
+            reasons.append(f"{variant.name} measured no faster: {_against(variant, kept, times)}")
+    return "; ".join(reasons)
+
+
+def _outcome(entry: TensorEntry, quantized: Quantized | None, reason: str) -> LayerOutcome:
+    return LayerOutcome(
+        name=entry.name,
+        action="untouched" if quantized is None else "quantized",
+        reason=reason if quantized is None else None,
+        parameters=entry.fact.elements,
+        bits=quantized.bits if quantized else None,
+        relative_error=quantized.relative_error if quantized else None,
+    )
+
+
+def _warnings(
+    spec: OptimizeOnnx, variants: Sequence[Variant], kept: Variant, times: Times
+) -> tuple[str, ...]:
+    warnings = []
+    for variant in variants:
+        if variant.name == "optimized":
+            warnings.append(_about_optimized(spec, variant, kept, times))
+        elif variant.quantized and not variant.is_accurate:
+            warnings.append(
+                f"{variant.name} was left out although it ran in {median(times[variant.name]):.1f} ms: its outputs have a"
+                f" mean cosine of {variant.cosine:.3f} with the original's"
+            )
+        elif variant.quantized and variant is not kept:
+            warnings.append(f"{variant.name} was left out: {_against(variant, kept, times)}")
+    if kept.name == "int8":
+        warnings.append("on x86 processors without VNNI, int8 products can saturate: check quality there")
+    outside = [name for name in kept.quantized if block_index(name) is None]
+    if kept.quantized and not outside and spec.quantize_head is False:
+        warnings.append("layers outside the blocks (heads, poolers) stay in float32")
+    if median(times[kept.name]) > median(times["torch"]):
+        warnings.append(
+            f"onnxruntime is no faster than PyTorch here: {median(times[kept.name]):.1f} ms against"
+            f" {median(times['torch']):.1f} ms"
+        )
+    return tuple(warning for warning in warnings if warning)
+
+
+def _about_optimized(spec: OptimizeOnnx, variant: Variant, kept: Variant, times: Times) -> str:
+    if variant is not kept:
+        return (
+            f"graph optimization at level {spec.graph_optimization} was left out: {_against(variant, kept, times)};"
+            " onnxruntime does the same whenever it loads the file"
+            if not kept.quantized
+            else ""
+        )
+    if spec.graph_optimization == "all":
+        return (
+            "the graph has layouts specific to this worker's processor: elsewhere it may be slow or refused"
+        )
+    return ""
+
+
+def _against(variant: Variant, kept: Variant, times: Times) -> str:
+    return f"{median(times[variant.name]):.1f} ms against {median(times[kept.name]):.1f} ms ({kept.name})"
