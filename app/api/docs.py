@@ -60,7 +60,7 @@ contain, and `POST /v1/plans` tells what a job would take before you start it.
   `hint` that says what to do, and for a spec the JSON pointer of each fault.
 * POST takes `Idempotency-Key`: send the call again with the same key, and nothing is done twice.
 
-On this page the ids in the examples are those of your newest model, dataset and job, once there are some: press
+On `/docs` the ids in the examples are those of your newest model, dataset and job, once there are some: press
 **Execute**.
 """
 

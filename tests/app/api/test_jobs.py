@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import claim, finish, make_facts
 from fastapi.testclient import TestClient
+from job_support import claim, finish, make_facts
 
 from app.db import job_queries
 from app.db.engine import Database

@@ -1,0 +1,57 @@
+"""Liveness asks nothing; readiness asks everything and says which part is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from app.db import worker_queries
+from app.db.engine import get_database
+from app.settings import Settings
+
+
+def test_a_service_without_its_dependencies_is_alive(
+    override_settings: Callable[..., Settings], request: pytest.FixtureRequest
+) -> None:
+    override_settings(database_url="postgresql://nobody@127.0.0.1:1/none")
+    client: TestClient = request.getfixturevalue("client")
+    assert client.get("/v1/health/live").status_code == 200
+    answer = client.get("/v1/health/ready")
+    assert (answer.status_code, answer.json()["status"]) == (503, "unavailable")
+    assert not answer.json()["checks"]["database"]["ok"]
+
+
+def test_without_broker_and_workers_it_is_degraded_and_says_so(client: TestClient) -> None:
+    answer = client.get("/v1/health/ready")
+    checks = answer.json()["checks"]
+    assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
+    assert {name: check["ok"] for name, check in checks.items()} == {
+        "database": True, "storage": True, "broker": False, "workers": False,
+    }  # fmt: skip
+    assert checks["database"]["facts"]["schema_version"]
+    assert checks["storage"]["facts"]["free_bytes"] > 0
+
+
+def test_with_everything_there_it_is_ready_and_tells_queues_and_sandboxes(
+    override_settings: Callable[..., Settings], any_broker: Any, request: pytest.FixtureRequest
+) -> None:
+    override_settings(redis_url=any_broker.url)
+    client: TestClient = request.getfixturevalue("client")
+    with get_database().write() as session:
+        worker_queries.announce(session, "w", queues="cpu", hardware={}, sandbox="process")
+    answer = client.get("/v1/health/ready").json()
+    assert answer["status"] == "ready"
+    assert answer["checks"]["workers"]["facts"] == {"count": 1, "queues": ["cpu"], "sandboxes": ["process"]}
+
+
+def test_a_full_disk_makes_it_unavailable(
+    override_settings: Callable[..., Settings], request: pytest.FixtureRequest
+) -> None:
+    override_settings(min_free_disk_bytes=2**60)
+    client: TestClient = request.getfixturevalue("client")
+    answer = client.get("/v1/health/ready")
+    assert answer.status_code == 503
+    assert "nearly full" in answer.json()["checks"]["storage"]["detail"]
