@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import Header, Request
+from pydantic import StringConstraints
 
 from app.errors import InvalidRequest
 
@@ -22,6 +23,10 @@ RAW_BODY = {
     }
 }
 
+FileName = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=255, pattern=r"^[^/\\\x00-\x1f\x7f]+$", strip_whitespace=True),
+]
 ContentDigest = Annotated[
     str | None,
     Header(

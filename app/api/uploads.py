@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from app.api.bodies import RAW_BODY, ContentDigest, chunks_of, declared_length, parse_digest
+from app.api.bodies import RAW_BODY, ContentDigest, FileName, chunks_of, declared_length, parse_digest
 from app.api.dependencies import CurrentSettings, ReadSession, WriteSession
 from app.api.idempotency import IdempotentRoute
 from app.api.problems import problem_responses
@@ -21,10 +21,6 @@ from app.storage import get_staging
 router = APIRouter(prefix="/uploads", tags=["uploads"], route_class=IdempotentRoute)
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-FileName = Annotated[
-    str,
-    StringConstraints(min_length=1, max_length=255, pattern=r"^[^/\\\x00-\x1f\x7f]+$", strip_whitespace=True),
-]
 UploadId = Annotated[str, Path(pattern=r"^upl_[0-9a-z]{1,40}$", description="Id of the upload.")]
 PartNumber = Annotated[int, Path(ge=1, le=10**9, description="Number of the part, from 1.")]
 

@@ -126,6 +126,15 @@ def list_model_files(session: Session, model_id: str) -> Sequence[ModelFile]:
     ).all()
 
 
+def files_of(session: Session, model_ids: Collection[str]) -> dict[str, list[ModelFile]]:
+    """The files of several models, by model and path."""
+    found: dict[str, list[ModelFile]] = {}
+    query = select(ModelFile).where(ModelFile.model_id.in_(model_ids)).order_by(ModelFile.path)
+    for file in session.scalars(query):
+        found.setdefault(file.model_id, []).append(file)
+    return found
+
+
 def get_model_file(session: Session, model_id: str, path: str) -> ModelFile | None:
     """One file of a model."""
     return session.get(ModelFile, (model_id, path))

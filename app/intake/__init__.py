@@ -1,0 +1,1 @@
+"""What an uploaded file is, from its headers alone, never by loading it."""

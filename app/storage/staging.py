@@ -92,6 +92,10 @@ class WorkDirectory:
                 writer.write(chunk)
             return writer.close()
 
+    def require_free(self, wanted: int) -> None:
+        """Raise StorageFull if `wanted` more bytes do not fit."""
+        require_free(self.path, wanted, self._min_free)
+
     def _below(self, name: str) -> Path:
         path = self.path / name
         if not path.resolve().is_relative_to(self.path.resolve()):

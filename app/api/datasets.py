@@ -1,0 +1,136 @@
+"""Datasets: text of your own to calibrate, train and evaluate on."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.api.bodies import RAW_BODY, ContentDigest, FileName, chunks_of, parse_digest
+from app.api.dependencies import After, CurrentSettings, Limit, Page, ReadSession, WriteSession
+from app.api.idempotency import IdempotentRoute
+from app.api.models import DisplayName, UploadId, stores_of
+from app.api.problems import problem_responses
+from app.db import tables
+from app.services import datasets
+
+router = APIRouter(prefix="/datasets", tags=["datasets"], route_class=IdempotentRoute)
+
+DatasetId = Annotated[str, Path(pattern=r"^dst_[0-9a-z]{1,40}$", description="Id of the dataset.")]
+
+
+class CreateDataset(BaseModel):
+    """What to make a dataset of."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        use_attribute_docstrings=True,
+        json_schema_extra={
+            "examples": [{"upload": "upl_01k0b6x2v9m4c8d7e5f3g1h0j2", "name": "support-chats"}]
+        },
+    )
+
+    upload: UploadId
+    """Id of a completed upload: a .txt, or a .jsonl."""
+    name: DisplayName | None = None
+    """What to call it; for people. Left out: the file's name."""
+
+
+class Dataset(BaseModel):
+    """Text, kept as UTF-8 with documents separated by blank lines."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    id: str = Field(examples=["dst_01k0b6x2v9m4c8d7e5f3g1h0j2"])
+    name: str = Field(examples=["support-chats.jsonl"])
+    format: str = Field(examples=["jsonl"])
+    """What it came as: `txt` or `jsonl`."""
+    bytes: int = Field(examples=[1048576])
+    """Bytes of the text as it is kept."""
+    sha256: str
+    """sha256 of the text as it is kept, in hex; reports quote it."""
+    created_at: datetime
+    url: str
+
+
+@router.post(
+    "",
+    operation_id="create_dataset",
+    status_code=201,
+    summary="Make a dataset of an upload",
+    responses=problem_responses(404, 409, 422, 507),
+)
+def create_dataset(body: CreateDataset, settings: CurrentSettings, response: Response) -> Dataset:
+    """Check the text and keep it. The upload is used up, whether the text is accepted or refused."""
+    return _created(datasets.create_from_upload(stores_of(settings), body.upload, body.name), response)
+
+
+@router.put(
+    "/content",
+    operation_id="put_dataset_content",
+    status_code=201,
+    summary="Send a dataset as one body",
+    responses=problem_responses(413, 422, 507),
+    openapi_extra=RAW_BODY,
+)
+async def put_dataset_content(
+    request: Request,
+    response: Response,
+    settings: CurrentSettings,
+    name: Annotated[
+        FileName, Query(description="The file's name, e.g. `chats.jsonl`: its ending says how to read it.")
+    ],
+    content_digest: ContentDigest = None,
+) -> Dataset:
+    """Send a .txt (UTF-8; blank lines separate documents) or a .jsonl (one `{"text": …}` a line) as the raw body."""
+    dataset = await datasets.create_from_body(
+        stores_of(settings), chunks_of(request), file_name=name, sha256=parse_digest(content_digest)
+    )
+    return _created(dataset, response)
+
+
+@router.get("", operation_id="list_datasets", summary="List datasets")
+def list_datasets(session: ReadSession, limit: Limit = 20, after: After = None) -> Page[Dataset]:
+    """Datasets, newest first."""
+    found, has_more = datasets.list_datasets(session, limit=limit, after=after)
+    return Page(items=[_shown(dataset) for dataset in found], has_more=has_more)
+
+
+@router.get(
+    "/{dataset_id}", operation_id="get_dataset", summary="See a dataset", responses=problem_responses(404)
+)
+def get_dataset(dataset_id: DatasetId, session: ReadSession) -> Dataset:
+    """Size and digest of a dataset."""
+    return _shown(datasets.get_dataset(session, dataset_id))
+
+
+@router.delete(
+    "/{dataset_id}",
+    operation_id="delete_dataset",
+    status_code=204,
+    summary="Delete a dataset",
+    responses=problem_responses(404, 409),
+)
+def delete_dataset(dataset_id: DatasetId, session: WriteSession, settings: CurrentSettings) -> None:
+    """Delete a dataset. Refused while a job that has not ended uses it."""
+    datasets.delete_dataset(session, stores_of(settings), dataset_id)
+
+
+def _shown(dataset: tables.Dataset) -> Dataset:
+    return Dataset(
+        id=dataset.id,
+        name=dataset.name,
+        format=dataset.format,
+        bytes=dataset.bytes,
+        sha256=dataset.sha256,
+        created_at=datetime.fromtimestamp(dataset.created_at, UTC),
+        url=f"/v1/datasets/{dataset.id}",
+    )
+
+
+def _created(dataset: tables.Dataset, response: Response) -> Dataset:
+    shown = _shown(dataset)
+    response.headers["Location"] = shown.url
+    return shown
