@@ -20,7 +20,11 @@ TOKENS = np.array([[1.0, 5.0], [3.0, 1.0], [2.0, 0.0]], dtype=np.float32)
 def test_pooling_is_read_from_the_models_configuration(tmp_path: Path) -> None:
     assert pooling_of(tmp_path) == ("mean_tokens",)
     (tmp_path / "1_Pooling").mkdir()
-    modes = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}
+    modes = {
+        "pooling_mode_cls_token": True,
+        "pooling_mode_mean_tokens": False,
+        "pooling_mode_max_tokens": True,
+    }
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(modes))
     assert pooling_of(tmp_path) == ("cls_token", "max_tokens")
 

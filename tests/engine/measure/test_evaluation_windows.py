@@ -68,7 +68,9 @@ def test_windows_of_a_language_model_are_one_stream_cut_to_what_it_takes(tiny: T
     )
 
 
-def test_texts_of_an_encoder_are_documents_in_special_tokens(tiny: Tiny, tiny_text: Path, tmp_path: Path) -> None:
+def test_texts_of_an_encoder_are_documents_in_special_tokens(
+    tiny: Tiny, tiny_text: Path, tmp_path: Path
+) -> None:
     model = tiny("BertModel")
     prepared = prepare_evaluation(
         model, facts_of(model), Evaluation(tokens=1500), text=tiny_text, windows_file=tmp_path / "w.npz"

@@ -17,7 +17,9 @@ Tiny = Callable[[str], Path]
 def _write(directory: Path, tensors: dict[str, torch.Tensor]) -> Path:
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors"
+    )
     return directory
 
 

@@ -58,7 +58,9 @@ def test_flips_are_counted_among_what_the_original_got_right() -> None:
     original = torch.eye(3) * 10
     result = torch.tensor([[10.0, 0, 0]]).repeat(3, 1)
     predictions = Predictions()
-    predictions.add(torch.cat((original, original[:1])), torch.cat((result, result[:1])), torch.tensor([0, 1, 1]))
+    predictions.add(
+        torch.cat((original, original[:1])), torch.cat((result, result[:1])), torch.tensor([0, 1, 1])
+    )
     assert (predictions.original_right, predictions.flipped) == (2, 1)
     assert (predictions.agreeing, predictions.positions) == (2, 4)
 
