@@ -108,20 +108,19 @@ def healthy(part: Part) -> None:
 
 
 @cli.command()
-def submit(  # noqa: PLR0913 - one argument for each option there is
-    model: Annotated[Path, typer.Argument(exists=True, help="A model file, an archive, or a directory.")],
+def submit(
+    model: Annotated[Path, typer.Argument(exists=True, help="A GGUF file, an archive, or a directory.")],
     recipe: Annotated[str, typer.Option(help="Name of a recipe; GET /v1/recipes lists them.")] = "",
     spec: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A spec as JSON.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where to put the result; implies --wait.")] = None,
-    resume: Annotated[str, typer.Option(help="Id of an upload of this model that broke off.")] = "",
     url: Url = _LOCAL,
     *,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job until it ends.")] = False,
 ) -> None:
-    """Upload a model and start a job on it."""
+    """Upload a model and start a job on it. A command that was broken off goes on where it was."""
     wish = _wish(recipe, spec)
     with Client(url) as client:
-        uploaded = upload_model(client, model, resume=resume or None)
+        uploaded = upload_model(client, model)
         job = client.post("/v1/jobs", {"model": uploaded["id"], "name": model.name, **wish})
         console.print(f"model {uploaded['id']}, job {job['id']}", highlight=False)
         if wait or output is not None:

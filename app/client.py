@@ -21,6 +21,8 @@ from typing import Any, BinaryIO, Self
 
 import httpx
 
+from app.begun_uploads import BegunUploads
+
 TERMINAL = ("succeeded", "failed", "cancelled")
 
 _ATTEMPTS = 6
@@ -95,20 +97,14 @@ class Client:
         """POST a JSON body. Its key lets it be sent again when a connection breaks, without happening twice."""
         return self._json("POST", path, json=body, headers={"Idempotency-Key": uuid.uuid4().hex})
 
-    def upload(self, path: Path, *, resume: str | None = None, on_bytes: OnBytes = lambda _: None) -> str:
-        """Send a file in parts, each with its digest; parts that have arrived before are skipped.
+    def upload(
+        self, path: Path, *, begun: BegunUploads | None = None, on_bytes: OnBytes = lambda _: None
+    ) -> str:
+        """Send a file in parts, each with its digest; returns the id of the completed upload.
 
-        Returns the id of the completed upload. `resume` is the id of an upload of the same file that was not finished.
+        With `begun`, parts that an earlier, broken run has sent are skipped.
         """
-        size = path.stat().st_size
-        if resume is None:
-            upload = self.post("/v1/uploads", {"name": path.name, "size": size})
-        else:
-            upload = self.get(f"/v1/uploads/{resume}")
-            if upload["size"] != size:
-                raise ClientError(
-                    f"Upload {resume} is of a file of {upload['size']} bytes, {path} has {size}."
-                )
+        upload = self._open_upload(path, begun)
         on_bytes(sum(part["bytes"] for part in upload["parts"]))
         with path.open("rb") as file:
             for number in upload["missing"]:
@@ -160,6 +156,19 @@ class Client:
                 f"{artifact['path']} arrived with sha256 {found}, not {artifact['sha256']}: it was removed."
             )
         partial.replace(target)
+
+    def _open_upload(self, path: Path, begun: BegunUploads | None) -> Json:
+        known = begun.find(path) if begun else None
+        if known:
+            try:
+                return self.get(f"/v1/uploads/{known}")
+            except ServiceProblem as problem:
+                if problem.status != httpx.codes.NOT_FOUND:
+                    raise
+        upload = self.post("/v1/uploads", {"name": path.name, "size": path.stat().st_size})
+        if begun:
+            begun.remember(path, upload["id"])
+        return upload
 
     def _send_part(self, upload: Json, number: int, file: BinaryIO) -> None:
         file.seek((number - 1) * upload["part_bytes"])

@@ -22,8 +22,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from app.begun_uploads import BegunUploads
 from app.client import Client, Json, OnBytes
-from app.packing import packed
 from app.spec.report import Latency, Measurement, Report
 
 console = Console()
@@ -99,11 +99,27 @@ class JobBars:
         self._progress.update(bar, eta="" if seconds is None else f"{seconds:.0f} s left")
 
 
-def upload_model(client: Client, path: Path, *, resume: str | None = None) -> Json:
-    """Upload a file, or a directory packed as one tar, and make a model of it."""
-    with packed(path) as file, transfer_bar(f"upload {path.name}", file.stat().st_size) as on_bytes:
-        upload = client.upload(file, resume=resume, on_bytes=on_bytes)
-    return client.post("/v1/models", {"upload": upload, "name": path.name})
+def upload_model(client: Client, path: Path) -> Json:
+    """Upload a file, or every visible file of a directory, and make a model of it. Goes on where a broken run stopped."""
+    begun = BegunUploads(client.url)
+    files = [path] if path.is_file() else _visible_files(path)
+    with transfer_bar(f"upload {path.name}", sum(file.stat().st_size for file in files)) as on_bytes:
+        uploads = {file: client.upload(file, begun=begun, on_bytes=on_bytes) for file in files}
+    if path.is_file():
+        source: Json = {"upload": uploads[path]}
+    else:
+        named = [(file.relative_to(path).as_posix(), upload) for file, upload in uploads.items()]
+        source = {"files": [{"path": name, "upload": upload} for name, upload in named]}
+    try:
+        return client.post("/v1/models", {"name": path.resolve().name, **source})
+    finally:
+        begun.forget(*files)
+
+
+def _visible_files(root: Path) -> list[Path]:
+    """Files below `root`, links followed, since caches of models are made of them; hidden ones are left out."""
+    found = (path for path in root.rglob("*") if path.is_file() and path.stat().st_size)
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts))
 
 
 def upload_dataset(client: Client, path: Path) -> Json:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import claim, finish
 from cutting_proxy import cutting_proxy
+from job_support import claim, finish
 
-from app.client import Client, ClientError, DigestMismatch, Json, ServiceProblem, Unreachable
+from app.begun_uploads import BegunUploads
+from app.client import Client, DigestMismatch, Json, ServiceProblem, Unreachable
 from app.db.engine import get_database
 from app.settings import Settings
 
@@ -79,24 +80,30 @@ def test_a_post_whose_answer_was_lost_happens_once(server_url: str, add_model: C
 
 
 def test_an_upload_that_broke_off_sends_only_what_is_missing(
-    small_parts: None, server_url: str, file: Path
+    small_parts: None, server_url: str, file: Path, tmp_path: Path
 ) -> None:
     sent: list[int] = []
     with Client(server_url) as client:
         begun = client.post("/v1/uploads", {"name": "weights.bin", "size": file.stat().st_size})
         part = file.read_bytes()[PART : 2 * PART]
         assert httpx.put(f"{server_url}/v1/uploads/{begun['id']}/parts/2", content=part).status_code == 200
-        upload = client.upload(file, resume=begun["id"], on_bytes=sent.append)
+        memory = BegunUploads(server_url, tmp_path / "state" / "uploads.json")
+        memory.remember(file, begun["id"])
+        upload = client.upload(file, begun=memory, on_bytes=sent.append)
         state = client.get(f"/v1/uploads/{upload}")
     assert (state["id"], state["status"], state["sha256"]) == (begun["id"], "completed", sha256(file))
     assert sent == [PART, PART, PART, 17]
 
 
-def test_another_file_is_not_mixed_into_an_upload(server_url: str, file: Path) -> None:
+def test_an_upload_the_service_has_forgotten_is_begun_anew(
+    server_url: str, file: Path, tmp_path: Path
+) -> None:
+    memory = BegunUploads(server_url, tmp_path / "uploads.json")
     with Client(server_url) as client:
-        begun = client.post("/v1/uploads", {"name": "weights.bin", "size": 5})
-        with pytest.raises(ClientError, match="is of a file of 5 bytes"):
-            client.upload(file, resume=begun["id"])
+        memory.remember(file, "upl_01k0b6x2v9m4c8d7e5f3g1h0j2")
+        upload = client.upload(file, begun=memory)
+        assert client.get(f"/v1/uploads/{upload}")["sha256"] == sha256(file)
+    assert memory.find(file) == upload
 
 
 def test_a_problem_is_told_with_place_and_hint(server_url: str) -> None:
