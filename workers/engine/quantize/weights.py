@@ -45,6 +45,10 @@ from workers.engine.technique import StepContext, StepOutcome, implements
 # Weights fitted at once: three float32 buffers of this size stay in a core's own cache.
 _CHUNK_WEIGHTS = 2**17
 
+_FEW_BITS_WARNING = (
+    "vLLM runs packed integers of 4 and 8 bits only; transformers loads these and computes in floating point"
+)
+
 
 @dataclass(frozen=True)
 class SlabError:
@@ -85,7 +89,7 @@ def quantize_weights(step: QuantizeWeights, context: StepContext) -> StepOutcome
                 errors[slab.entry.name].append(error)
     copy_side_files(context.source, context.target)
     write_config(context.target, _config(checkpoint, step, selection))
-    return _outcome(selection, layers, errors)
+    return _outcome(step, selection, layers, errors)
 
 
 def _plan(selection: Selection, step: QuantizeWeights) -> dict[str, PackedLayer]:
@@ -184,7 +188,10 @@ def _ignore_entry(module: str, *, by_pattern: bool) -> str:
 
 
 def _outcome(
-    selection: Selection, layers: dict[str, PackedLayer], errors: dict[str, list[SlabError]]
+    step: QuantizeWeights,
+    selection: Selection,
+    layers: dict[str, PackedLayer],
+    errors: dict[str, list[SlabError]],
 ) -> StepOutcome:
     quantized = tuple(
         LayerOutcome(
@@ -205,7 +212,7 @@ def _outcome(
             "stored_bits": stored / weights,
             "relative_error": _relative([error for parts in errors.values() for error in parts]),
         },
-        warnings=selection.warnings,
+        warnings=selection.warnings + ((_FEW_BITS_WARNING,) if step.bits < 4 else ()),
     )
 
 
