@@ -96,12 +96,22 @@ def input_names(model: nn.Module) -> list[str]:
 
 
 def save_graph(model: ir.Model, directory: Path) -> int:
-    """Write `model.onnx`, and `model.onnx_data` beside it if protobuf could not hold the weights; return the bytes."""
-    directory.mkdir(parents=True, exist_ok=True)
-    values = model.graph.initializers.values()
-    weights = sum(value.const_value.nbytes for value in values if value.const_value is not None)
-    ir.save(model, directory / MODEL_FILE, external_data=DATA_FILE if weights > SINGLE_FILE_BYTES else None)
+    """Write `model.onnx` and its weights beside it, tensor by tensor; return the bytes of both."""
+    directory.mkdir(parents=True)
+    ir.save(model, directory / MODEL_FILE, external_data=DATA_FILE)
     return directory_bytes(directory)
+
+
+def publish_graph(directory: Path, target: Path) -> None:
+    """Put a written graph where users find it: in one file, or in two where protobuf could not hold the weights."""
+    import onnx
+
+    if directory_bytes(directory) <= SINGLE_FILE_BYTES:
+        onnx.save(onnx.load(str(directory / MODEL_FILE)), str(target / MODEL_FILE))
+    else:
+        for file in directory.iterdir():
+            file.rename(target / file.name)
+    (target / MODEL_FILE).chmod(0o644)
 
 
 def directory_bytes(directory: Path) -> int:
@@ -122,9 +132,9 @@ def rewrite_graph(directory: Path, target: Path, level: str, *, threads: int) ->
         onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{level.upper()}"
     )
     options.optimized_model_filepath = str(target / MODEL_FILE)
-    if directory_bytes(directory) > SINGLE_FILE_BYTES:
-        entry = "session.optimized_model_external_initializers_file_name"
-        options.add_session_config_entry(entry, DATA_FILE)
+    entry = "session.optimized_model_external_initializers"
+    options.add_session_config_entry(f"{entry}_file_name", DATA_FILE)
+    options.add_session_config_entry(f"{entry}_min_size_in_bytes", "1024")
     _session(directory, options)
     return directory_bytes(target)
 

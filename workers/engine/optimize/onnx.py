@@ -15,16 +15,15 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from app.spec.optimize import OptimizeOnnx
 from workers.engine.architectures.loading import architecture_of, load_model
 from workers.engine.checkpoint.reader import Checkpoint
 from workers.engine.checkpoint.side_files import copy_side_files
-from workers.engine.export.onnx import check_graph, export_graph, input_names, run
-from workers.engine.optimize.onnx_contest import Probe, Times, contest, make_probe, run_torch, speed_ratio
+from workers.engine.export.onnx import check_graph, export_graph, input_names, publish_graph, run
+from workers.engine.optimize.onnx_contest import Times, contest, make_probe, run_torch, speed_ratio
 from workers.engine.optimize.onnx_outcome import describe, layer_outcomes, why_not_int8
-from workers.engine.optimize.onnx_variants import Variant, make_variants
+from workers.engine.optimize.onnx_variants import Variant, Workshop, make_variants, weights_to_quantize
 from workers.engine.technique import StepContext, StepOutcome, implements
 
 _FASTER = 0.97
@@ -34,37 +33,40 @@ _FASTER = 0.97
 def optimize_onnx(spec: OptimizeOnnx, context: StepContext) -> StepOutcome:
     """Write the fastest accurate graph of `context.source` to `context.target`, its tokenizer and config beside it."""
     checkpoint = Checkpoint.open(context.source)
+    with TemporaryDirectory(prefix=".onnx-", dir=context.target) as scratch:
+        variants, times, prefix = _variants_and_times(spec, Path(scratch), context)
+        kept = _choose(variants, times)
+        context.progress(0.95, "writing and checking the files")
+        publish_graph(kept.directory, context.target)
+    check_graph(context.target, threads=context.threads)
+    copy_side_files(context.source, context.target)
+    reason = why_not_int8(spec, variants, kept, times)
+    layers = layer_outcomes(tuple(checkpoint.tensors.values()), kept, reason, base_prefix=prefix)
+    context.progress(1.0, "done")
+    return describe(spec, variants, kept, times, layers)
+
+
+def _variants_and_times(
+    spec: OptimizeOnnx, scratch: Path, context: StepContext
+) -> tuple[list[Variant], Times, str]:
+    """Export, write all variants and time them; the model and the sessions are gone from memory afterwards.
+
+    The last of the three is the prefix of the names of the model's own tensors, e.g. `bert.`.
+    """
     context.progress(0.0, "loading the model")
     model = load_model(context.source)
     context.progress(0.05, "exporting to ONNX")
     graph = export_graph(model, architecture_of(context.source))
     context.progress(0.5, "running the original")
     probe = make_probe(model, input_names(model), context)
-    with TemporaryDirectory(prefix=".onnx-", dir=context.target) as scratch:
-        variants = make_variants(spec, graph, probe, Path(scratch), context)
-        times = _race(model, variants, probe, context)
-        kept = _choose(variants, times)
-        _move(kept.directory, context.target)
-    reason = why_not_int8(spec, variants, kept, times)
-    prefix = f"{model.base_model_prefix}."
-    layers = layer_outcomes(tuple(checkpoint.tensors.values()), kept, reason, base_prefix=prefix)
-    outcome = describe(spec, variants, kept, times, layers)
-    # Checked with nothing else in memory: the last word belongs to the files alone.
-    del model, graph, variants, kept
-    context.progress(0.95, "checking the files")
-    check_graph(context.target, threads=context.threads)
-    copy_side_files(context.source, context.target)
-    context.progress(1.0, "done")
-    return outcome
-
-
-def _race(model: Any, variants: Sequence[Variant], probe: Probe, context: StepContext) -> Times:
-    """Milliseconds of PyTorch and of every variant on one sequence, in turns."""
-    runners = {variant.name: partial(run, variant.session, probe.timed) for variant in variants}
-    return contest(
+    shop = Workshop(graph, probe, scratch, context.threads)
+    variants = make_variants(spec, shop, weights_to_quantize(spec, graph, context), context)
+    runners = {name: partial(run, session, probe.timed) for name, session in shop.sessions.items()}
+    times = contest(
         {"torch": partial(run_torch, model, probe.timed), **runners},
         lambda share: context.progress(0.75 + 0.2 * share, "timing PyTorch and the graphs in turns"),
     )
+    return variants, times, f"{model.base_model_prefix}."
 
 
 def _choose(variants: Sequence[Variant], times: Times) -> Variant:
@@ -74,8 +76,3 @@ def _choose(variants: Sequence[Variant], times: Times) -> Variant:
         if variant.is_accurate and speed_ratio(times[variant.name], times[best.name]) < _FASTER:
             best = variant
     return best
-
-
-def _move(directory: Path, target: Path) -> None:
-    for file in directory.iterdir():
-        file.rename(target / file.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ class Variant:
     name: str
     directory: Path
     bytes: int
-    session: Any
     load_ms: float
     difference: float
     """Largest absolute difference over the largest absolute output."""
@@ -48,13 +47,14 @@ class Variant:
 
 
 class Workshop:
-    """Where the variants of one model are made."""
+    """Where the variants of one model are made. Their sessions live as long as it does."""
 
     def __init__(self, graph: ir.Model, probe: Probe, scratch: Path, threads: int) -> None:
         self._graph = graph
         self._probe = probe
         self._scratch = scratch
         self._threads = threads
+        self.sessions: dict[str, Any] = {}
 
     def exported(self) -> Variant:
         """The graph as it is."""
@@ -78,7 +78,7 @@ class Workshop:
     def _checked(self, name: str, size: int, quantized: Mapping[str, Quantized] | None = None) -> Variant:
         directory = self._scratch / name
         started = time.perf_counter()
-        session = open_session(directory, threads=self._threads)
+        session = self.sessions[name] = open_session(directory, threads=self._threads)
         load_ms = (time.perf_counter() - started) * 1e3
         output = run(session, self._probe.checked)
         difference = self._probe.difference(output)
@@ -94,7 +94,6 @@ class Workshop:
             name=name,
             directory=directory,
             bytes=size,
-            session=session,
             load_ms=load_ms,
             difference=difference,
             cosine=self._probe.cosine(output),
@@ -103,28 +102,18 @@ class Workshop:
 
 
 def make_variants(
-    spec: OptimizeOnnx, graph: ir.Model, probe: Probe, scratch: Path, context: StepContext
+    spec: OptimizeOnnx, shop: Workshop, weights: list[str], context: StepContext
 ) -> list[Variant]:
     """Write and check every variant that the spec asks for, the exported one first.
 
     The int8 layout with a scale per block is made only if the faster one changes the outputs too much.
     """
-    shop = Workshop(graph, probe, scratch, context.threads)
-    steps: list[tuple[str, Callable[[], Variant]]] = [
-        ("writing the graph", shop.exported),
-        ("optimizing the graph", lambda: shop.optimized(spec.graph_optimization)),
-    ]
-    variants = []
-    for number, (message, make) in enumerate(steps):
-        context.progress(0.55 + 0.05 * number, message)
-        variants.append(make())
-    if spec.quantization == "none":
-        return variants
-    weights = weights_to_quantize(spec, graph, context)
-    for name, layout in _LAYOUTS:
-        context.progress(
-            0.65 if layout == "tensor" else 0.7, f"quantizing to int8, one scale a {layout.rstrip('s')}"
-        )
+    context.progress(0.55, "writing the graph")
+    variants = [shop.exported()]
+    context.progress(0.6, "optimizing the graph")
+    variants.append(shop.optimized(spec.graph_optimization))
+    for name, layout in _LAYOUTS if spec.quantization == "int8_dynamic" else ():
+        context.progress(0.65 if layout == "tensor" else 0.7, f"quantizing to {name}")
         variants.append(shop.int8(name, layout, weights))
         if variants[-1].is_accurate:
             break
