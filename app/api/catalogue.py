@@ -7,24 +7,21 @@ from datetime import datetime
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from app.api.dependencies import ReadSession
 from app.db import worker_queries
 from app.services.job_view import as_time
 from app.spec.base import Family, Format, Step
 from app.spec.compression import STEP_CLASSES, CompressionSpec
+from app.spec.documented import Documented
 from app.spec.export import FORMATS
 from app.spec.recipes import RECIPES
 
 router = APIRouter(tags=["catalogue"])
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-
-class Technique(_Entry):
+class Technique(Documented):
     """One step that a spec may contain."""
 
     name: str = Field(examples=["quantize.weights"])
@@ -43,7 +40,7 @@ class Technique(_Entry):
     """JSON Schema of the step: every field with its default, bounds and unit."""
 
 
-class RecipeView(_Entry):
+class RecipeView(Documented):
     """A spec with a name, for people who know their target, not the literature."""
 
     name: str = Field(examples=["int8"])
@@ -54,7 +51,7 @@ class RecipeView(_Entry):
     spec: CompressionSpec
 
 
-class FormatView(_Entry):
+class FormatView(Documented):
     """A format a result can have."""
 
     name: Format
@@ -65,7 +62,7 @@ class FormatView(_Entry):
     """Techniques that write it."""
 
 
-class WorkerView(_Entry):
+class WorkerView(Documented):
     """A worker that has announced itself in the last minute."""
 
     id: str

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Annotated, Generic, TypeVar
 
 from fastapi import Depends, Query, Request
-from pydantic import BaseModel, ConfigDict
 from sqlalchemy.orm import Session
 
 from app.db.engine import get_database
 from app.settings import Settings, get_settings
+from app.spec.documented import Documented
 
 # Together fewer than the pool's 30 connections and the 40 threads: a request that holds the database's lock can
 # always get a thread to finish, however many others wait for it.
@@ -47,10 +47,8 @@ After = Annotated[
 Item = TypeVar("Item")
 
 
-class Page(BaseModel, Generic[Item]):
+class Page(Documented, Generic[Item]):
     """One page of a list, newest first."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     items: list[Item]
     has_more: bool

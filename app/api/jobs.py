@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from pydantic.config import JsonDict
 
 from app.api.dependencies import After, CurrentSettings, Limit, Page, ReadSession, WriteSession
@@ -20,6 +20,7 @@ from app.services.job_view import ArtifactView, EventView, JobStatus, JobView
 from app.services.jobs import JobFilter, Submission
 from app.services.planning import Wish
 from app.spec.compression import CompressionSpec
+from app.spec.documented import Documented
 from app.spec.report import Report, Verdict
 from app.storage import get_store
 
@@ -40,12 +41,11 @@ _SPEC_EXAMPLE: JsonDict = {
 }
 
 
-class PlanRequest(BaseModel):
+class PlanRequest(Documented):
     """A model, and what to do to it: either the name of a recipe or a spec of your own."""
 
     model_config = ConfigDict(
         extra="forbid",
-        use_attribute_docstrings=True,
         json_schema_extra={"examples": [_RECIPE_EXAMPLE, _SPEC_EXAMPLE]},
     )
 
@@ -76,10 +76,8 @@ class JobRequest(PlanRequest):
     """Words of your own to find it by (`GET /v1/jobs?label=team:search`)."""
 
 
-class JobResult(BaseModel):
+class JobResult(Documented):
     """What a job that succeeded left."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     job: str
     verdict: Verdict

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict
 
 from app.api.dependencies import ReadSession
 from app.api.jobs import JobRequest
 from app.api.problems import problem_responses
 from app.services.planning import plan_wish
 from app.spec.compression import CompressionSpec
+from app.spec.documented import Documented
 from app.spec.plan import Plan
 
 router = APIRouter(prefix="/plans", tags=["plans"])
 
 
-class PlanAnswer(BaseModel):
+class PlanAnswer(Documented):
     """What a job would take. A job whose plan does not fit is refused."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     model: str
     recipe: str | None

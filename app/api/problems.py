@@ -11,21 +11,20 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from app.api.validation import validation_problem
 from app.errors import Fault, ModelpressError
+from app.spec.documented import Documented
 
 MEDIA_TYPE = "application/problem+json"
 
 _log = structlog.get_logger(__name__)
 
 
-class ProblemFault(BaseModel):
+class ProblemFault(Documented):
     """One fault in a request."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     pointer: str | None = None
     """Where in the body, as a JSON pointer (RFC 6901), e.g. `/spec/steps/0/bits`. Empty: the body as a whole."""
@@ -35,10 +34,8 @@ class ProblemFault(BaseModel):
     """What is wrong and what to do about it."""
 
 
-class Problem(BaseModel):
+class Problem(Documented):
     """What every error looks like (RFC 9457). `code` is stable; `detail` and `hint` are for people."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     type: str = Field(examples=["urn:modelpress:problem:not_found"])
     """`urn:modelpress:problem:` and the code."""

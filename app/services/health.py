@@ -8,19 +8,18 @@ import tempfile
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from app.db import worker_queries
 from app.db.engine import get_database
 from app.db.health_queries import database_version
 from app.errors import ModelpressError
 from app.settings import Settings
+from app.spec.documented import Documented
 
 
-class Check(BaseModel):
+class Check(Documented):
     """One dependency."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     ok: bool
     required: bool = True
@@ -29,10 +28,8 @@ class Check(BaseModel):
     facts: dict[str, Any] = Field(default_factory=dict)
 
 
-class Readiness(BaseModel):
+class Readiness(Documented):
     """Whether the service can take jobs, and every dependency's part in that."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     status: Literal["ready", "degraded", "unavailable"]
     """`degraded`: jobs are accepted and wait, e.g. for the broker or a worker to come back."""

@@ -7,21 +7,22 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from app.db.job_queries import TERMINAL
 from app.db.tables import Artifact, Job, JobEvent, JobStage
 from app.settings import get_settings
 from app.spec.compression import CompressionSpec
+from app.spec.documented import Documented
 from app.spec.report import Verdict
 
 JobStatus = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 
 
-class View(BaseModel):
+class View(Documented):
     """A part of an answer; docstrings under fields become their descriptions in OpenAPI."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True, frozen=True)
+    model_config = ConfigDict(frozen=True)
 
 
 class StageView(View):

@@ -5,15 +5,17 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
+
+from app.spec.documented import Documented
 
 Format = Literal["safetensors", "compressed-tensors", "onnx"]
 
 
-class Frozen(BaseModel):
+class Frozen(Documented):
     """An immutable value; a field it does not know is an error, so a typing mistake never passes in silence."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Family(StrEnum):
