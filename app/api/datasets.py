@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from app.api.bodies import RAW_BODY, ContentDigest, FileName, chunks_of, parse_digest
 from app.api.dependencies import After, CurrentSettings, Limit, Page, ReadSession, WriteSession
@@ -21,12 +21,11 @@ router = APIRouter(prefix="/datasets", tags=["datasets"], route_class=Idempotent
 DatasetId = Annotated[str, Path(pattern=r"^dst_[0-9a-z]{1,40}$", description="Id of the dataset.")]
 
 
-class CreateDataset(BaseModel):
+class CreateDataset(Documented):
     """What to make a dataset of."""
 
     model_config = ConfigDict(
         extra="forbid",
-        use_attribute_docstrings=True,
         json_schema_extra={
             "examples": [{"upload": "upl_01k0b6x2v9m4c8d7e5f3g1h0j2", "name": "support-chats"}]
         },
@@ -38,10 +37,8 @@ class CreateDataset(BaseModel):
     """What to call it; for people. Left out: the file's name."""
 
 
-class Dataset(BaseModel):
+class Dataset(Documented):
     """Text, kept as UTF-8 with documents separated by blank lines."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str = Field(examples=["dst_01k0b6x2v9m4c8d7e5f3g1h0j2"])
     name: str = Field(examples=["support-chats.jsonl"])

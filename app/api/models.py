@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import FileResponse
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from app.api.bodies import RAW_BODY, ContentDigest, FileName, chunks_of, parse_digest
 from app.api.dependencies import After, CurrentSettings, Limit, Page, ReadSession, WriteSession
@@ -21,6 +21,7 @@ from app.services import models
 from app.services.models import ModelState, Stores
 from app.settings import Settings
 from app.spec.base import Family
+from app.spec.documented import Documented
 from app.spec.facts import ModelFacts
 from app.storage import get_staging, get_store
 
@@ -39,10 +40,10 @@ _FILE_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-class UploadedFile(BaseModel):
+class UploadedFile(Documented):
     """An upload, and the place its file has in the model."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid")
 
     path: Annotated[str, StringConstraints(min_length=1, max_length=1024)] = Field(examples=["config.json"])
     """Path inside the model, e.g. `config.json` or `model-00001-of-00002.safetensors`."""
@@ -50,12 +51,11 @@ class UploadedFile(BaseModel):
     """Id of a completed upload."""
 
 
-class CreateModel(BaseModel):
+class CreateModel(Documented):
     """Where a model comes from: give exactly one of `upload`, `files` and `uri`."""
 
     model_config = ConfigDict(
         extra="forbid",
-        use_attribute_docstrings=True,
         json_schema_extra={
             "examples": [
                 {"upload": "upl_01k0b6x2v9m4c8d7e5f3g1h0j2", "name": "my-model"},
@@ -84,10 +84,8 @@ class CreateModel(BaseModel):
         return self
 
 
-class ModelFile(BaseModel):
+class ModelFile(Documented):
     """A file of a model."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     path: str = Field(examples=["model.safetensors"])
     bytes: int
@@ -97,17 +95,15 @@ class ModelFile(BaseModel):
     """Where to download it."""
 
 
-class LeftOutFile(BaseModel):
+class LeftOutFile(Documented):
     """A file that came with the model and was not kept."""
 
     path: str = Field(examples=["pytorch_model.bin"])
     reason: str = Field(examples=["a pickle: never read; the safetensors are used"])
 
 
-class Model(BaseModel):
+class Model(Documented):
     """A model that can be compressed. All facts come from its headers; nothing of it was loaded."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str = Field(examples=["mdl_01k0b6x2v9m4c8d7e5f3g1h0j2"])
     name: str = Field(examples=["SmolLM2-135M-Instruct"])

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import ConfigDict, Field, StringConstraints
 
 from app.api.bodies import RAW_BODY, ContentDigest, FileName, chunks_of, declared_length, parse_digest
 from app.api.dependencies import CurrentSettings, ReadSession, WriteSession
@@ -16,6 +16,7 @@ from app.db.engine import get_database
 from app.db.tables import UploadPart
 from app.services import uploads
 from app.services.uploads import UploadState
+from app.spec.documented import Documented
 from app.storage import get_staging
 
 router = APIRouter(prefix="/uploads", tags=["uploads"], route_class=IdempotentRoute)
@@ -25,12 +26,11 @@ UploadId = Annotated[str, Path(pattern=r"^upl_[0-9a-z]{1,40}$", description="Id 
 PartNumber = Annotated[int, Path(ge=1, le=10**9, description="Number of the part, from 1.")]
 
 
-class CreateUpload(BaseModel):
+class CreateUpload(Documented):
     """What is going to be uploaded."""
 
     model_config = ConfigDict(
         extra="forbid",
-        use_attribute_docstrings=True,
         json_schema_extra={"examples": [{"name": "notes.txt", "size": 12}]},
     )
 
@@ -42,10 +42,8 @@ class CreateUpload(BaseModel):
     """sha256 of the whole file in hex, if you know it; completing then fails when the bytes are others."""
 
 
-class Part(BaseModel):
+class Part(Documented):
     """A part that has arrived whole."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     number: int = Field(examples=[1])
     """From 1."""
@@ -55,7 +53,7 @@ class Part(BaseModel):
     """sha256 of the part in hex, if you sent its Content-Digest."""
 
 
-class UploadUrls(BaseModel):
+class UploadUrls(Documented):
     """Where to go from here."""
 
     self: str
@@ -64,10 +62,8 @@ class UploadUrls(BaseModel):
     complete: str
 
 
-class Upload(BaseModel):
+class Upload(Documented):
     """A file on its way in."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str = Field(examples=["upl_01k0b6x2v9m4c8d7e5f3g1h0j2"])
     name: str = Field(examples=["notes.txt"])
