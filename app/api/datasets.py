@@ -15,6 +15,7 @@ from app.api.models import DisplayName, UploadId, stores_of
 from app.api.problems import problem_responses
 from app.db import tables
 from app.services import datasets
+from app.spec.documented import Documented
 
 router = APIRouter(prefix="/datasets", tags=["datasets"], route_class=IdempotentRoute)
 
