@@ -37,10 +37,7 @@ def read_tar(path: Path, limits: ArchiveLimits, *, gzipped: bool) -> Iterator[En
     """Each regular file: its name as it stands there, and its bytes, to be read before the next. Raises IntakeError."""
     opened: _Readable = gzip.open(path, "rb") if gzipped else path.open("rb")  # noqa: SIM115 - closed by the next line
     with closing(opened) as stream:
-        try:
-            yield from _Tar(stream, limits).entries()
-        except _BROKEN as error:
-            raise refused("truncated", f"The archive cannot be unpacked to its end: {error}.") from None
+        yield from _Tar(stream, limits).entries()
 
 
 class _Tar:
@@ -103,7 +100,10 @@ class _Tar:
         return pieces
 
     def _read_some(self, size: int) -> bytes:
-        piece = self._stream.read(size)
+        try:
+            piece = self._stream.read(size)
+        except _BROKEN as error:
+            raise refused("truncated", f"The archive cannot be unpacked to its end: {error}.") from None
         if not piece:
             raise refused("truncated", "The tar archive ends in the middle of a file: it was cut short.")
         self._limits.add(len(piece))
