@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from fastapi import APIRouter, FastAPI
 
-from app.api import artifacts, catalogue, datasets, docs, health, jobs, metrics, models, plans, uploads
+from app.api import (
+    artifacts,
+    catalogue,
+    compress,
+    datasets,
+    docs,
+    health,
+    jobs,
+    metrics,
+    models,
+    plans,
+    uploads,
+)
 from app.api.middleware import BodyLimit, RequestContext
 from app.api.problems import add_problem_handlers, problem_responses
 from app.logging import configure_logging
@@ -27,7 +39,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 def _v1() -> APIRouter:
     router = APIRouter(prefix="/v1", responses=problem_responses(422, 503))
-    for module in (uploads, models, datasets, jobs, artifacts, catalogue, plans, health):
+    for module in (uploads, models, datasets, compress, jobs, artifacts, catalogue, plans, health):
         router.include_router(module.router)
     return router
 

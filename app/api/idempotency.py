@@ -63,7 +63,11 @@ class IdempotentRoute(APIRoute):
             key = request.headers.get(_HEADER, "")
             if request.method != "POST" or not 1 <= len(key) <= _MAX_LENGTH:
                 return await handle(request)
-            return await _once(key, request, handle)
+            try:
+                return await _once(key, request, handle)
+            finally:
+                # A form that was only hashed, for a call that was answered before, still holds its spooled files.
+                await request.close()
 
         return idempotent
 

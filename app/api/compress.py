@@ -1,0 +1,99 @@
+"""A model file and what to do with it in one form: for people with curl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, File, Form, Response, UploadFile
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+
+from app.api.dependencies import CurrentSettings
+from app.api.idempotency import IdempotentRoute
+from app.api.jobs import JobRequest
+from app.api.models import stores_of
+from app.api.problems import problem_responses
+from app.db.engine import get_database
+from app.services import jobs, models
+from app.services.job_view import JobView
+from app.services.jobs import Submission
+from app.settings import Settings
+
+router = APIRouter(prefix="/compress", tags=["compress"], route_class=IdempotentRoute)
+
+_CHUNK_BYTES = 2**20
+# The form names no model: its place in the job's body is filled before the model exists, so that a spec with faults
+# is refused before the file is read.
+_NO_MODEL = "mdl_0"
+
+
+@router.post(
+    "",
+    operation_id="compress",
+    status_code=202,
+    summary="Compress a file",
+    responses={
+        202: {"headers": {"Location": {"description": "The job.", "schema": {"type": "string"}}}},
+        **problem_responses(400, 409, 413, 422, 507),
+    },
+)
+async def compress(
+    settings: CurrentSettings,
+    response: Response,
+    file: Annotated[
+        UploadFile, File(description="A zip or tar of a Hugging Face directory, or a GGUF file.")
+    ],
+    recipe: Annotated[str | None, Form(description="Name of a recipe. Give this or `spec`.")] = None,
+    spec: Annotated[str | None, Form(description="A spec as JSON. Give this or `recipe`.")] = None,
+    name: Annotated[str | None, Form(description="What to call the job.")] = None,
+) -> JobView:
+    """Make a model of the file and start a job on it; the answer is that of `POST /v1/jobs`.
+
+    `curl -F file=@model.zip -F recipe=int8 http://localhost:8000/v1/compress`. When the job is refused, the model is
+    not kept. Files over 100 MB go up in parts (`POST /v1/uploads`).
+    """
+    body = _job_request({"recipe": recipe, "spec": spec, "name": name})
+    state = await models.create_from_body(
+        stores_of(settings), _chunks(file), file_name=file.filename or "model", sha256=None
+    )
+    try:
+        job = await run_in_threadpool(_submit, settings, body, state.model.id)
+    except BaseException:
+        await run_in_threadpool(_drop_model, settings, state.model.id)
+        raise
+    response.headers["Location"] = job.urls.self
+    return job
+
+
+def _job_request(fields: dict[str, str | None]) -> JobRequest:
+    """The body of a job with these fields. Raises RequestValidationError with pointers into the spec."""
+    body: dict[str, Any] = {"model": _NO_MODEL} | {k: v for k, v in fields.items() if v is not None}
+    try:
+        if "spec" in body:
+            body["spec"] = json.loads(body["spec"])
+        return JobRequest.model_validate_json(json.dumps(body))
+    except json.JSONDecodeError as error:
+        fault = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "", "ctx": {"error": error.msg}}
+        raise RequestValidationError([fault], body=body) from error
+    except ValidationError as error:
+        faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]
+        raise RequestValidationError(faults, body=body) from error
+
+
+async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
+    while chunk := await file.read(_CHUNK_BYTES):
+        yield chunk
+
+
+def _submit(settings: Settings, body: JobRequest, model_id: str) -> JobView:
+    wish = body.model_copy(update={"model": model_id}).wish()
+    with get_database().write() as session:
+        return jobs.submit_job(session, settings, Submission(wish, body.name, dict(body.labels)))
+
+
+def _drop_model(settings: Settings, model_id: str) -> None:
+    with get_database().write() as session:
+        models.delete_model(session, stores_of(settings), model_id)
