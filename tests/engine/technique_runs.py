@@ -1,0 +1,147 @@
+"""Run every technique on tiny models, once a session each, and keep what it wrote and said."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tiny_models import facts_of
+
+from app.spec.architectures import ARCHITECTURES
+from app.spec.base import Step
+from app.spec.compression import STEP_CLASSES
+from workers.engine.technique import StepContext, StepOutcome, run_step
+
+# More than the defaults of a technique, or less where the defaults would train for minutes.
+SETTINGS: dict[str, dict[str, dict[str, object]]] = {
+    "quantize.weights": {
+        "int4": {"group_size": 32},
+        "int8": {"bits": 8, "scale_search": "absmax"},
+        "int3-asymmetric": {"bits": 3, "symmetric": False, "group_size": 16},
+    },
+    "prune.magnitude": {
+        "half": {},
+        "global": {"scope": "global", "sparsity": 0.3},
+        "2:4": {"pattern": "2:4"},
+    },
+    "prune.depth": {"one": {"drop_blocks": 1, "calibration_tokens": 256}},
+    "distill.logits": {
+        "three-steps": {
+            "max_steps": 3, "sequence_length": 16, "batch_size": 2, "evaluate_every": 2,
+            "student": {"source": "depth_cut", "drop_ratio": 0.25},
+        }
+    },
+    "optimize.onnx": {"int8": {}},
+}  # fmt: skip
+# One of each family and kind of head. Settings after a technique's first run on these alone in the fast set.
+REPRESENTATIVE = ("LlamaForCausalLM", "BertModel", "DistilBertForSequenceClassification")
+# Seconds a run: every architecture only in the slow set.
+EXPENSIVE: dict[str, tuple[str, ...]] = {
+    "distill.logits": ("LlamaForCausalLM", "BertModel", "RobertaForSequenceClassification"),
+    "optimize.onnx": ("LlamaForCausalLM", "DistilBertForSequenceClassification"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One technique with one setting, on one architecture."""
+
+    step: Step
+    architecture: str
+    label: str
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether it is left out of the fast set."""
+        is_first = self.label == next(iter(SETTINGS.get(self.technique, {self.label: {}})))
+        fast = tuple(ARCHITECTURES) if is_first else REPRESENTATIVE
+        return self.architecture not in EXPENSIVE.get(self.technique, fast)
+
+    @property
+    def technique(self) -> str:
+        """The technique's name, e.g. `prune.depth`."""
+        return str(self.step.model_dump()["technique"])
+
+    def __str__(self) -> str:
+        """What pytest shows."""
+        return f"{self.technique}-{self.label}-{self.architecture}"
+
+
+def all_cases() -> list[Case]:
+    """Every technique there is, with its settings (its defaults if it has none here), on every architecture it takes."""
+    cases = []
+    for step_class in STEP_CLASSES:
+        name = step_class.model_fields["technique"].default
+        for label, settings in SETTINGS.get(name, {"defaults": {}}).items():
+            step = step_class(**settings)
+            cases += [
+                Case(step, a.name, label) for a in ARCHITECTURES.values() if a.family in step_class.families
+            ]
+    return cases
+
+
+@dataclass
+class Run:
+    """What a technique was given, wrote and said."""
+
+    case: Case
+    source: Path
+    target: Path
+    outcome: StepOutcome
+    source_before: dict[str, str]
+    source_after: dict[str, str]
+    progress: list[tuple[float, str]] = field(default_factory=list)
+
+
+def run_case(case: Case, source: Path, target: Path, text: Path, *, seed: int = 0) -> Run:
+    """Run a technique into `target`."""
+    said: list[tuple[float, str]] = []
+    before = digests(source)
+    context = context_for(
+        case, source, target, text, seed=seed, progress=lambda share, message: said.append((share, message))
+    )
+    outcome = run_step(case.step, context)
+    return Run(case, source, target, outcome, before, digests(source), said)
+
+
+def context_for(
+    case: Case,
+    source: Path,
+    target: Path,
+    text: Path,
+    *,
+    progress: Callable[[float, str], None],
+    seed: int = 0,
+) -> StepContext:
+    """The context a pipeline would give."""
+    return StepContext(
+        source=source,
+        target=target,
+        original=source,
+        facts=facts_of(source),
+        calibration_text=text if case.step.needs_calibration else None,
+        training_text=text if case.step.needs_training else None,
+        threads=2,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """The sha256 of every file, hidden ones too, by path."""
+    return {
+        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint."""
+    return {
+        name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()
+    }

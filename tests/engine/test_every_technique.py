@@ -1,0 +1,260 @@
+"""The contract of a technique, held against every one there is on tiny models of every architecture.
+
+A new technique is found by its spec class; only what it promises about its result is told here, in PROMISES.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from technique_runs import REPRESENTATIVE, Case, Run, all_cases, context_for, digests, run_case, tensors_of
+from tiny_models import BLOCKS, facts_of
+
+from app.spec.architectures import block_index
+from app.spec.compression import STEP_CLASSES
+from app.spec.quantize import QuantizeWeights
+from workers.engine.architectures.loading import load_model, load_tokenizer
+from workers.engine.technique import implemented, run_step
+
+CASES = [
+    pytest.param(case, id=str(case), marks=[pytest.mark.slow] if case.is_slow else []) for case in all_cases()
+]
+# A second run each, for what does not depend on the architecture.
+REPEATED = [
+    pytest.param(case, id=str(case))
+    for case in all_cases()
+    if case.architecture in REPRESENTATIVE and not case.is_slow
+]
+_WEIGHT_FILES = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|model\.onnx(_data)?"
+)
+_TOKENS = "The river runs past the old mill and under the bridge."
+
+
+class Stopped(Exception):  # noqa: N818 - what a cancelled job raises is no error
+    """Raised by progress to cancel."""
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tiny: Callable[[str], Path], tiny_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[Case], Run]]:
+    """Run a case the first time it is asked for."""
+    done: dict[str, Run] = {}
+
+    def run(case: Case) -> Run:
+        key = str(case)
+        if key not in done:
+            target = tmp_path_factory.mktemp("target")
+            done[key] = run_case(case, tiny(case.architecture), target, tiny_text)
+        return done[key]
+
+    return run
+
+
+def test_every_spec_class_has_code_and_all_code_has_a_spec_class() -> None:
+    assert implemented() == frozenset(STEP_CLASSES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_result_is_read_by_the_loader_it_is_written_for(case: Case, runs: Callable[[Case], Run]) -> None:
+    run = runs(case)
+    tokens = load_tokenizer(run.target)(_TOKENS, return_tensors="pt")
+    output = _LOADERS[case.step.produces](run.target, tokens)
+    assert np.isfinite(output).all()
+    assert output.std() > 0
+    if output.ndim == 3:
+        assert output.shape[:2] == tuple(tokens["input_ids"].shape)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_compressible_layer_is_accounted_for_once(case: Case, runs: Callable[[Case], Run]) -> None:
+    run = runs(case)
+    names = [layer.name for layer in run.outcome.layers]
+    assert sorted(names) == sorted(tensor.name for tensor in facts_of(run.source).compressible())
+    assert all(layer.reason for layer in run.outcome.layers if layer.action == "untouched")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_result_is_what_was_promised(case: Case, runs: Callable[[Case], Run]) -> None:
+    _PROMISES[case.technique](runs(case))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_target_holds_weights_and_side_files_alone_and_source_is_untouched(
+    case: Case, runs: Callable[[Case], Run]
+) -> None:
+    run = runs(case)
+    assert run.source_before == run.source_after
+    written = set(digests(run.target))
+    side_files = {name for name in run.source_before if not _WEIGHT_FILES.fullmatch(name)}
+    assert {name for name in written if not _WEIGHT_FILES.fullmatch(name)} == side_files
+    assert written - side_files
+    assert all((run.target / name).stat().st_mode & 0o044 == 0o044 for name in written)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_progress_grows_from_0_to_1(case: Case, runs: Callable[[Case], Run]) -> None:
+    shares = [share for share, _ in runs(case).progress]
+    assert len(shares) >= 2
+    assert shares == sorted(shares)
+    assert shares[0] >= 0
+    assert shares[-1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("case", REPEATED)
+def test_same_seed_gives_the_same_bytes(
+    case: Case, runs: Callable[[Case], Run], tiny_text: Path, tmp_path: Path
+) -> None:
+    first = runs(case)
+    for _ in range(5):
+        target = tmp_path / "again"
+        target.mkdir()
+        second = run_case(case, first.source, target, tiny_text)
+        # What is kept because it was faster may differ between runs of microseconds; its bytes may not.
+        if second.outcome.metrics.get("kept") == first.outcome.metrics.get("kept"):
+            assert digests(target) == digests(first.target)
+            return
+        target.rename(tmp_path / f"other-{_}")
+    pytest.skip("timing kept another variant five times")
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+@pytest.mark.parametrize("case", REPEATED)
+def test_progress_that_raises_stops_the_technique_at_once(
+    case: Case, calls: int, tiny: Callable[[str], Path], tiny_text: Path, tmp_path: Path
+) -> None:
+    count = 0
+
+    def progress(share: float, message: str) -> None:
+        nonlocal count
+        count += 1
+        if count >= calls:
+            raise Stopped
+
+    context = context_for(case, tiny(case.architecture), tmp_path, tiny_text, progress=progress)
+    with pytest.raises(Stopped):
+        run_step(case.step, context)
+    # Threads that were under way may each say one thing more.
+    assert count <= calls + context.threads
+
+
+def _torch_output(directory: Path, tokens: dict[str, torch.Tensor]) -> np.ndarray:
+    with warnings.catch_warnings(), torch.inference_mode():
+        # compressed-tensors and transformers deprecate parts of each other while loading.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return load_model(directory)(**tokens)[0].numpy()
+
+
+def _onnx_output(directory: Path, tokens: dict[str, torch.Tensor]) -> np.ndarray:
+    session = onnxruntime.InferenceSession(directory / "model.onnx", providers=["CPUExecutionProvider"])
+    return session.run(None, {node.name: tokens[node.name].numpy() for node in session.get_inputs()})[0]
+
+
+_LOADERS = {"safetensors": _torch_output, "compressed-tensors": _torch_output, "onnx": _onnx_output}
+
+
+def _promises_of_quantize_weights(run: Run) -> None:
+    step = run.case.step
+    assert isinstance(step, QuantizeWeights)
+    tensors = tensors_of(run.target)
+    for layer in run.outcome.layers:
+        stem = layer.name.removesuffix(".weight")
+        parts = [
+            t
+            for name, t in tensors.items()
+            if name.startswith(f"{stem}.weight_") and not name.endswith("shape")
+        ]
+        stored = sum(part.numel() * part.element_size() for part in parts) * 8 / layer.parameters
+        assert layer.name not in tensors
+        assert layer.bits == pytest.approx(stored, rel=0.1)
+        assert 0 < layer.relative_error < {8: 0.02, 4: 0.2, 3: 0.4, 2: 0.8}[step.bits]
+
+
+def _promises_of_prune_magnitude(run: Run) -> None:
+    tensors, before = tensors_of(run.target), tensors_of(run.source)
+    assert {n: (t.shape, t.dtype) for n, t in tensors.items()} == {
+        n: (t.shape, t.dtype) for n, t in before.items()
+    }
+    zeros = total = 0
+    for layer in run.outcome.layers:
+        tensor = tensors[layer.name]
+        share = (tensor == 0).double().mean().item()
+        assert layer.sparsity == pytest.approx(share, abs=1e-6)
+        kept = tensor != 0
+        assert torch.equal(tensor[kept], before[layer.name][kept])
+        zeros, total = zeros + (tensor == 0).sum().item(), total + tensor.numel()
+        if run.case.step.pattern == "2:4":
+            assert ((tensor.reshape(-1, 4) == 0).sum(dim=1) == 2).all()
+    assert zeros / total == pytest.approx(run.case.step.sparsity, abs=1e-3)
+    others = [name for name in tensors if name not in {layer.name for layer in run.outcome.layers}]
+    assert all(torch.equal(tensors[name], before[name]) for name in others)
+
+
+def _promises_of_fewer_blocks(run: Run, blocks: int) -> None:
+    facts, before = facts_of(run.target), facts_of(run.source)
+    indices = {block_index(tensor.name) for tensor in facts.tensors} - {None}
+    assert facts.num_blocks == blocks
+    assert indices == set(range(blocks))
+    assert facts.weight_bytes < before.weight_bytes
+    removed = {block_index(layer.name) for layer in run.outcome.layers if layer.action == "removed"}
+    assert len(removed) == BLOCKS - blocks
+
+
+def _promises_of_prune_depth(run: Run) -> None:
+    _promises_of_fewer_blocks(run, BLOCKS - 1)
+    before, after = tensors_of(run.source), tensors_of(run.target)
+    removed = {block_index(layer.name) for layer in run.outcome.layers if layer.action == "removed"}
+    kept = [index for index in range(BLOCKS) if index not in removed]
+    for name, tensor in after.items():
+        new = block_index(name)
+        origin = name if new is None else re.sub(rf"\.{new}\.", f".{kept[new]}.", name, count=1)
+        assert torch.equal(tensor, before[origin])
+
+
+def _promises_of_distill_logits(run: Run) -> None:
+    _promises_of_fewer_blocks(run, BLOCKS - 1)
+    before, after = tensors_of(run.source), tensors_of(run.target)
+    trained = [layer.name for layer in run.outcome.layers if layer.action == "trained"]
+    assert trained
+    assert any(
+        not torch.equal(before[n], after[n])
+        for n in after
+        if n in before and after[n].shape == before[n].shape
+    )
+
+
+def _promises_of_optimize_onnx(run: Run) -> None:
+    onnx.checker.check_model(str(run.target / "model.onnx"))
+    initializers = {t.name: t for t in onnx.load(run.target / "model.onnx").graph.initializer}
+    kept = run.outcome.metrics["kept"]
+    assert {"torch_ms", "exported_ms", "optimized_ms", "int8_ms"} <= set(run.outcome.metrics)
+    quantized = [layer for layer in run.outcome.layers if layer.action == "quantized"]
+    assert len(quantized) == (len(run.outcome.layers) if str(kept).startswith("int8") else 0)
+    stem = load_model(run.source).base_model_prefix + "."
+    for layer in quantized:
+        codes = next(
+            t
+            for name, t in initializers.items()
+            if name.removeprefix(stem) == layer.name.removeprefix(stem) + "_quantized"
+        )
+        assert codes.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+        assert len(codes.raw_data) >= layer.parameters
+        assert 0 < layer.relative_error < 0.02
+
+
+_PROMISES: dict[str, Callable[[Run], None]] = {
+    "quantize.weights": _promises_of_quantize_weights,
+    "prune.magnitude": _promises_of_prune_magnitude,
+    "prune.depth": _promises_of_prune_depth,
+    "distill.logits": _promises_of_distill_logits,
+    "optimize.onnx": _promises_of_optimize_onnx,
+}
