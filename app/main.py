@@ -1,6 +1,13 @@
 """The HTTP service: routers, middleware, error handling, docs. Imports no torch and no worker; starts in under a second."""
 
+# The imports come second because of what comes first.
+# ruff: noqa: E402
 from __future__ import annotations
+
+import gc
+
+# Starting makes classes and schemas, none of them garbage; a collector that looks for some takes a seventh of the time.
+gc.disable()
 
 from fastapi import APIRouter, FastAPI
 
@@ -45,3 +52,5 @@ def _v1() -> APIRouter:
 
 
 app = create_app()
+
+gc.enable()
