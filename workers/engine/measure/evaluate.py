@@ -45,13 +45,14 @@ def evaluate(pair: Pair, facts: ModelFacts, prepared: Prepared | None) -> Evalua
     `facts` are the original's. Without `prepared` (evaluation disabled) sizes are measured and the files verified, no
     more. Raises VerificationFailed when the result cannot be trusted at all.
     """
-    sizes = measure_size(pair.original), measure_size(pair.result)
-    pair.progress(0.02, "sizes measured")
     with (
         RunnerClient(pair.original, role="original", device=pair.device, threads=pair.threads) as original,
         RunnerClient(pair.result, role="result", device=pair.device, threads=pair.threads) as result,
     ):
         models = (original, result)
+        # While both load.
+        sizes = measure_size(pair.original), measure_size(pair.result)
+        pair.progress(0.02, "sizes measured")
         verification = verify_export(pair, models, kind_of(facts), prepared)
         pair.progress(_LOADED, "files verified in a fresh process")
         if prepared is None:

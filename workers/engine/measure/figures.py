@@ -14,6 +14,7 @@ from workers.engine.measure.plots import Axis, Point, axis_from_zero, scatter, s
 from workers.engine.measure.size import COMPONENTS
 from workers.engine.measure.wording import size, words
 
+_TIMES = "_ms"
 _ATTENTION_WORDS = ("attn", "attention")
 
 
@@ -99,19 +100,28 @@ def _errors(step: StepReport) -> Iterator[Figure]:
 
 
 def _curves(step: StepReport) -> Iterator[Figure]:
+    timed = {name: [y for _, y in curve] for name, curve in step.curves.items() if name.endswith(_TIMES)}
+    if timed:
+        rows = [
+            (words(name.removesuffix(_TIMES)), times, median(times)) for name, times in timed.items() if times
+        ]
+        everything = [time for _, times, _ in rows for time in times]
+        caption = "All that were tried, in turns; the bar is the median."
+        axis = axis_from_zero(everything, "ms")
+        yield Figure(f"Time of each variant: {step.technique}", caption, strips(rows, axis))
     for name, curve in step.curves.items():
-        if len(curve) < 2:
-            continue
-        axis = "block" if name.startswith("block") else "step"
-        highest, lowest = max(y for _, y in curve), min(y for _, y in curve)
-        y_axis = Axis(min(0.0, lowest), highest * 1.06 if highest > 0 else 1.0, words(name))
-        points = [Point(x, y, 0, f"{axis} {x:g}: {y:.4g}") for x, y in curve]
-        x_axis = Axis(curve[0][0], curve[-1][0], axis)
-        yield Figure(
-            f"{words(name).capitalize()}: {step.technique}",
-            "",
-            scatter(points, x_axis, y_axis, line=curve),
-        )
+        if len(curve) >= 2 and name not in timed:
+            yield _curve(name, curve, step.technique)
+
+
+def _curve(name: str, curve: Sequence[tuple[float, float]], technique: str) -> Figure:
+    axis = "block" if name.startswith("block") else "step"
+    highest, lowest = max(y for _, y in curve), min(y for _, y in curve)
+    y_axis = Axis(min(0.0, lowest), highest * 1.06 if highest > 0 else 1.0, words(name))
+    points = [Point(x, y, 0, f"{axis} {x:g}: {y:.4g}") for x, y in curve]
+    x_axis = Axis(curve[0][0], curve[-1][0], axis)
+    plot = scatter(points, x_axis, y_axis, line=curve)
+    return Figure(f"{words(name).capitalize()}: {technique}", "", plot)
 
 
 def _block(layer: LayerOutcome) -> int:

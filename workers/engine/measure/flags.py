@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from app.spec.compression import CompressionSpec
 from app.spec.facts import ModelFacts
-from app.spec.report import Comparison, Flag, StepReport
+from app.spec.report import Comparison, Flag, Latency, StepReport
 from workers.engine.measure.coverage import skipped
+from workers.engine.measure.latency import ratio_interval
 from workers.engine.measure.results import Evaluated
 
 NO_SPEEDUP_RATIO = 0.97
@@ -115,16 +116,24 @@ def _larger_than_original(facts: Facts) -> Iterator[Flag]:
 
 
 def _no_speedup(facts: Facts) -> Iterator[Flag]:
-    comparison = facts.evaluated.comparison
-    if comparison is None or comparison.latency_ratio is None or comparison.latency_ratio_interval is None:
+    times = list(zip(facts.evaluated.original.latency, facts.evaluated.result.latency, strict=False))
+    if not times or any(_is_faster(before, after) for before, after in times):
         return
-    ratio, (low, high) = comparison.latency_ratio, comparison.latency_ratio_interval
-    if ratio < NO_SPEEDUP_RATIO and high < 1:
-        return
-    detail = f"On this worker it takes {ratio:.2f} times as long as the original (95 % interval {low:.2f} to {high:.2f})."
+    before, after = times[0]
+    ratio, (low, high) = after.median_ms / before.median_ms, ratio_interval(before, after)
+    if ratio < NO_SPEEDUP_RATIO:
+        told = f"The times vary too much to tell ({before.what}"
+    else:
+        told = f"On this worker it takes {ratio:.2f} times as long as the original ({before.what}"
+    detail = f"{told}; 95 % interval {low:.2f} to {high:.2f})."
     if facts.evaluated.verification.result.format == "compressed-tensors":
         detail += " Here the weights are unpacked to float32; a runtime with kernels for them, such as vLLM, may be faster."
     yield Flag(code="no_speedup", detail=detail)
+
+
+def _is_faster(before: Latency, after: Latency) -> bool:
+    """Faster by more than noise explains."""
+    return after.median_ms / before.median_ms < NO_SPEEDUP_RATIO and ratio_interval(before, after)[1] < 1
 
 
 def _dense_zeros(facts: Facts) -> Iterator[Flag]:

@@ -13,6 +13,8 @@ from markupsafe import Markup
 
 WIDTH = 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 14, 38
+# Room for the names of rows.
+_NAMES = 78
 # Markup.format escapes what it fills in.
 _SVG = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>')
 _LINE = Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>')
@@ -69,10 +71,13 @@ def scatter(points: Sequence[Point], x: Axis, y: Axis, *, line: Sequence[tuple[f
 
 
 def strips(rows: Sequence[tuple[str, Sequence[float], float]], axis: Axis) -> Markup:
-    """One row of dots for each (name, samples, median), over a shared axis; a bar marks the median."""
+    """One row of dots for each (name, samples, median), over a shared axis; a bar marks the median.
+
+    The first row, what the others are compared with, has a colour and shape of its own.
+    """
     row_height, top = 44, 6
     height = top + row_height * len(rows) + 34
-    left = 62
+    left = _NAMES
     right, bottom = WIDTH - _RIGHT, height - 34
     marks: list[Markup] = []
     for tick in axis.ticks():
@@ -81,21 +86,21 @@ def strips(rows: Sequence[tuple[str, Sequence[float], float]], axis: Axis) -> Ma
         marks.append(_text(x, bottom + 14, _number(tick), "middle"))
     marks.append(_text((left + right) / 2, height - 3, axis.label, "middle", "label"))
     for index, (name, samples, median) in enumerate(rows):
-        middle = top + row_height * (index + 0.5)
+        middle, series = top + row_height * (index + 0.5), min(index, 1)
         marks.append(_text(left - 8, middle + 4, name, "end"))
         for number, sample in enumerate(samples):
             # Neighbouring samples are set apart so that equal ones do not hide each other.
             y = middle + (number % 5 - 2) * 4.5
             title = f"{name}: {_number(sample)} {axis.label}"
-            marks.append(_mark(index, axis.place(sample, left, right), y, title))
+            marks.append(_mark(series, axis.place(sample, left, right), y, title))
         x = axis.place(median, left, right)
-        marks.append(_line(f"median s{index}", x, middle - 16, x, middle + 16))
+        marks.append(_line(f"median s{series}", x, middle - 16, x, middle + 16))
     return _svg(height, "Samples and medians", marks)
 
 
 def stacked_bars(bars: Sequence[tuple[str, Sequence[tuple[int, float, str]]]], axis: Axis) -> Markup:
     """Horizontal bars of (name, parts); a part is (colour number, length, what a pointer reads)."""
-    bar_height, gap, left = 34, 14, 62
+    bar_height, gap, left = 34, 14, _NAMES
     height = len(bars) * (bar_height + gap) + 40
     right, bottom = WIDTH - _RIGHT, height - 36
     marks: list[Markup] = []

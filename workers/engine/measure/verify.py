@@ -23,7 +23,7 @@ from workers.engine.measure.windows import load_windows, save_windows, tokenizer
 
 _PROBE_TOKENS = 64
 _PROMPT_TOKENS = 12
-_NEW_TOKENS = 32
+_NEW_TOKENS = 24
 _ROUND_TRIP_CHARACTERS = 2000
 _REPEATED_SHARE = 0.8
 
