@@ -6,11 +6,13 @@ that zipfile will use.
 
 from __future__ import annotations
 
+import errno
 import stat
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -40,10 +42,8 @@ _BROKEN = (
 def read_zip(path: Path, limits: ArchiveLimits) -> Iterator[Entry]:
     """Each regular file: its name as it stands there, and its bytes. Raises IntakeError."""
     _check_directory(path)
-    try:
+    with _reading("The zip archive"):
         archive = zipfile.ZipFile(path)
-    except _BROKEN as error:
-        raise refused("archive_corrupt", f"The zip archive cannot be read: {error}.") from None
     with archive:
         infos = archive.infolist()
         limits.check_entries(len(infos))
@@ -62,15 +62,28 @@ def zip_names(path: Path) -> list[str]:
 def _chunks(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limits: ArchiveLimits) -> Iterator[bytes]:
     limits.expect(info.file_size)
     unpacked = 0
+    with _reading(repr(info.filename[:100])), archive.open(info) as file:
+        while piece := file.read(_READ_BYTES):
+            unpacked += len(piece)
+            limits.add(len(piece))
+            limits.check_ratio(unpacked, info.compress_size)
+            yield piece
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Turn what zipfile raises on a broken archive into IntakeError."""
     try:
-        with archive.open(info) as file:
-            while piece := file.read(_READ_BYTES):
-                unpacked += len(piece)
-                limits.add(len(piece))
-                limits.check_ratio(unpacked, info.compress_size)
-                yield piece
+        yield
     except _BROKEN as error:
-        raise refused("archive_corrupt", f"{info.filename[:100]!r} cannot be unpacked: {error}.") from None
+        raise refused("archive_corrupt", f"{what} cannot be unpacked: {error}.") from None
+    except OSError as error:
+        # It seeks to where the directory points, which may be before the start of the file.
+        if error.errno != errno.EINVAL:
+            raise
+        raise refused(
+            "archive_corrupt", f"{what} cannot be unpacked: it points outside the archive."
+        ) from None
 
 
 def _check_entry(info: zipfile.ZipInfo) -> None:
