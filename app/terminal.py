@@ -198,7 +198,7 @@ def _latency(before: Measurement, after: Measurement, ratio: float | None) -> st
 
 
 def _three(before: str, after: str, ratio: float | None) -> str:
-    return f"{before}\n{after}\n{'–' if ratio is None else f'×{ratio:.3g}'}"
+    return f"{before}\n{after}\n{'–' if ratio is None else f'×{ratio:.3f}'}"
 
 
 def _megabytes(count: int | None) -> str:

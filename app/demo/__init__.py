@@ -16,6 +16,8 @@ from app.demo.service import running_service
 from app.spec.report import Report
 from app.terminal import JobBars, Outcome, console, outcome_table, save_result, upload_dataset, upload_model
 
+_REPORTS = {"report": ".json", "report_html": ".html"}
+
 
 def run_demo(directory: Path) -> None:
     """Run every kind of job once; results and reports are left in `directory`, everything else is stopped and removed.
@@ -58,8 +60,9 @@ def _fetch(client: Client, job: DemoJob, ended: Json, directory: Path) -> Outcom
         return Outcome(job.label, ended, None)
     save_result(client, ended, directory / "results" / job.directory, label=job.label)
     for artifact in ended["artifacts"]:
-        if artifact["kind"] == "report_html":
-            client.download(artifact, directory / "reports" / f"{job.directory}.html")
+        ending = _REPORTS.get(artifact["kind"])
+        if ending:
+            client.download(artifact, directory / "reports" / f"{job.directory}{ending}")
     return Outcome(job.label, ended, Report.model_validate(client.get(ended["urls"]["report"])))
 
 
