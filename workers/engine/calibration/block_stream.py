@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from app.errors import IntakeError
 from workers.engine.architectures.loading import architecture_of
+from workers.engine.architectures.names import name_within_base
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.technique import Progress
 
@@ -104,7 +105,7 @@ class _Skeleton:
             buffer.data = buffer.data.to(device)
         name, blocks = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList))
         checkpoint = Checkpoint.open(directory)
-        names = {_within_base(stored, whole.base_model_prefix): stored for stored in checkpoint.tensors}
+        names = {name_within_base(stored, whole.base_model_prefix): stored for stored in checkpoint.tensors}
         skeleton = cls(checkpoint, names, model, blocks, name, device)
         skeleton._read_outside_blocks(windows)
         return skeleton
@@ -182,14 +183,6 @@ class _Skeleton:
         for token in tokens:
             table[token] = self.checkpoint.read_rows(stored, token, token + 1)[0].float()
         return table
-
-
-def _within_base(stored: str, prefix: str) -> str:
-    """A checkpoint's tensor name as the base model has it; old checkpoints call a norm's weight gamma, its bias beta."""
-    name = stored.removeprefix(f"{prefix}.")
-    if name.endswith(("LayerNorm.gamma", "LayerNorm.beta")):
-        return name.replace("gamma", "weight").replace("beta", "bias")
-    return name
 
 
 def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:

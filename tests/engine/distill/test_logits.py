@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import BLOCKS, facts_of, tiny_model, write_text
+
+from app.errors import InvalidRequest, UnsupportedForModel
+from app.spec.architectures import ARCHITECTURES, block_index
+from app.spec.distill import DistillLogits
+from workers.engine.architectures.loading import load_model, load_tokenizer
+from workers.engine.distill.logits import distill_logits
+from workers.engine.distill.objectives import head_of, pools_first_token
+from workers.engine.distill.students import evenly_spread
+from workers.engine.distill.texts import document_text, stream_text
+from workers.engine.technique import StepContext, StepOutcome
+
+QUICK: dict[str, Any] = {
+    "max_steps": 12,
+    "evaluate_every": 4,
+    "batch_size": 4,
+    "sequence_length": 32,
+    "learning_rate": 2e-3,
+}
+MODEL = {"source": "model", "model": "mdl_1"}
+KINDS = ["LlamaForCausalLM", "Gemma2ForCausalLM", "BertModel", "DistilBertForSequenceClassification", "MPNetForMaskedLM"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("training") / "text.txt", documents=120)
+
+
+def _run(original: Path, target: Path, text: Path, spec: dict[str, Any], **extra: Any) -> StepOutcome:
+    target.mkdir(parents=True)
+    context = StepContext(
+        **{"source": original, "target": target, "original": original, "facts": facts_of(original)}
+        | {"training_text": text}
+        | extra
+    )
+    return distill_logits(DistillLogits(**(QUICK | spec)), context)
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+def test_a_cut_student_learns_and_reloads(
+    architecture: str, tiny: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    original = tiny(architecture)
+    seen: list[float] = []
+    outcome = _run(original, tmp_path / "out", text, {}, progress=lambda share, message: seen.append(share))
+    assert outcome.warnings == ()
+    assert outcome.metrics["held_out_loss_after"] < outcome.metrics["held_out_loss_before"]
+    assert {layer.name for layer in outcome.layers} == {f.name for f in facts_of(original).compressible()}
+    assert {block_index(layer.name) for layer in outcome.layers if layer.action == "removed"} == {2}
+    trained = [layer for layer in outcome.layers if layer.action == "trained"]
+    assert len(trained) == 3 * len(outcome.layers) // 4
+    assert all(layer.relative_error > 0 for layer in trained)
+    assert facts_of(tmp_path / "out").num_blocks == BLOCKS - 1
+    load_model(tmp_path / "out")
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_same_seed_same_bytes_and_another_seed_others(
+    tiny: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    contents = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        _run(tiny("LlamaForCausalLM"), tmp_path / name / "out", text, {}, seed=seed)
+        contents.append((tmp_path / name / "out" / "model.safetensors").read_bytes())
+    assert contents[0] == contents[1] != contents[2]
+
+
+def test_zeros_of_an_earlier_step_stay_zero(tmp_path: Path, text: Path) -> None:
+    original = tiny_model("LlamaForCausalLM", tmp_path / "original")
+    source = tiny_model("LlamaForCausalLM", tmp_path / "source")
+    state = load_file(source / "model.safetensors")
+    masks = {f.name: torch.rand(f.shape) < 0.5 for f in facts_of(source).compressible()}
+    save_file(
+        {n: t.masked_fill(masks[n], 0) if n in masks else t for n, t in state.items()},
+        source / "model.safetensors",
+        {"format": "pt"},
+    )
+    outcome = _run(original, tmp_path / "out", text, {"student": {"source": "previous_step"}}, source=source)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(bool((after[name][mask] == 0).all()) for name, mask in masks.items())
+    assert all(layer.action == "trained" and 0.3 < layer.sparsity < 0.7 for layer in outcome.layers)
+    assert outcome.warnings == ()
+
+
+def test_weights_return_to_the_dtype_they_came_in(tmp_path: Path, text: Path) -> None:
+    original = tiny_model("LlamaForCausalLM", tmp_path / "original", dtype=torch.bfloat16)
+    _run(original, tmp_path / "out", text, {"max_steps": 4})
+    assert {fact.dtype for fact in facts_of(tmp_path / "out").tensors} == {"BF16"}
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_a_student_that_gets_worse_is_left_untrained(
+    tiny: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    original = tiny("LlamaForCausalLM")
+    spec = {"student": {"source": "previous_step"}, "learning_rate": 0.5, "hard_label_weight": 0.0}
+    outcome = _run(original, tmp_path / "out", text, spec)
+    assert "kept as it was" in outcome.warnings[0]
+    assert {layer.action for layer in outcome.layers} == {"untouched"}
+    after, before = (load_file(d / "model.safetensors") for d in (tmp_path / "out", original))
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_an_uploaded_student_of_another_width_learns(
+    tiny: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    student = tiny_model(
+        "LlamaForCausalLM", tmp_path / "student", hidden_size=32, num_hidden_layers=2, head_dim=8, seed=5
+    )
+    outcome = _run(tiny("LlamaForCausalLM"), tmp_path / "out", text, {"student": MODEL}, student=student)
+    assert outcome.warnings == ()
+    assert facts_of(tmp_path / "out").hidden_size == 32
+
+
+def test_a_narrower_encoder_is_taught_similarities_alone(
+    tiny: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    original = tiny("BertModel")
+    student = tiny_model("BertModel", tmp_path / "student", hidden_size=32, num_hidden_layers=2, seed=5)
+    shutil.copyfile(original / "tokenizer.json", student / "tokenizer.json")
+    outcome = _run(original, tmp_path / "out", text, {"student": MODEL}, student=student)
+    assert outcome.metrics["held_out_loss_after"] < outcome.metrics["held_out_loss_before"]
+
+
+def test_a_student_of_another_kind_or_vocabulary_is_refused(
+    tiny: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedForModel, match="cannot learn from"):
+        _run(tiny("LlamaForCausalLM"), tmp_path / "a", text, {"student": MODEL}, student=tiny("RobertaModel"))
+    with pytest.raises(UnsupportedForModel, match="vocabular"):
+        _run(tiny("BertModel"), tmp_path / "b", text, {"student": MODEL}, student=tiny("RobertaModel"))
+
+
+def test_a_classifier_of_other_classes_is_refused(
+    tiny: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    name = "BertForSequenceClassification"
+    student = tiny_model(name, tmp_path / "student", num_labels=5)
+    shutil.copyfile(tiny(name) / "tokenizer.json", student / "tokenizer.json")
+    with pytest.raises(UnsupportedForModel, match="5 classes"):
+        _run(tiny(name), tmp_path / "out", text, {"student": MODEL}, student=student)
+
+
+@pytest.mark.parametrize("make", [stream_text, document_text])
+def test_held_out_text_is_the_tail_and_never_trained_on(
+    make: Any, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory = tiny("RobertaModel")
+    tokenizer = load_tokenizer(directory)
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(f"the {i} letter" for i in range(200)))
+    spec = DistillLogits(**(QUICK | {"held_out_fraction": 0.25, "max_steps": 1000, "sequence_length": 16}))
+    training = make(spec, path, tokenizer, facts_of(directory), seed=0)
+    seen = tokenizer.decode(torch.cat(training.sequences), skip_special_tokens=True).replace(" ", "")
+    held = tokenizer.decode(
+        torch.cat([batch.ids.flatten() for batch in training.held_out]), skip_special_tokens=True
+    ).replace(" ", "")
+    assert "10letter" in seen
+    assert "160letter" not in seen
+    assert "160letter" in held
+    assert "140letter" not in held
+
+
+def test_too_little_text_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    short = write_text(tmp_path / "short.txt", documents=2)
+    for architecture in ("LlamaForCausalLM", "BertModel"):
+        with pytest.raises(InvalidRequest) as caught:
+            _run(tiny(architecture), tmp_path / architecture, short, {"sequence_length": 64})
+        assert caught.value.code == "text_too_short"
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a.endswith("CausalLM")])
+@torch.inference_mode()
+def test_the_head_gives_the_models_own_logits(architecture: str, tmp_path: Path) -> None:
+    caps = {"final_logit_softcapping": 2.0} if architecture.startswith("Gemma2") else {}
+    model = load_model(tiny_model(architecture, tmp_path, **caps))
+    ids = torch.arange(20)[None] * 7 % 300
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    head = head_of(model)
+    logits = hidden @ head.weight.T
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    torch.testing.assert_close(logits, model(input_ids=ids, use_cache=False).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_blocks_left_out_are_spread_and_never_the_ends() -> None:
+    assert evenly_spread(30, 6) == [3, 8, 12, 17, 22, 26]
+    assert evenly_spread(4, 1) == [2]
+    assert evenly_spread(6, 4) == [1, 2, 3, 4]
+    for blocks in range(3, 40):
+        for count in range(1, blocks - 1):
+            chosen = evenly_spread(blocks, count)
+            assert len(set(chosen)) == count
+            assert 0 < min(chosen) <= max(chosen) < blocks - 1
+
+
+def test_leaving_out_more_than_the_inner_blocks_is_refused(
+    tiny: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidRequest, match="first and last"):
+        _run(
+            tiny("LlamaForCausalLM"),
+            tmp_path / "out",
+            text,
+            {"student": {"source": "depth_cut", "drop_ratio": 0.8}},
+        )
+
+
+def test_cls_pooling_is_read_from_the_models_own_file(tmp_path: Path) -> None:
+    assert not pools_first_token(tmp_path)
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    assert pools_first_token(tmp_path)

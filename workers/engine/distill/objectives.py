@@ -1,0 +1,160 @@
+"""What a student is taught, by kind of model: next-token distributions, classes, or likeness of texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from app.spec.distill import DistillLogits
+from workers.engine.distill.losses import (
+    Blend,
+    Head,
+    direction_loss,
+    similarity_loss,
+    soft_loss,
+    token_loss,
+)
+from workers.engine.distill.texts import Batch
+
+Tick = Callable[[], None]
+
+# Cosines lie between −1 and 1: 20 is what sentence-transformers trains with.
+_SHARPNESS = 20.0
+
+
+@dataclass(frozen=True)
+class Classroom:
+    """Teacher, student, and how they compute."""
+
+    student: Any
+    teacher: Any
+    spec: DistillLogits
+    held_out: tuple[Batch, ...]
+    device: str
+    dtype: torch.dtype
+    """Of matrix products; the student's own weights are fp32."""
+
+    def autocast(self) -> torch.autocast:
+        """Run the student in `dtype`."""
+        return torch.autocast(
+            self.device.split(":")[0], dtype=self.dtype, enabled=self.dtype != torch.float32
+        )
+
+
+class _Objective:
+    """What all kinds share: the teacher is asked about held-out text once."""
+
+    def __init__(self, room: Classroom) -> None:
+        self.room = room
+        self.student: nn.Module = room.student
+        self._held_out: list[tuple[Batch, Tensor]] = []
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean loss of one batch."""
+        batch = batch.to(self.room.device)
+        return self._loss(batch, self._taught(batch))
+
+    @torch.no_grad()
+    def held_out_loss(self, tick: Tick) -> float:
+        """Mean over the held-out batches, weighed by their real tokens; `tick` is called after each batch."""
+        total, weight = 0.0, 0
+        for number, unplaced in enumerate(self.room.held_out):
+            if number == len(self._held_out):
+                batch = unplaced.to(self.room.device)
+                self._held_out.append((batch, self._taught(batch)))
+            batch, taught = self._held_out[number]
+            tokens = int(batch.mask.sum())
+            total += tokens * float(self._loss(batch, taught))
+            weight += tokens
+            tick()
+        return total / weight
+
+    @torch.no_grad()
+    def _taught(self, batch: Batch) -> Tensor:
+        return self._outputs(self.room.teacher, batch)
+
+    def _outputs(self, model: Any, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+    def _loss(self, batch: Batch, taught: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class NextToken(_Objective):
+    """A language model is taught the teacher's distribution of the next token, and the token itself."""
+
+    def _outputs(self, model: Any, batch: Batch) -> Tensor:
+        hidden: Tensor = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+        return hidden[:, :-1].reshape(-1, hidden.shape[-1])
+
+    def _loss(self, batch: Batch, taught: Tensor) -> Tensor:
+        with self.room.autocast():
+            hidden = self._outputs(self.room.student, batch)
+        blend = Blend(self.room.spec.temperature, self.room.spec.hard_label_weight)
+        return token_loss(
+            hidden.to(self.room.dtype),
+            head_of(self.room.student),
+            taught,
+            head_of(self.room.teacher),
+            batch.ids[:, 1:].reshape(-1),
+            blend,
+        )
+
+
+class Classes(_Objective):
+    """A classifier is taught the teacher's distribution over its classes."""
+
+    def _outputs(self, model: Any, batch: Batch) -> Tensor:
+        logits: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask).logits
+        return logits
+
+    def _loss(self, batch: Batch, taught: Tensor) -> Tensor:
+        with self.room.autocast():
+            logits = self._outputs(self.room.student, batch)
+        return soft_loss(logits, taught, temperature=self.room.spec.temperature)
+
+
+class Likeness(_Objective):
+    """An encoder is taught which texts of a batch are alike, and, if as wide as its teacher, the embeddings too."""
+
+    def __init__(self, room: Classroom, *, first_token: bool) -> None:
+        super().__init__(room)
+        self._first_token = first_token
+        self._same_width = width_of(room.student) == width_of(room.teacher)
+
+    def _outputs(self, model: Any, batch: Batch) -> Tensor:
+        hidden: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state.float()
+        if self._first_token:
+            return hidden[:, 0]
+        mask = batch.mask[..., None].to(hidden.dtype)
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    def _loss(self, batch: Batch, taught: Tensor) -> Tensor:
+        with self.room.autocast():
+            embeddings = self._outputs(self.room.student, batch)
+        loss = similarity_loss(
+            embeddings, taught, sharpness=_SHARPNESS, temperature=self.room.spec.temperature
+        )
+        return loss + direction_loss(embeddings, taught) if self._same_width else loss
+
+
+def head_of(model: Any) -> Head:
+    """The output layer of a language model; the soft cap is Gemma 2's."""
+    return Head(model.get_output_embeddings().weight, getattr(model.config, "final_logit_softcapping", None))
+
+
+def width_of(model: Any) -> int:
+    """Width of a model's hidden states."""
+    return int(model.config.hidden_size)
+
+
+def pools_first_token(directory: Path) -> bool:
+    """Whether sentence-transformers' pooling of this encoder takes the first token; without a word of it, the mean."""
+    file = directory / "1_Pooling" / "config.json"
+    return file.is_file() and bool(json.loads(file.read_text()).get("pooling_mode_cls_token", False))

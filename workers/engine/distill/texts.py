@@ -1,0 +1,129 @@
+"""Training text as batches of tokens, with its tail held out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.errors import InvalidRequest
+from app.spec.distill import DistillLogits
+from app.spec.facts import ModelFacts
+from workers.engine.calibration.text import cut_windows, read_documents, special_tokens
+from workers.engine.calibration.windows import longest_window
+
+# More would cost time at every look without changing when to stop.
+_HELD_OUT_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of equal length: ids and mask, both (sequences, tokens), int64; the mask is 1 on real tokens."""
+
+    ids: Tensor
+    mask: Tensor
+
+    def to(self, device: str) -> Batch:
+        """The same on another device."""
+        return Batch(self.ids.to(device), self.mask.to(device))
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """What is trained on and what is only looked at; no token of one stands in the other."""
+
+    sequences: tuple[Tensor, ...]
+    held_out: tuple[Batch, ...]
+    batch_size: int
+    padding: int
+    seed: int
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches without end: every sequence once an epoch, in an order drawn from the seed."""
+        generator = torch.Generator().manual_seed(self.seed)
+        waiting: list[Tensor] = []
+        while True:
+            for index in torch.randperm(len(self.sequences), generator=generator).tolist():
+                waiting.append(self.sequences[index])
+                if len(waiting) == self.batch_size:
+                    yield padded(waiting, self.padding)
+                    waiting = []
+
+
+def padded(sequences: Sequence[Tensor], padding: int) -> Batch:
+    """Sequences of any lengths as one batch, padded at the end."""
+    ids = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=padding)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    return Batch(ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long())
+
+
+def stream_text(
+    spec: DistillLogits, path: Path, tokenizer: Any, facts: ModelFacts, *, seed: int
+) -> TrainingText:
+    """Windows of one long stream, for language models. Raises InvalidRequest when the text is too short."""
+    before, after = special_tokens(tokenizer)
+    length = min(spec.sequence_length, longest_window(facts)) - len(before) - len(after)
+    head, tail = _split(path.read_text(encoding="utf-8"), spec.held_out_fraction)
+    wanted = spec.max_steps * spec.batch_size * length
+
+    def windows(text: str, tokens: int) -> list[Tensor]:
+        bare = cut_windows(tokenizer, text, tokens=tokens, length=length)
+        return [torch.tensor([*before, *window.tolist(), *after]) for window in bare]
+
+    return _text(windows(head, wanted), windows(tail, _HELD_OUT_TOKENS), spec, tokenizer, seed)
+
+
+def document_text(
+    spec: DistillLogits, path: Path, tokenizer: Any, facts: ModelFacts, *, seed: int
+) -> TrainingText:
+    """Documents, each a sequence of its own (long ones are cut up), for encoders and classifiers.
+
+    Raises InvalidRequest when there are too few to hold some out.
+    """
+    before, after = special_tokens(tokenizer)
+    length = min(spec.sequence_length, longest_window(facts)) - len(before) - len(after)
+    documents = read_documents(path)
+    first_held_out = min(len(documents) - 1, round(len(documents) * (1 - spec.held_out_fraction)))
+
+    def sequences(part: list[str], budget: int) -> list[Tensor]:
+        made: list[Tensor] = []
+        for document in part:
+            ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+            pieces = (ids[start : start + length] for start in range(0, len(ids), length))
+            made += [torch.tensor([*before, *piece, *after]) for piece in pieces]
+            if len(made) >= budget:
+                break
+        return made[:budget]
+
+    head = sequences(documents[:first_held_out], spec.max_steps * spec.batch_size)
+    tail = sequences(documents[first_held_out:], max(2, _HELD_OUT_TOKENS // length))
+    if len(head) < 2 or len(tail) < 2:
+        raise InvalidRequest(
+            f"The training text gives {len(head)} texts to train on and {len(tail)} to hold out; 2 of each are needed.",
+            code="text_too_short",
+            hint="Upload a longer text: documents are separated by blank lines.",
+        )
+    return _text(head, tail, spec, tokenizer, seed)
+
+
+def _text(
+    head: list[Tensor], tail: list[Tensor], spec: DistillLogits, tokenizer: Any, seed: int
+) -> TrainingText:
+    padding = tokenizer.pad_token_id or 0
+    size = min(spec.batch_size, len(head))
+    looks = [tail[start : start + spec.batch_size] for start in range(0, len(tail), spec.batch_size)]
+    # One text alone is like nothing: it joins the batch before.
+    if len(looks) > 1 and len(looks[-1]) == 1:
+        looks[-2] += looks.pop()
+    held_out = tuple(padded(look, padding) for look in looks)
+    return TrainingText(tuple(head), held_out, size, padding, seed)
+
+
+def _split(text: str, held_out_fraction: float) -> tuple[str, str]:
+    """Cut a text in two at a word's boundary."""
+    cut = text.rfind(" ", 0, int(len(text) * (1 - held_out_fraction)) + 1)
+    return (text[:cut], text[cut:]) if cut > 0 else (text, "")
