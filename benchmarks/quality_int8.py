@@ -1,4 +1,4 @@
-"""Perplexity of SmolLM2-135M in int8, one scale per output channel, against its original: on the written files.
+"""Perplexity of SmolLM2-135M by the recipe `int8` (per channel) against its original: on the written files.
 
 Usage: .venv/bin/python benchmarks/quality_int8.py [--model DIRECTORY] [--tokens 16384] [--cache DIRECTORY]
 
@@ -23,7 +23,7 @@ from figures import Figures
 from app.spec.base import Family
 from app.spec.compression import Evaluation
 from app.spec.facts import ModelFacts
-from app.spec.quantize import QuantizeWeights
+from app.spec.recipes import RECIPES
 from workers.engine.calibration.builtin import builtin_text
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.checkpoint.gguf_source import convert_gguf
@@ -90,7 +90,8 @@ def measure(model: Path, scratch: Path, *, tokens: int) -> Figures:
     facts, result = facts_of(model), scratch / "int8"
     result.mkdir()
     context = StepContext(source=model, target=result, original=model, facts=facts, threads=THREADS)
-    run_step(QuantizeWeights(bits=8), context)
+    (step,) = RECIPES["int8"].spec.steps
+    run_step(step, context)
     text = builtin_text("evaluation")
     prepared = prepare_evaluation(
         model, facts, Evaluation(tokens=tokens), text=text, windows_file=scratch / "windows.npz"

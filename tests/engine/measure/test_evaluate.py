@@ -13,13 +13,17 @@ from safetensors.torch import load_file, save_file
 from tiny_models import facts_of
 
 from app.errors import JobFailed, VerificationFailed
+from app.spec.base import Step
 from app.spec.compression import Evaluation
+from app.spec.optimize import OptimizeOnnx
+from app.spec.quantize import QuantizeWeights
 from workers.engine.calibration.builtin import builtin_text
 from workers.engine.measure.evaluate import check_original, evaluate
 from workers.engine.measure.results import Evaluated, Pair, Prepared
 from workers.engine.measure.runner_client import RunnerClient
 from workers.engine.measure.verify import verify_export
 from workers.engine.measure.windows import prepare_evaluation
+from workers.engine.technique import StepContext, run_step
 
 Tiny = Callable[[str], Path]
 Tensors = dict[str, torch.Tensor]
@@ -107,6 +111,7 @@ def test_results_survive_json(language: tuple[Evaluated, list[float]]) -> None:
     assert Evaluated.model_validate_json(language[0].model_dump_json()) == language[0]
 
 
+@pytest.mark.slow
 def test_weights_lost_by_the_export_fail_verification(tiny: Tiny, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     model = tiny("LlamaForCausalLM")
@@ -147,6 +152,35 @@ def test_a_dead_process_is_told_with_its_last_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("step", "runtime", "runs"),
+    [
+        (
+            QuantizeWeights(bits=4, group_size=16),
+            "weights decompressed",
+            ["prefill 1×64 tokens", "decode 1 token"],
+        ),
+        (OptimizeOnnx(quantization="none"), "onnxruntime", ["prefill 1×64 tokens"]),
+    ],
+)
+def test_what_techniques_write_is_measured_in_its_own_runtime(
+    step: Step, runtime: str, runs: list[str], tiny: Tiny, tmp_path: Path
+) -> None:
+    model, result = tiny("LlamaForCausalLM"), tmp_path / "result"
+    result.mkdir()
+    run_step(step, StepContext(source=model, target=result, original=model, facts=facts_of(model), threads=2))
+    found = measured(model, result, tmp_path / "work")
+    assert runtime in found.result.runtime
+    assert [latency.what for latency in found.original.latency] == runs
+    assert [latency.what for latency in found.result.latency] == runs
+    assert found.comparison is not None
+    assert found.comparison.kl_mean is not None
+    assert found.comparison.kl_mean < 0.5
+    assert (found.result.low_bit_parameters > 0) == isinstance(step, QuantizeWeights)
+    assert found.result.parameters == pytest.approx(found.original.parameters, rel=0.1)
+
+
+@pytest.mark.slow
 def test_encoder_is_measured_by_its_embeddings(tiny: Tiny, tmp_path: Path) -> None:
     model = tiny("BertModel")
     found = measured(model, changed(model, tmp_path / "result", rounded), tmp_path / "work")
@@ -172,10 +206,15 @@ def test_classifier_is_measured_by_its_choices(tiny: Tiny, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_disabled_evaluation_still_verifies_the_files(tiny: Tiny, tmp_path: Path) -> None:
+def test_disabled_evaluation_still_verifies_the_files_even_without_a_tokenizer(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     model = tiny("LlamaForCausalLM")
-    result = changed(model, tmp_path / "result", rounded)
-    found = evaluate(Pair(original=model, result=result, work=tmp_path / "work"), facts_of(model), None)
+    bare = changed(model, tmp_path / "original", lambda _: None)
+    for tokenizer in bare.glob("tokenizer*"):
+        tokenizer.unlink()
+    result = changed(bare, tmp_path / "result", rounded)
+    found = evaluate(Pair(original=bare, result=result, work=tmp_path / "work"), facts_of(model), None)
     assert found.comparison is None
     assert found.verification.output_cosine > 0.9
     assert found.result.bytes > 0

@@ -26,6 +26,8 @@ _PROMPT_TOKENS = 12
 _NEW_TOKENS = 24
 _ROUND_TRIP_CHARACTERS = 2000
 _REPEATED_SHARE = 0.8
+# Every vocabulary has these.
+_ANY_TOKENS = range(16)
 
 Models = tuple[RunnerClient, RunnerClient]
 
@@ -38,12 +40,12 @@ def verify_export(pair: Pair, models: Models, kind: Kind, prepared: Prepared | N
     """
     facts = models[0].ready(), models[1].ready()
     check_loading(*facts)
-    tokenizer = tokenizer_of(pair.original)
+    tokenizer = _tokenizer(pair.original, needed=prepared is not None)
     probe = _probe_tokens(tokenizer, prepared)
     cosine = _compare_probe(pair.work, models, probe)
     samples: tuple[TextSample, ...] = ()
     degenerate = None
-    if kind == "causal_lm":
+    if kind == "causal_lm" and tokenizer is not None:
         prompt = probe[: len(special_tokens(tokenizer)[0]) + _PROMPT_TOKENS]
         written = [model.generate(prompt, new_tokens=_NEW_TOKENS) for model in models]
         samples = (_sample(tokenizer, prompt, written),)
@@ -51,7 +53,7 @@ def verify_export(pair: Pair, models: Models, kind: Kind, prepared: Prepared | N
     return Verification(
         original=facts[0],
         result=facts[1],
-        tokenizer_changes=tokenizer_changes(tokenizer, pair.result),
+        tokenizer_changes=() if tokenizer is None else tokenizer_changes(tokenizer, pair.result),
         output_cosine=cosine,
         samples=samples,
         degenerate=degenerate,
@@ -104,9 +106,21 @@ def tokenizer_changes(original: Any, result_directory: Path) -> tuple[str, ...]:
     return tuple(changes)
 
 
+def _tokenizer(directory: Path, *, needed: bool) -> Any:
+    """The tokenizer of a model, or None where it has none and no text is to be evaluated."""
+    try:
+        return tokenizer_of(directory)
+    except JobFailed:
+        if needed:
+            raise
+        return None
+
+
 def _probe_tokens(tokenizer: Any, prepared: Prepared | None) -> list[int]:
     if prepared is not None:
         return [int(token) for token in load_windows(prepared.windows_file)[0][:_PROBE_TOKENS]]
+    if tokenizer is None:
+        return list(_ANY_TOKENS)
     text = builtin_text("evaluation").read_text(encoding="utf-8")[:_ROUND_TRIP_CHARACTERS]
     return [int(token) for token in tokenizer(text)["input_ids"][:_PROBE_TOKENS]]
 

@@ -25,6 +25,7 @@ from workers.engine.calibration.text import (
     text_digest,
     token_windows,
 )
+from workers.engine.calibration.windows import longest_window
 from workers.engine.measure.results import Kind, Prepared
 
 Windows = list[NDArray[np.int64]]
@@ -35,8 +36,6 @@ OVERLAP_TOKENS = 13
 _ENOUGH_TEXTS = 24
 _SHORTEST_TEXT = 16
 _LARGEST_OUTPUT_BYTES = 2**30
-# Their embedding tables begin with rows that no position uses.
-_UNUSED_POSITIONS = {"Roberta": 2, "XLMRoberta": 2, "MPNet": 2}
 
 
 def kind_of(facts: ModelFacts) -> Kind:
@@ -137,8 +136,7 @@ def _overlap_with(tokenizer: Any, bare: Windows, seen: Sequence[Path]) -> float 
 
 
 def _window_length(facts: ModelFacts, wanted: int, *, specials: int) -> int:
-    unused = next((n for name, n in _UNUSED_POSITIONS.items() if facts.architecture.startswith(name)), 0)
-    room = facts.max_positions - unused
+    room = longest_window(facts)
     if facts.family is Family.CAUSAL_LM:
         # The logits of one window are handed over as one float32 file.
         room = min(room, _LARGEST_OUTPUT_BYTES // (4 * facts.vocab_size))
