@@ -22,6 +22,19 @@ RAW_BODY = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
+RAW_TEXT = {
+    "requestBody": {
+        "required": True,
+        "description": "The text itself, as it is.",
+        "content": {
+            "text/plain": {
+                "schema": {"type": "string"},
+                "example": "The first document.\n\nThe second document.\nIt has two lines.\n",
+            },
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
 
 FileName = Annotated[
     str,

@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import ConfigDict, Field
 
-from app.api.bodies import RAW_BODY, ContentDigest, FileName, chunks_of, parse_digest
+from app.api.bodies import RAW_TEXT, ContentDigest, FileName, chunks_of, parse_digest
 from app.api.dependencies import After, CurrentSettings, Limit, Page, ReadSession, WriteSession
 from app.api.idempotency import IdempotentRoute
 from app.api.models import DisplayName, UploadId, stores_of
@@ -71,14 +71,18 @@ def create_dataset(body: CreateDataset, settings: CurrentSettings, response: Res
     status_code=201,
     summary="Send a dataset as one body",
     responses=problem_responses(413, 422, 507),
-    openapi_extra=RAW_BODY,
+    openapi_extra=RAW_TEXT,
 )
 async def put_dataset_content(
     request: Request,
     response: Response,
     settings: CurrentSettings,
     name: Annotated[
-        FileName, Query(description="The file's name, e.g. `chats.jsonl`: its ending says how to read it.")
+        FileName,
+        Query(
+            description="The file's name, e.g. `chats.jsonl`: its ending says how to read it.",
+            examples=["notes.txt"],
+        ),
     ],
     content_digest: ContentDigest = None,
 ) -> Dataset:

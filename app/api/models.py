@@ -58,8 +58,8 @@ class CreateModel(Documented):
         extra="forbid",
         json_schema_extra={
             "examples": [
-                {"upload": "upl_01k0b6x2v9m4c8d7e5f3g1h0j2", "name": "my-model"},
                 {"uri": "hf://HuggingFaceTB/SmolLM2-135M-Instruct@main"},
+                {"upload": "upl_01k0b6x2v9m4c8d7e5f3g1h0j2", "name": "my-model"},
             ]
         },
     )
@@ -172,7 +172,9 @@ async def put_model_content(
     request: Request,
     response: Response,
     settings: CurrentSettings,
-    name: Annotated[FileName, Query(description="The file's name, e.g. `my-model.zip`.")],
+    name: Annotated[
+        FileName, Query(description="The file's name, e.g. `my-model.zip`.", examples=["my-model.zip"])
+    ],
     content_digest: ContentDigest = None,
 ) -> Model:
     """Send a zip, tar or tar.gz of a Hugging Face folder, or a GGUF file, as the raw body. Each call makes a new model.

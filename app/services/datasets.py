@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from anyio.to_thread import run_sync
 from sqlalchemy.orm import Session
 
 from app.db import model_queries as queries
@@ -37,7 +37,7 @@ async def create_from_body(
     """Make a dataset of one file, sent as a body."""
     with stores.staging.work_directory() as work:
         staged = await receive_body(work, chunks, stores.settings.max_raw_body_bytes, sha256)
-        return await asyncio.to_thread(_create, stores, work, staged, (file_name, None), _use_nothing)
+        return await run_sync(_create, stores, work, staged, (file_name, None), _use_nothing)
 
 
 def get_dataset(session: Session, dataset_id: str) -> Dataset:

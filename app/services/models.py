@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
+from anyio.to_thread import run_sync
 from sqlalchemy.orm import Session
 
 from app.db import model_queries as queries
@@ -71,6 +72,8 @@ def create_from_files(stores: Stores, files: Mapping[str, str], name: str | None
                 safe_path(path): completed_upload(stores, upload_id)[1] for path, upload_id in files.items()
             }
         )
+        if len(fetched.files) != len(files):
+            raise InvalidRequest("Two of the files have the same path.", code="path_named_twice")
         return _create(stores, work, fetched, name, upload_ids)
 
 
@@ -89,7 +92,8 @@ async def create_from_body(
     with stores.staging.work_directory() as work:
         staged = await receive_body(work, chunks, stores.settings.max_raw_body_bytes, sha256)
         fetched = Fetched(files={file_name: staged}, single=file_name)
-        return await asyncio.to_thread(_create, stores, work, fetched, None, [])
+        # Not asyncio's few threads: unpacking would keep them from those who write parts.
+        return await run_sync(_create, stores, work, fetched, None, ())
 
 
 async def receive_body(

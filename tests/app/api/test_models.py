@@ -13,6 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 from model_files import gguf, llama_files, sharded_llama_files, tarred, zipped
 
+from app.db.engine import Database
 from app.settings import Settings
 from app.storage import get_store
 
@@ -208,3 +209,26 @@ def test_the_two_ways_to_read_a_header_agree(client: TestClient, tmp_path: Path)
             count *= size
         elements += count
     assert elements == model["parameters"]
+
+
+def test_models_come_and_go_alike_on_every_database(
+    any_database: Database, request: pytest.FixtureRequest
+) -> None:
+    client = request.getfixturevalue("client")
+    upload_id = upload(client, "tiny.zip", zipped(llama_files()))
+    model = client.post("/v1/models", json={"upload": upload_id}).json()
+    assert client.get("/v1/models").json()["items"] == [model]
+    assert client.delete(model["url"]).status_code == 204
+    assert not list(get_store().iter_blobs())
+
+
+def test_two_files_may_not_have_one_path(client: TestClient) -> None:
+    uploads = [upload(client, "config.json", b"{}") for _ in range(2)]
+    body = {
+        "files": [
+            {"path": "config.json", "upload": uploads[0]},
+            {"path": "./config.json", "upload": uploads[1]},
+        ]
+    }
+    answer = client.post("/v1/models", json=body)
+    assert (answer.status_code, answer.json()["code"]) == (422, "path_named_twice")
