@@ -81,8 +81,9 @@ def create_from_uri(stores: Stores, uri: str, name: str | None) -> ModelState:
     """Import a model. Returns when it is here."""
     with stores.staging.work_directory() as work:
         fetched = fetch(uri, work, stores.settings)
-        default = uri.split("?", 1)[0].split("@", 1)[0].rstrip("/").rsplit("/", 1)[-1]
-        return _create(stores, work, fetched, name or default, [])
+        if name is None and fetched.single is None:
+            name = uri.split("?", 1)[0].split("@", 1)[0].rstrip("/").rsplit("/", 1)[-1]
+        return _create(stores, work, fetched, name, [])
 
 
 async def create_from_body(
