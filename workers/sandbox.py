@@ -109,6 +109,8 @@ def _environment(scratch: Path, threads: int) -> dict[str, str]:
         "TMPDIR": str(scratch / "tmp"),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
+        # A thread that spins while it waits takes the core from another job, or from a runner beside it.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
