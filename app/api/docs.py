@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from pathlib import Path
 from typing import Any
 
@@ -139,18 +138,21 @@ def _finish(operation: dict[str, Any]) -> None:
 def _with_plain_names(document: dict[str, Any]) -> dict[str, Any]:
     """`Page[JobView]` is `JobPage` and `JobView` is `Job`: these names become classes in generated clients."""
     schemas = document["components"]["schemas"]
-    names = {name: re.sub(r"View$", "", re.sub(r"^Page_(.+)_$", r"\1", name)) for name in schemas}
-    names = {old: f"{new}Page" if old.startswith("Page_") else new for old, new in names.items()}
-    taken = set(schemas)
-    names = {old: new for old, new in names.items() if new not in taken}
+    names = {old: new for old in schemas if (new := _plain_name(old)) not in schemas}
     document["components"]["schemas"] = {
         names.get(name, name): schema | {"title": names.get(name, name)} for name, schema in schemas.items()
     }
-    return dict(
-        _renamed(
-            document, {f"#/components/schemas/{o}": f"#/components/schemas/{n}" for o, n in names.items()}
-        )
-    )
+    references = {f"#/components/schemas/{old}": f"#/components/schemas/{new}" for old, new in names.items()}
+    return dict(_renamed(document, references))
+
+
+def _plain_name(name: str) -> str:
+    """Without FastAPI's underscores and our `View`."""
+    if name.startswith("Page_"):
+        return name.removeprefix("Page_").removesuffix("_").removesuffix("View") + "Page"
+    if name.startswith("Body_"):
+        return name.removeprefix("Body_").title().replace("_", "") + "Form"
+    return name.removesuffix("View")
 
 
 def _renamed(value: Any, names: dict[str, str]) -> Any:
