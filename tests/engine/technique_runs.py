@@ -44,6 +44,11 @@ EXPENSIVE: dict[str, tuple[str, ...]] = {
     "distill.logits": ("LlamaForCausalLM", "BertModel", "RobertaForSequenceClassification"),
     "optimize.onnx": ("LlamaForCausalLM", "DistilBertForSequenceClassification"),
 }
+# Where even one more run of each representative is too many for the fast set.
+REPEATABLE: dict[str, tuple[str, ...]] = {
+    "distill.logits": ("BertModel",),
+    "optimize.onnx": ("DistilBertForSequenceClassification",),
+}
 
 
 @dataclass(frozen=True)

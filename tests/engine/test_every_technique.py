@@ -15,7 +15,17 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from technique_runs import REPRESENTATIVE, Case, Run, all_cases, context_for, digests, run_case, tensors_of
+from technique_runs import (
+    REPEATABLE,
+    REPRESENTATIVE,
+    Case,
+    Run,
+    all_cases,
+    context_for,
+    digests,
+    run_case,
+    tensors_of,
+)
 from tiny_models import BLOCKS, facts_of
 
 from app.spec.architectures import block_index
@@ -31,7 +41,7 @@ CASES = [
 REPEATED = [
     pytest.param(case, id=str(case))
     for case in all_cases()
-    if case.architecture in REPRESENTATIVE and not case.is_slow
+    if case.architecture in REPEATABLE.get(case.technique, REPRESENTATIVE) and not case.is_slow
 ]
 _WEIGHT_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|model\.onnx(_data)?"
@@ -115,19 +125,17 @@ def test_same_seed_gives_the_same_bytes(
     case: Case, runs: Callable[[Case], Run], tiny_text: Path, tmp_path: Path
 ) -> None:
     first = runs(case)
-    for _ in range(5):
-        target = tmp_path / "again"
-        target.mkdir()
-        second = run_case(case, first.source, target, tiny_text)
-        # What is kept because it was faster may differ between runs of microseconds; its bytes may not.
-        if second.outcome.metrics.get("kept") == first.outcome.metrics.get("kept"):
-            assert digests(target) == digests(first.target)
-            return
-        target.rename(tmp_path / f"other-{_}")
-    pytest.skip("timing kept another variant five times")
+    second = run_case(case, first.source, tmp_path, tiny_text)
+    if second.outcome.metrics.get("kept") == first.outcome.metrics.get("kept"):
+        assert digests(tmp_path) == digests(first.target)
+    # A technique that keeps what measures faster may keep something else when a run takes microseconds.
+    lasting = [name for name in first.outcome.metrics if name.endswith(("_bytes", "_cosine", "_difference"))]
+    assert [second.outcome.metrics[name] for name in lasting] == [
+        first.outcome.metrics[name] for name in lasting
+    ]
 
 
-@pytest.mark.parametrize("calls", [1, 3])
+@pytest.mark.parametrize("calls", [1, 2])
 @pytest.mark.parametrize("case", REPEATED)
 def test_progress_that_raises_stops_the_technique_at_once(
     case: Case, calls: int, tiny: Callable[[str], Path], tiny_text: Path, tmp_path: Path
