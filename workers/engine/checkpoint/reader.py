@@ -7,6 +7,7 @@ mapped or open, so memory follows the largest slab, not the model. Safe to call 
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,10 @@ class Checkpoint:
         buffer = torch.empty(nbytes, dtype=torch.uint8) if out is None else out[:nbytes]
         _pread(entry.file, entry.offset + start * entry.row_nbytes, buffer)
         return buffer.view(entry.dtype).view(stop - start, *entry.row_shape)
+
+    def parameters(self) -> int:
+        """Number of stored weights."""
+        return sum(math.prod(entry.shape) for entry in self.tensors.values())
 
 
 def _pread(file: Path, offset: int, buffer: Tensor) -> None:
