@@ -151,10 +151,7 @@ def check_graph(directory: Path, *, threads: int) -> None:
         onnx.checker.check_model(path)
     except onnx.checker.ValidationError as error:
         raise _invalid(f"onnx.checker refuses it: {_first_line(error)}") from error
-    session = open_session(directory, threads=threads)
-    for batch, length in ((1, 3), (2, 5)):
-        feed = {node.name: np.ones((batch, length), dtype=np.int64) for node in session.get_inputs()}
-        output = run(session, feed)
+    for (batch, length), output in _outputs(directory, ((1, 3), (2, 5)), threads):
         if output.shape[0] != batch or (output.ndim == 3 and output.shape[1] != length):
             raise _invalid(f"for {batch} sequences of {length} tokens it returns {output.shape}")
         if not np.isfinite(output).all():
@@ -199,6 +196,22 @@ def _finished(model: ir.Model) -> ir.Model:
     name_dimensions(model.graph)
     model.producer_name = "modelpress"
     return model
+
+
+def _outputs(
+    directory: Path, shapes: tuple[tuple[int, int], ...], threads: int
+) -> list[tuple[tuple[int, int], NDArray[np.float32]]]:
+    """The graph's output for each shape of input, (batch, length)."""
+    try:
+        session = open_session(directory, threads=threads)
+        names = [node.name for node in session.get_inputs()]
+        return [
+            (shape, run(session, {name: np.ones(shape, dtype=np.int64) for name in names}))
+            for shape in shapes
+        ]
+    except Exception as error:
+        # onnxruntime's errors share no class of their own.
+        raise _invalid(f"onnxruntime refuses it: {_first_line(error)}") from error
 
 
 def _has_logits(architecture: str) -> bool:
