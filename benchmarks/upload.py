@@ -112,7 +112,9 @@ class Client:
         return self._answer()
 
     def upload(self, path: Path, *, digests: bool = False) -> str:
-        """Upload a file in parts and complete it. Returns the upload's id."""
+        """Upload a file in parts and complete it, over a fresh connection. Returns the upload's id."""
+        # The server closes one that was idle for a few seconds, as this one may have been.
+        self._connection.close()
         upload = self.call("POST", "/v1/uploads", {"name": path.name, "size": path.stat().st_size})
         with path.open("rb", buffering=0) as file:
             for number in range(1, upload["part_count"] + 1):
@@ -125,6 +127,7 @@ class Client:
         self.call("DELETE", f"/v1/uploads/{upload}")
 
     def download(self, url: str, target: Path) -> None:
+        self._connection.close()
         self._connection.request("GET", url)
         response = self._connection.getresponse()
         buffer = memoryview(bytearray(BLOCK_BYTES))
@@ -175,10 +178,15 @@ def copy_and_digest(path: Path) -> None:
 
 
 def copy(path: Path) -> None:
-    subprocess.run(["cp", path, path.parent / "copy"], check=True)
+    subprocess.run(["cp", path, copy_of(path)], check=True)
+
+
+def copy_of(path: Path) -> Path:
+    return path.parent / "copy"
 
 
 def seconds(work: Callable[[], None]) -> float:
+    """Seconds that work takes, once what others wrote is on the disk."""
     os.sync()
     started = time.perf_counter()
     work()

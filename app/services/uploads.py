@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
@@ -102,22 +102,25 @@ async def receive_part(
     opened = await asyncio.to_thread(_open_part, database, staging, part, declared_length)
     with opened.place as place:
         recorded = opened.recorded
-        arriving = _ArrivingPart(
-            place=place.write if recorded is None else place.compare,
-            part=hashlib.sha256() if declared_sha256 else None,
-            whole=_running.fork(upload_id, number) if recorded is None else None,
+        part_digest = hashlib.sha256() if declared_sha256 else None
+        whole = _running.fork(upload_id, number) if recorded is None else None
+        received = await pump(
+            chunks,
+            place.write if recorded is None else place.compare,
+            *(digest.update for digest in (part_digest, whole) if digest is not None),
+            limit=opened.length,
         )
-        received = await pump(chunks, arriving.consume, limit=opened.length)
         if received != opened.length:
             raise _wrong_length(number, opened.length, received)
-        arriving.check(number, declared_sha256)
+        if part_digest is not None and part_digest.digest() != declared_sha256:
+            raise _wrong_digest(number)
         if recorded is not None:
             return recorded
         sha256 = declared_sha256.hex() if declared_sha256 else None
         row = UploadPart(upload_id=upload_id, number=number, bytes=received, sha256=sha256)
         await asyncio.to_thread(_record_part, database, row)
-        if arriving.whole is not None:
-            _running.advance(upload_id, number, arriving.whole)
+        if whole is not None:
+            _running.advance(upload_id, number, whole)
     return row
 
 
@@ -185,29 +188,6 @@ def remove_expired_uploads(session: Session) -> int:
     after_commit(session, lambda: _forget(staging, [*expired, *strays]))
     staging.remove_stray_work(older_than_seconds=_STRAY_WORK_AFTER_SECONDS)
     return len(expired) + len(strays)
-
-
-@dataclass
-class _ArrivingPart:
-    """Takes the batches of a part to its place, and into the digests that are wanted."""
-
-    place: Callable[[memoryview], None]
-    part: hashlib._Hash | None
-    whole: hashlib._Hash | None
-
-    def consume(self, batch: memoryview) -> None:
-        for digest in (self.part, self.whole):
-            if digest is not None:
-                digest.update(batch)
-        self.place(batch)
-
-    def check(self, number: int, announced: bytes | None) -> None:
-        if self.part is not None and self.part.digest() != announced:
-            raise InvalidRequest(
-                f"Part {number} arrived with another sha256 than its Content-Digest says.",
-                code="digest_mismatch",
-                hint=_RESEND,
-            )
 
 
 @dataclass
@@ -288,3 +268,11 @@ def _incomplete(state: UploadState) -> Conflict:
 def _wrong_length(number: int, length: int, got: int) -> ModelpressError:
     error = PayloadTooLarge if got > length else InvalidRequest
     return error(f"Part {number} must have {length} bytes, not {got}.", code="part_length", hint=_RESEND)
+
+
+def _wrong_digest(number: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"Part {number} arrived with another sha256 than its Content-Digest says.",
+        code="digest_mismatch",
+        hint=_RESEND,
+    )

@@ -7,12 +7,14 @@ recorded never change; that is what lets a digest be trusted that was taken whil
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import hashlib
+import mmap
 import os
 import struct
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -21,7 +23,8 @@ from app.storage.disk import full_disk_translated, require_free
 
 # Large enough that the hop to a thread costs nothing, small enough that a hundred uploads fit in memory.
 _BATCH_BYTES = 2 * 2**20
-_FLUSH_BYTES = 16 * 2**20
+# What disks and file systems ask of direct writes is 512 or 4096 bytes.
+_ALIGNMENT = 4096
 # A client that sends no batch for so long (17 kB/s) is gone, though its connection may not know it.
 _IDLE_SECONDS = 120
 _READ_BYTES = 2**20
@@ -32,6 +35,9 @@ def create_file(path: Path, size: int, min_free_bytes: int) -> None:
     require_free(path.parent, size, min_free_bytes)
     with full_disk_translated(), path.open("xb") as file:
         file.truncate(size)
+
+
+Consumer = Callable[[memoryview], None]
 
 
 class RunningDigests:
@@ -70,6 +76,8 @@ class PartFile:
     """The place of one part, locked until closed. Not for several threads at once.
 
     A new part is written there with `write`; one that is recorded already is held against what is there with `compare`.
+    Writes go past the page cache where the file system allows it: a gigabyte through the cache costs more processor
+    time than its sha256 (2 s against 0.6 s on a virtual machine whose host backs pages late), and is not yet on the disk.
     """
 
     def __init__(self, path: Path, *, offset: int, length: int, min_free_bytes: int) -> None:
@@ -82,9 +90,10 @@ class PartFile:
         except BaseException:
             os.close(self._file)
             raise
+        self._direct = _open_direct(path) if offset % _ALIGNMENT == 0 else None
         self._directory = path.parent
         self._min_free = min_free_bytes
-        self._offset = self._flushed = offset
+        self._offset = offset
 
     def __enter__(self) -> Self:
         return self
@@ -94,20 +103,17 @@ class PartFile:
 
     def close(self) -> None:
         """Unlock and close."""
+        if self._direct is not None:
+            os.close(self._direct)
         os.close(self._file)
 
     def write(self, batch: memoryview) -> None:
         """Write a batch behind those before. Raises StorageFull."""
         require_free(self._directory, len(batch), self._min_free)
         with full_disk_translated():
-            while batch:
-                written = os.pwrite(self._file, batch, self._offset)
-                self._offset += written
-                batch = batch[written:]
-        if self._offset - self._flushed >= _FLUSH_BYTES:
-            # Starts writing dirty pages out without waiting for it, so that the sync at the end finds little left.
-            os.posix_fadvise(self._file, self._flushed, self._offset - self._flushed, os.POSIX_FADV_DONTNEED)
-            self._flushed = self._offset
+            if self._direct is not None and self._offset % _ALIGNMENT == 0:
+                batch = self._write(self._direct, batch, len(batch) // _ALIGNMENT * _ALIGNMENT)
+            self._write(self._file, batch, len(batch))
 
     def compare(self, batch: memoryview) -> None:
         """Raise Conflict (`part_differs`) if the bytes behind those before are not these."""
@@ -119,14 +125,25 @@ class PartFile:
             )
         self._offset += len(batch)
 
+    def _write(self, file: int, batch: memoryview, length: int) -> memoryview:
+        """Write the first `length` bytes; returns the rest."""
+        rest = batch[length:]
+        batch = batch[:length]
+        while batch:
+            written = os.pwrite(file, batch, self._offset)
+            self._offset += written
+            batch = batch[written:]
+        return rest
 
-async def pump(chunks: AsyncIterator[bytes], consume: Callable[[memoryview], None], *, limit: int) -> int:
-    """Hand the chunks to `consume` in batches, in a thread, while the next batch arrives. Returns the bytes.
 
-    Raises PayloadTooLarge past `limit` bytes, InvalidRequest (`body_stalled`) when a batch takes minutes, and
-    whatever `consume` raises. When this returns or raises, no thread is at work any more.
+async def pump(chunks: AsyncIterator[bytes], *consumers: Consumer, limit: int) -> int:
+    """Hand the chunks in batches to each consumer, in a thread each, while the next batch arrives. Returns the bytes.
+
+    A consumer is given one batch after the other. Raises PayloadTooLarge past `limit` bytes, InvalidRequest
+    (`body_stalled`) when a batch takes minutes, and whatever a consumer raises. When this returns or raises, no thread
+    is at work any more.
     """
-    batches = _Batches(consume)
+    batches = _Batches(consumers)
     loop = asyncio.get_running_loop()
     total = 0
     try:
@@ -157,12 +174,13 @@ class _Batches:
     batch is full, every chunk came in fresh pages, and the kernel spent more time on zeroing those than all else took.
     """
 
-    def __init__(self, consume: Callable[[memoryview], None]) -> None:
-        self._consume = consume
-        self._filling = memoryview(bytearray(_BATCH_BYTES))
-        self._spare = memoryview(bytearray(_BATCH_BYTES))
+    def __init__(self, consumers: Sequence[Consumer]) -> None:
+        self._consumers = consumers
+        # Maps are aligned to pages, as direct writes must be.
+        self._filling = memoryview(mmap.mmap(-1, _BATCH_BYTES))
+        self._spare = memoryview(mmap.mmap(-1, _BATCH_BYTES))
         self._held = 0
-        self._working: asyncio.Future[None] | None = None
+        self._working: list[asyncio.Future[None]] = []
 
     async def add(self, chunk: bytes) -> bool:
         """Take a chunk. True: a batch was handed over."""
@@ -182,20 +200,34 @@ class _Batches:
         """Hand over what is left and wait until all is consumed."""
         if self._held:
             await self._hand_over()
-        if self._working is not None:
-            await self._working
+        await self._consumed()
 
     async def settle(self) -> None:
-        """Wait until no thread is at work, whatever becomes of its work."""
-        if self._working is not None and not self._working.done():
-            await asyncio.wait([self._working])
+        """Wait until no thread is at work, even if cancelled meanwhile: the file they write to is closed after this."""
+        cancelled: asyncio.CancelledError | None = None
+        while any(not work.done() for work in self._working):
+            try:
+                await asyncio.wait(self._working)
+            except asyncio.CancelledError as error:
+                cancelled = error
+        for work in self._working:
+            # Looked at, or asyncio complains: the first failure has been raised already.
+            work.exception()
+        if cancelled is not None:
+            raise cancelled
 
     async def _hand_over(self) -> None:
-        if self._working is not None:
-            await self._working
+        await self._consumed()
         batch = self._filling[: self._held]
-        self._working = asyncio.ensure_future(asyncio.to_thread(self._consume, batch))
+        self._working = [asyncio.ensure_future(asyncio.to_thread(c, batch)) for c in self._consumers]
         self._filling, self._spare, self._held = self._spare, self._filling, 0
+
+    async def _consumed(self) -> None:
+        if self._working:
+            # Awaiting the work itself would cancel it with us, and its thread would go on unseen.
+            await asyncio.wait(self._working)
+        for work in self._working:
+            work.result()
 
 
 def digest_file(path: Path, digest: hashlib._Hash, *, offset: int) -> str:
@@ -207,6 +239,16 @@ def digest_file(path: Path, digest: hashlib._Hash, *, offset: int) -> str:
             digest.update(memoryview(buffer)[:count])
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def _open_direct(path: Path) -> int | None:
+    """The file for writes past the page cache; None where the system or the file system has none."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return None
 
 
 def _lock_range(file: int, offset: int, length: int) -> None:

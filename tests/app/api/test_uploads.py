@@ -204,6 +204,41 @@ def test_a_disk_that_fills_up_during_a_body_leaves_nothing(client: TestClient, s
     assert client.get("/v1/models").status_code == 200
 
 
+def test_a_disk_that_fills_up_during_a_part_leaves_the_part_to_be_sent_again(
+    override_settings: Callable[..., Settings], request: pytest.FixtureRequest
+) -> None:
+    half = 8 * 2**20
+    override_settings(part_bytes=half)
+    client = request.getfixturevalue("client")
+    content = os.urandom(2 * half)
+    upload = start(client, content)
+    with file_size_limit(half):
+        assert send(client, upload, 1, content[:half]).status_code == 200
+        full = send(client, upload, 2, content[half:])
+    assert (full.status_code, full.json()["code"]) == (507, "storage_full")
+    assert client.get(upload["urls"]["self"]).json()["missing"] == [2]
+    assert send(client, upload, 2, content[half:]).status_code == 200
+    assert client.post(upload["urls"]["complete"]).json()["sha256"] == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("part_bytes", [5 * 2**19, 3 * 2**20 + 1000])
+def test_large_parts_keep_every_byte_aligned_or_not(
+    override_settings: Callable[..., Settings], request: pytest.FixtureRequest, part_bytes: int
+) -> None:
+    override_settings(part_bytes=part_bytes)
+    client = request.getfixturevalue("client")
+    content = os.urandom(7 * 2**20 + 77)
+    upload = start(client, content)
+    for number in range(1, upload["part_count"] + 1):
+        part = content[(number - 1) * part_bytes : number * part_bytes]
+        assert (
+            send(client, upload, number, part, **{"Content-Digest": digest_header(part)}).status_code == 200
+        )
+        assert send(client, upload, number, part).status_code == 200
+    assert client.post(upload["urls"]["complete"]).json()["sha256"] == hashlib.sha256(content).hexdigest()
+    assert get_staging().upload_path(upload["id"]).read_bytes() == content
+
+
 def raw_part(url: str, upload: dict, sent: bytes) -> socket.socket:
     """Begin to send part 1 over a bare socket."""
     parts = urlsplit(url)
