@@ -30,12 +30,12 @@ class db_now(FunctionElement[float]):  # noqa: N801 - reads as the SQL function 
 
 
 @compiles(db_now, "sqlite")
-def _sqlite_now(element: db_now, compiler: Any, **kw: Any) -> str:
+def _sqlite_now(_element: db_now, _compiler: Any, **_kw: Any) -> str:
     return "((julianday('now') - 2440587.5) * 86400.0)"
 
 
 @compiles(db_now, "postgresql")
-def _postgresql_now(element: db_now, compiler: Any, **kw: Any) -> str:
+def _postgresql_now(_element: db_now, _compiler: Any, **_kw: Any) -> str:
     return "extract(epoch FROM clock_timestamp())::double precision"
 
 
@@ -91,7 +91,7 @@ def _prepare_sqlite(engine: Engine) -> None:
     """WAL and full sync; writers take the lock when they begin, since a later upgrade fails at once under load."""
 
     @event.listens_for(engine, "connect")
-    def connect(connection: sqlite3.Connection, record: object) -> None:
+    def connect(connection: sqlite3.Connection, _record: object) -> None:
         connection.isolation_level = None
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")

@@ -104,12 +104,12 @@ class CompressionSpec(Frozen):
                 )
         first = self.steps[0]
         if isinstance(first, DistillLogits) and isinstance(first.student, StudentFromPreviousStep):
-            raise ValueError(
+            raise ValueError(  # noqa: TRY004 - pydantic makes a fault of a ValueError alone
                 'steps/0: student "previous_step" needs a step before it; use "depth_cut" or "model"'
             )
         for number, step in enumerate(self.steps[1:], start=1):
             if isinstance(step, DistillLogits) and not isinstance(step.student, StudentFromPreviousStep):
-                raise ValueError(
+                raise ValueError(  # noqa: TRY004 - the same
                     f'steps/{number}: after other steps only student "previous_step" makes sense; their work would be lost'
                 )
         wanted = self.export.format
