@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -139,25 +140,28 @@ def save_result(client: Client, job: Json, directory: Path, *, label: str) -> li
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> Table:
-    """Before, after and ratio of every job, with its verdict and what to beware of."""
-    table = Table(show_lines=True)
-    for name in ("job", "", "size", "bits/weight", "quality", "latency", "peak memory", "verdict", "flags"):
-        table.add_column(name, justify="left" if name in ("job", "", "verdict", "flags") else "right")
+    """Before, after and ratio of every job, with its verdict and what to beware of. Fits 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_lines=True)
+    for name in ("job", ""):
+        table.add_column(name)
+    for name in ("size\nMB", "bits per\nweight", "quality", "latency\nms", "peak\nmemory\nMB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict\nand flags", overflow="fold")
     for outcome in outcomes:
+        # The kind of job under the model's name keeps the column narrow.
+        label = outcome.label.replace(" ", "\n", 1)
         if outcome.report is None:
             error = outcome.job["error"] or {}
-            table.add_row(
-                outcome.label, "", "", "", "", "", "", outcome.job["status"], error.get("detail", "")
-            )
+            ending = f"{outcome.job['status']}\n{error.get('detail', '')}"
+            table.add_row(label, "", "", "", "", "", "", ending)
         else:
-            table.add_row(outcome.label, "before\nafter\nratio", *_cells(outcome.report))
+            table.add_row(label, "before\nafter\nratio", *_cells(outcome.report))
     return table
 
 
 def _cells(report: Report) -> tuple[str, ...]:
     before, after, compared = report.original, report.result, report.comparison
-    flags = "\n".join(dict.fromkeys(flag.code for flag in report.flags))
-    measured = compared is not None
+    flags = dict.fromkeys(flag.code for flag in report.flags)
     return (
         _three(_megabytes(before.bytes), _megabytes(after.bytes), after.bytes / before.bytes),
         _three(
@@ -166,14 +170,13 @@ def _cells(report: Report) -> tuple[str, ...]:
             after.bits_per_weight / before.bits_per_weight,
         ),
         _quality(report),
-        _latency(before, after, compared.latency_ratio if compared else None) if measured else "–",
+        _latency(before, after, compared.latency_ratio) if compared else "–",
         _three(
             _megabytes(before.peak_memory_bytes),
             _megabytes(after.peak_memory_bytes),
             compared.peak_memory_ratio if compared else None,
         ),
-        report.verdict,
-        flags or "none",
+        "\n".join([report.verdict, *flags]),
     )
 
 
@@ -184,7 +187,7 @@ def _quality(report: Report) -> str:
     if compared.perplexity_ratio is not None:
         before, after = report.original.quality["perplexity"], report.result.quality["perplexity"]
         return _three(f"ppl {before:.2f}", f"{after:.2f}", compared.perplexity_ratio)
-    return f"\ncosine {_number(compared.cosine_mean)}\nleast {_number(compared.cosine_min)}"
+    return f"cosine\n{_number(compared.cosine_mean)}\n≥ {_number(compared.cosine_min)}"
 
 
 def _latency(before: Measurement, after: Measurement, ratio: float | None) -> str:
@@ -193,7 +196,7 @@ def _latency(before: Measurement, after: Measurement, ratio: float | None) -> st
     for latency in before.latency:
         if latency.what in theirs:
             other = theirs[latency.what]
-            return _three(f"{latency.median_ms:.1f} ms", f"{other.median_ms:.1f} ms", ratio)
+            return _three(f"{latency.median_ms:.1f}", f"{other.median_ms:.1f}", ratio)
     return "–"
 
 
@@ -202,7 +205,7 @@ def _three(before: str, after: str, ratio: float | None) -> str:
 
 
 def _megabytes(count: int | None) -> str:
-    return "–" if count is None else f"{count / 1e6:.0f} MB"
+    return "–" if count is None else f"{count / 1e6:.0f}"
 
 
 def _number(value: float | None) -> str:

@@ -84,7 +84,10 @@ SECOND = (
     ),
 )
 NOTES = (
-    "Before and after were loaded from disk in processes of their own and measured in turns, on the same text.",
+    (
+        "Before and after were loaded from disk in processes of their own and measured in turns, on the same text."
+        " Quality is perplexity, or for encoders the mean and the least cosine between their embeddings and the original's."
+    ),
     (
         f"Quality is measured on {_EVALUATION['tokens']} tokens of the built-in text: enough to tell the jobs apart, too few to"
         " quote. Each report has the confidence interval."
@@ -95,6 +98,6 @@ NOTES = (
     ),
     (
         "The limits that decide the verdict are the demo's own. 2:4 by magnitude ruins a model this small, and a minute of"
-        " training on two cores repairs little: the table says so."
+        " training on two cores repairs a part of what fewer blocks cost: the table says so."
     ),
 )

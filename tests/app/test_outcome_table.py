@@ -1,0 +1,104 @@
+"""The table of what was gained and lost, as text."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from app.spec.compression import CompressionSpec
+from app.spec.quantize import QuantizeWeights
+from app.spec.report import Comparison, Coverage, Flag, Latency, Measurement, Report
+from app.terminal import Outcome, _visible_files, outcome_table
+
+
+def measured(size: int, milliseconds: float, **quality: float) -> Measurement:
+    return Measurement(
+        runtime="transformers",
+        bytes=size,
+        files=(),
+        weight_bytes=size,
+        parameters=size // 2,
+        bits_per_weight=16.0,
+        quality=quality,
+        latency=(
+            Latency(what="prefill", median_ms=milliseconds, p95_ms=milliseconds, samples_ms=(milliseconds,)),
+        ),
+        peak_memory_bytes=1_178_000_000,
+    )
+
+
+def report(original: Measurement, result: Measurement, **compared: Any) -> Report:
+    return Report(
+        job_id="job_1",
+        created_at="2026-01-01T00:00:00Z",
+        modelpress="0.1.0",
+        machine={},
+        model_name="m",
+        architecture="LlamaForCausalLM",
+        family="causal_lm",
+        spec=CompressionSpec(steps=(QuantizeWeights(),)),
+        verdict="rejected",
+        flags=(Flag(code="larger_than_original", detail="x"), Flag(code="no_speedup", detail="y")) * 2,
+        limits=(),
+        original=original,
+        result=result,
+        comparison=Comparison(bytes_ratio=result.bytes / original.bytes, **compared),
+        coverage=Coverage(total=0, compressed=(), untouched=()),
+        steps=(),
+        stage_seconds={},
+    )
+
+
+def lines(*outcomes: Outcome) -> list[list[str]]:
+    console = Console(width=80, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(outcome_table(outcomes))
+    text = captured.get().splitlines()
+    assert max(map(len, text)) <= 80
+    return [line.split() for line in text]
+
+
+def test_before_after_and_ratio_stand_below_each_other() -> None:
+    before, after = (
+        measured(273_000_000, 1234.56, perplexity=44.23),
+        measured(120_000_000, 600, perplexity=2344.57),
+    )
+    shown = lines(
+        Outcome("SmolLM2 2:4 sparse", {}, report(before, after, perplexity_ratio=53.01, latency_ratio=0.486))
+    )
+    assert ["SmolLM2", "before", "273", "16.00", "ppl", "44.23", "1234.6", "1178", "rejected"] in shown
+    assert any(line[:7] == ["2:4", "sparse", "after", "120", "16.00", "2344.57", "600.0"] for line in shown)
+    assert any(line[:5] == ["ratio", "×0.440", "×1.000", "×53.010", "×0.486"] for line in shown)
+    assert sum("no_speedup" in line for line in shown) == 1
+
+
+def test_an_encoder_shows_the_mean_and_the_least_cosine() -> None:
+    before, after = measured(92_000_000, 40), measured(24_000_000, 10)
+    shown = lines(Outcome("MiniLM onnx", {}, report(before, after, cosine_mean=0.9926, cosine_min=0.986)))
+    words = [word for line in shown for word in line]
+    assert {"cosine", "0.9926", "0.9860"} <= set(words)
+
+
+def test_a_failed_job_says_why() -> None:
+    job = {"status": "failed", "error": {"detail": "out of memory"}}
+    words = [word for line in lines(Outcome("MiniLM onnx", job, None)) for word in line]
+    assert "failed" in words
+    assert "memory" in words
+
+
+def test_a_directory_is_its_visible_files_links_followed(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"tokens")
+    model = tmp_path / "model"
+    (model / "1_Pooling").mkdir(parents=True)
+    (model / ".cache").mkdir()
+    (model / "1_Pooling" / "config.json").write_text("{}")
+    (model / ".cache" / "secret").write_text("x")
+    (model / "empty").touch()
+    (model / "tokenizer.json").symlink_to(tmp_path / "blob")
+    assert [path.relative_to(model).as_posix() for path in _visible_files(model)] == [
+        "1_Pooling/config.json",
+        "tokenizer.json",
+    ]
