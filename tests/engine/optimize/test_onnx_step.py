@@ -73,6 +73,13 @@ def test_reason_quotes_what_was_measured() -> None:
     assert "12.3 and 11.0 ms" in reason
 
 
+def test_times_taken_on_a_busy_machine_come_with_a_warning() -> None:
+    quiet = {"torch": _steady(20.0), "exported": _steady(11.0)}
+    busy = quiet | {"torch": (20.0, 90.0, 95.0, 99.0, 90.0, 92.0, 91.0)}
+    assert describe(SPEC, [EXPORTED], EXPORTED, quiet, ()).warnings == ()
+    assert "other work" in describe(SPEC, [EXPORTED], EXPORTED, busy, ()).warnings[0]
+
+
 def test_a_layer_that_the_graph_does_not_hold_is_untouched_and_says_so(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tiny_model("BertForMaskedLM", tmp_path))
     names = [tensor.name for tensor in facts_of(tmp_path).compressible()]
