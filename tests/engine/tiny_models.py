@@ -61,7 +61,7 @@ def tiny_model(
                 if parameter.dim() == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(str(directory))
-    write_tokenizer(directory, wordpiece=kind in _WORDPIECE_TYPES)
+    write_tokenizer(directory, wordpiece=kind in _WORDPIECE_TYPES, segments=kind == "bert")
     return directory
 
 
@@ -101,8 +101,11 @@ def facts_of(directory: Path) -> ModelFacts:
     )
 
 
-def write_tokenizer(directory: Path, *, wordpiece: bool) -> None:
-    """Train a tokenizer of at most VOCABULARY entries on SENTENCES and save it as transformers does."""
+def write_tokenizer(directory: Path, *, wordpiece: bool, segments: bool = False) -> None:
+    """Train a tokenizer of at most VOCABULARY entries on SENTENCES and save it as transformers does.
+
+    With `segments` it gives `token_type_ids` too, as BERT's does.
+    """
     import transformers
 
     build = _wordpiece if wordpiece else _byte_level_bpe
@@ -111,6 +114,8 @@ def write_tokenizer(directory: Path, *, wordpiece: bool) -> None:
     special: dict[str, Any] = dict(zip(names, values, strict=True))
     if not wordpiece:
         special |= {"bos_token": "<s>", "eos_token": "</s>"}
+    if segments:
+        special["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=build(), model_max_length=POSITIONS, **special
     ).save_pretrained(str(directory))
