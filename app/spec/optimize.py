@@ -19,6 +19,7 @@ class OptimizeOnnx(Step):
     graph_optimization: Literal["basic", "extended", "all"] = "all"
     """How far onnxruntime may rewrite the graph; `all` includes layouts specific to this worker's processor."""
     quantization: Literal["none", "int8_dynamic"] = "int8_dynamic"
-    """`int8_dynamic`: int8 weights, activations quantized while running."""
+    """`int8_dynamic`: int8 weights, activations quantized while running. Left out, faster or not, where the outputs'
+    mean cosine with the original's falls below 0.98."""
     quantize_head: bool = False
     """Quantize the language-model head too. Smaller and faster, and can ruin quality: the evaluation will show it."""
