@@ -12,6 +12,7 @@ attention (onnxruntime recognises none in these graphs, and its Attention operat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +28,7 @@ from workers.engine.optimize.onnx_variants import Variant, Workshop, make_varian
 from workers.engine.technique import StepContext, StepOutcome, implements
 
 _FASTER = 0.97
+_NO_TEXT = "the model has no tokenizer: accuracy was judged, and int8 chosen, on random tokens"
 
 
 @implements(OptimizeOnnx)
@@ -34,7 +36,7 @@ def optimize_onnx(spec: OptimizeOnnx, context: StepContext) -> StepOutcome:
     """Write the fastest accurate graph of `context.source` to `context.target`, its tokenizer and config beside it."""
     checkpoint = Checkpoint.open(context.source)
     with TemporaryDirectory(prefix=".onnx-", dir=context.target) as scratch:
-        variants, times, prefix = _variants_and_times(spec, Path(scratch), context)
+        variants, times, prefix, is_text = _variants_and_times(spec, Path(scratch), context)
         kept = _choose(variants, times)
         context.progress(0.95, "writing and checking the files")
         publish_graph(kept.directory, context.target)
@@ -43,15 +45,16 @@ def optimize_onnx(spec: OptimizeOnnx, context: StepContext) -> StepOutcome:
     reason = why_not_int8(spec, variants, kept, times)
     layers = layer_outcomes(tuple(checkpoint.tensors.values()), kept, reason, base_prefix=prefix)
     context.progress(1.0, "done")
-    return describe(spec, variants, kept, times, layers)
+    outcome = describe(spec, variants, kept, times, layers)
+    return outcome if is_text else replace(outcome, warnings=(*outcome.warnings, _NO_TEXT))
 
 
 def _variants_and_times(
     spec: OptimizeOnnx, scratch: Path, context: StepContext
-) -> tuple[list[Variant], Times, str]:
+) -> tuple[list[Variant], Times, str, bool]:
     """Export, write all variants and time them; the model and the sessions are gone from memory afterwards.
 
-    The last of the three is the prefix of the names of the model's own tensors, e.g. `bert.`.
+    Returned last: the prefix of the names of the model's own tensors, e.g. `bert.`, and whether real text was run.
     """
     context.progress(0.0, "loading the model")
     model = load_model(context.source)
@@ -66,7 +69,7 @@ def _variants_and_times(
         {"torch": partial(run_torch, model, probe.timed), **runners},
         lambda share: context.progress(0.75 + 0.2 * share, "timing PyTorch and the graphs in turns"),
     )
-    return variants, times, f"{model.base_model_prefix}."
+    return variants, times, f"{model.base_model_prefix}.", probe.is_text
 
 
 def _choose(variants: Sequence[Variant], times: Times) -> Variant:
