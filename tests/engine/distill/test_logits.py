@@ -224,3 +224,26 @@ def test_cls_pooling_is_read_from_the_models_own_file(tmp_path: Path) -> None:
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
     assert pools_first_token(tmp_path)
+
+
+def test_every_held_out_text_is_looked_at_once(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    directory = tiny("RobertaModel")
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(f"the {i:03d} letter" for i in range(50)))
+    spec = DistillLogits(**(QUICK | {"held_out_fraction": 0.18, "batch_size": 4}))
+    training = document_text(spec, path, load_tokenizer(directory), facts_of(directory), seed=0)
+    assert [len(batch.ids) for batch in training.held_out] == [4, 5]
+    texts = load_tokenizer(directory).batch_decode(
+        [ids for batch in training.held_out for ids in batch.ids], skip_special_tokens=True
+    )
+    assert sorted(text.split()[1] for text in texts) == [f"{i:03d}" for i in range(41, 50)]
+
+
+def test_a_batch_of_one_teaches_no_similarities(
+    tiny: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    original = tiny("BertModel")
+    student = tiny_model("BertModel", tmp_path / "student", hidden_size=32, num_hidden_layers=2, seed=5)
+    shutil.copyfile(original / "tokenizer.json", student / "tokenizer.json")
+    with pytest.raises(InvalidRequest, match="batch of one"):
+        _run(original, tmp_path / "out", text, {"student": MODEL, "batch_size": 1}, student=student)

@@ -2,10 +2,10 @@
 
 Idea: the teacher's distribution over all answers says more than the one right answer; a student trained on it, softened
 by a temperature so that small probabilities count, needs little text to recover what a cut took away.
-Paper: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network". For encoders without a head, rows of
-the matrix of similarities within a batch take the place of logits (Park et al. 2019, "Relational Knowledge
-Distillation"), texts pooled as the model's own 1_Pooling says, by the mean without one; where student and teacher are
-equally wide, 1 − cosine of the two embeddings is added, since other code may read the embeddings themselves.
+Paper: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network". An encoder without a head has no such
+distribution: it is taught the embeddings themselves, by 1 − cosine, texts pooled as the model's own 1_Pooling says, by
+the mean without one. Where student and teacher differ in width, rows of the matrix of similarities within a batch take
+the place of logits (Park et al. 2019, "Relational Knowledge Distillation").
 Left out: matching hidden states and attention; cached logits (the teacher stays in memory); dropout (off throughout).
 """
 
@@ -30,7 +30,7 @@ from workers.engine.checkpoint import Checkpoint
 from workers.engine.distill.objectives import (
     Classes,
     Classroom,
-    Likeness,
+    Embeddings,
     NextToken,
     pools_first_token,
 )
@@ -124,7 +124,7 @@ def _objective(
     if context.facts.architecture.endswith("ForSequenceClassification"):
         _check_equal("classes", [model.config.num_labels for model in (student, teacher)])
         return Classes(room), student
-    return Likeness(room, first_token=pools_first_token(context.original)), student
+    return Embeddings(room, first_token=pools_first_token(context.original)), student
 
 
 def _check_equal(what: str, counts: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""What a student is taught, by kind of model: next-token distributions, classes, or likeness of texts."""
+"""What a student is taught, by kind of model: next-token distributions, classes, or embeddings."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from app.errors import InvalidRequest
 from app.spec.distill import DistillLogits
 from workers.engine.distill.losses import (
     Blend,
@@ -120,13 +121,23 @@ class Classes(_Objective):
         return soft_loss(logits, taught, temperature=self.room.spec.temperature)
 
 
-class Likeness(_Objective):
-    """An encoder is taught which texts of a batch are alike, and, if as wide as its teacher, the embeddings too."""
+class Embeddings(_Objective):
+    """An encoder is taught the teacher's embeddings, or which texts are alike where its own have another width.
+
+    Measured on MiniLM cut from 6 to 4 blocks (60 steps of 16 texts; rank correlation with the teacher's similarities
+    on other text .825 before): embeddings alone .899, both with the embeddings' loss 20-fold .896, similarities .856.
+    """
 
     def __init__(self, room: Classroom, *, first_token: bool) -> None:
         super().__init__(room)
         self._first_token = first_token
         self._same_width = width_of(room.student) == width_of(room.teacher)
+        if not self._same_width and room.spec.batch_size < 2:
+            raise InvalidRequest(
+                "A student of another width learns which texts are alike, and a batch of one has none to compare.",
+                code="batch_too_small",
+                hint="Ask for a batch_size of at least 2; 16 or more teaches better.",
+            )
 
     def _outputs(self, model: Any, batch: Batch) -> Tensor:
         hidden: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state.float()
@@ -138,10 +149,11 @@ class Likeness(_Objective):
     def _loss(self, batch: Batch, taught: Tensor) -> Tensor:
         with self.room.autocast():
             embeddings = self._outputs(self.room.student, batch)
-        loss = similarity_loss(
+        if self._same_width:
+            return direction_loss(embeddings, taught)
+        return similarity_loss(
             embeddings, taught, sharpness=_SHARPNESS, temperature=self.room.spec.temperature
         )
-        return loss + direction_loss(embeddings, taught) if self._same_width else loss
 
 
 def head_of(model: Any) -> Head:

@@ -117,8 +117,9 @@ def _text(
     size = min(spec.batch_size, len(head))
     looks = [tail[start : start + spec.batch_size] for start in range(0, len(tail), spec.batch_size)]
     # One text alone is like nothing: it joins the batch before.
-    if len(looks) > 1 and len(looks[-1]) == 1:
-        looks[-2] += looks.pop()
+    if len(looks) > 1 and len(looks[-1]) == 1 < spec.batch_size:
+        alone = looks.pop()
+        looks[-1] += alone
     held_out = tuple(padded(look, padding) for look in looks)
     return TrainingText(tuple(head), held_out, size, padding, seed)
 
