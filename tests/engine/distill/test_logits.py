@@ -239,11 +239,11 @@ def test_every_held_out_text_is_looked_at_once(tiny: Callable[[str], Path], tmp_
     assert sorted(text.split()[1] for text in texts) == [f"{i:03d}" for i in range(41, 50)]
 
 
-def test_a_batch_of_one_teaches_no_similarities(
+def test_a_batch_of_two_teaches_no_similarities(
     tiny: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
     original = tiny("BertModel")
     student = tiny_model("BertModel", tmp_path / "student", hidden_size=32, num_hidden_layers=2, seed=5)
     shutil.copyfile(original / "tokenizer.json", student / "tokenizer.json")
-    with pytest.raises(InvalidRequest, match="batch of one"):
-        _run(original, tmp_path / "out", text, {"student": MODEL, "batch_size": 1}, student=student)
+    with pytest.raises(InvalidRequest, match="2 are too few"):
+        _run(original, tmp_path / "out", text, {"student": MODEL, "batch_size": 2}, student=student)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from app.errors import JobFailed
 from app.spec.distill import DistillLogits
 from workers.engine.distill.texts import Batch
 from workers.engine.distill.training import Training, learning_rate_factor, train
@@ -120,3 +121,8 @@ def test_an_exception_from_progress_ends_training() -> None:
     settings = DistillLogits(max_steps=40, evaluate_every=5)
     with pytest.raises(KeyboardInterrupt):
         train(objective, _batches(), settings, zeros={}, progress=cancel)
+
+
+def test_a_student_that_is_broken_before_training_is_refused() -> None:
+    with pytest.raises(JobFailed, match="not finite"):
+        _train(_ToZero(lambda look: math.nan))

@@ -11,6 +11,7 @@ Left out: matching hidden states and attention; cached logits (the teacher stays
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ def distill_logits(spec: DistillLogits, context: StepContext) -> StepOutcome:
     return StepOutcome(
         layers=layers,
         metrics=_metrics(training),
-        curves={"training_loss": tuple(training.losses), "held_out_loss": tuple(training.held_out)},
+        curves={"training_loss": _finite(training.losses), "held_out_loss": _finite(training.held_out)},
         warnings=_warnings(training),
     )
 
@@ -171,6 +172,11 @@ def _metrics(training: Training) -> dict[str, float | int | str | None]:
         "tokens_per_second": training.tokens / training.seconds,
         "stopped_by": training.stopped_by,
     }
+
+
+def _finite(series: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """A curve without the points where training diverged, which JSON cannot carry."""
+    return tuple(point for point in series if math.isfinite(point[1]))
 
 
 def _warnings(training: Training) -> tuple[str, ...]:

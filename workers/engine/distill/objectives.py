@@ -27,6 +27,8 @@ Tick = Callable[[], None]
 
 # Cosines lie between −1 and 1: 20 is what sentence-transformers trains with.
 _SHARPNESS = 20.0
+# Each text needs two others: which of them is it more like?
+_COMPARABLE_TEXTS = 3
 
 
 @dataclass(frozen=True)
@@ -132,11 +134,12 @@ class Embeddings(_Objective):
         super().__init__(room)
         self._first_token = first_token
         self._same_width = width_of(room.student) == width_of(room.teacher)
-        if not self._same_width and room.spec.batch_size < 2:
+        if not self._same_width and room.spec.batch_size < _COMPARABLE_TEXTS:
             raise InvalidRequest(
-                "A student of another width learns which texts are alike, and a batch of one has none to compare.",
+                f"A student of another width learns which of the texts in a batch are more alike, and {room.spec.batch_size}"
+                " are too few to compare.",
                 code="batch_too_small",
-                hint="Ask for a batch_size of at least 2; 16 or more teaches better.",
+                hint=f"Ask for a batch_size of at least {_COMPARABLE_TEXTS}; 16 or more teaches better.",
             )
 
     def _outputs(self, model: Any, batch: Batch) -> Tensor:

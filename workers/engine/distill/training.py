@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from app.errors import JobFailed
 from app.spec.distill import DistillLogits
 from workers.engine.distill.texts import Batch
 from workers.engine.technique import Progress
@@ -143,6 +144,12 @@ def _look(
         lambda: progress(clock.share(training.steps), f"held-out loss after step {training.steps}")
     )
     clock.look_seconds = clock.elapsed - started
+    if not best and not math.isfinite(loss):
+        raise JobFailed(
+            "The student's outputs are not finite before it was trained.",
+            code="student_is_broken",
+            hint="Look at the step before, or at the uploaded student: its weights hold NaN or infinity.",
+        )
     is_best = not best or loss < training.best
     training.held_out.append((float(training.steps), loss))
     if not is_best:
