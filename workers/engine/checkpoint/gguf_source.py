@@ -12,33 +12,22 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import (
-    MODEL_ARCH_NAMES,
-    GGMLQuantizationType,
-    GGUFReader,
-    GGUFValueType,
-    ReaderTensor,
-    dequantize,
-    get_tensor_name_map,
-)
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, ReaderTensor, get_tensor_name_map
 from torch import Tensor
 
-from app.errors import IntakeError
 from app.spec.facts import TensorFact
-from workers.engine.checkpoint.layout import DTYPE_NAMES, drop_from_page_cache
+from workers.engine.checkpoint.gguf_file import GgufFile, dequantized, read_gguf, refused
+from workers.engine.checkpoint.layout import DTYPE_NAMES
 from workers.engine.checkpoint.side_files import write_config
 from workers.engine.checkpoint.writer import CheckpointWriter
 from workers.engine.technique import Progress
 
 _SLAB_ELEMENTS = 8 * 2**20
-_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
-_VOCABULARY_KEYS = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
 # Scaled rotary frequencies of Llama 3.1 and later, which transformers computes from the configuration.
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -51,7 +40,7 @@ def convert_gguf(gguf_file: Path, target: Path, *, max_shard_bytes: int, progres
     """
     target.mkdir(parents=True, exist_ok=True)
     progress(0.0, "reading the GGUF header")
-    source = _read_header(gguf_file)
+    source = read_gguf(gguf_file)
     config = _config(source)
     names, shapes, architecture = _skeleton(source, config)
     dtype = _stored_dtype(source.tensors)
@@ -70,65 +59,7 @@ def convert_gguf(gguf_file: Path, target: Path, *, max_shard_bytes: int, progres
     progress(1.0, "converted")
 
 
-@dataclass(frozen=True)
-class _GgufSource:
-    file: Path
-    metadata: dict[str, Any]
-    tensors: tuple[ReaderTensor, ...]
-
-    @property
-    def architecture(self) -> str:
-        return str(self.metadata["general.architecture"])
-
-    def get(self, key: str) -> Any:
-        """A value of the architecture's own section, or None."""
-        return self.metadata.get(f"{self.architecture}.{key}")
-
-
-class _HeaderReader(GGUFReader):  # type: ignore[misc]  # the package has no types
-    """The package's reader without an array object per vocabulary entry, which costs it seconds."""
-
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-        if GGUFValueType(raw_type) is not GGUFValueType.ARRAY:
-            return super()._get_field_parts(orig_offs, raw_type)
-        item = GGUFValueType(self._get(orig_offs, np.uint32)[0])
-        count, end = int(self._get(orig_offs + 4, np.uint64)[0]), orig_offs + 12
-        if item is GGUFValueType.STRING:
-            header = memoryview(self.data)
-            for _ in range(count):
-                end += 8 + int.from_bytes(header[end : end + 8], "little")
-        else:
-            end += count * np.dtype(self.gguf_scalar_to_np[item]).itemsize
-        return end - orig_offs, [self.data[orig_offs:end]], [], [GGUFValueType.ARRAY]
-
-
-def _read_header(gguf_file: Path) -> _GgufSource:
-    from transformers.integrations.gguf import read_gguf_metadata
-
-    try:
-        metadata, _ = read_gguf_metadata(str(gguf_file), _VOCABULARY_KEYS)
-        tensors = tuple(_HeaderReader(gguf_file).tensors)
-    except (ValueError, KeyError, IndexError) as error:
-        raise IntakeError(
-            f"{gguf_file.name} is not a GGUF file that can be read: {error}.",
-            code="damaged_weights",
-            hint="Upload the file again and compare its sha256 with the original's.",
-        ) from error
-    source = _GgufSource(gguf_file, metadata, tensors)
-    if source.architecture not in _ARCHITECTURES:
-        raise _refused(f"the architecture {source.architecture}", code="unsupported_architecture")
-    return source
-
-
-def _refused(what: str, *, code: str = "unsupported_gguf") -> IntakeError:
-    return IntakeError(
-        f"The GGUF file has {what}, which cannot be converted faithfully.",
-        code=code,
-        hint=f"Upload the safetensors of this model instead. GGUF is read for {', '.join(_ARCHITECTURES)}.",
-    )
-
-
-def _config(source: _GgufSource) -> dict[str, Any]:
+def _config(source: GgufFile) -> dict[str, Any]:
     """The configuration as transformers spells it, by its own table of GGUF keys."""
     from transformers.integrations import GGUF_CONFIG_MAPPING
 
@@ -154,7 +85,7 @@ def _config(source: _GgufSource) -> dict[str, Any]:
     return config
 
 
-def _gemma_scale(source: _GgufSource) -> int:
+def _gemma_scale(source: GgufFile) -> int:
     """The square of the divisor of attention scores, which GGUF leaves out; as llama.cpp's gemma2 and gemma3 have it."""
     is_27b = source.get("block_count") == {"gemma2": 46, "gemma3": 62}[source.architecture]
     if is_27b:
@@ -162,7 +93,7 @@ def _gemma_scale(source: _GgufSource) -> int:
     return int(source.get("attention.key_length"))
 
 
-def _rope_scaling(source: _GgufSource) -> dict[str, Any] | None:
+def _rope_scaling(source: GgufFile) -> dict[str, Any] | None:
     """How the rotary embedding is scaled, in transformers' words; None if it is not. Raises IntakeError."""
     factors = next((tensor for tensor in source.tensors if tensor.name == _ROPE_FACTORS), None)
     if factors is not None:
@@ -171,16 +102,16 @@ def _rope_scaling(source: _GgufSource) -> dict[str, Any] | None:
     if kind in {None, "none"}:
         return None
     if source.architecture not in {"llama", "qwen2", "qwen3"} or kind not in {"linear", "yarn"}:
-        raise _refused(f"rotary embeddings scaled by {kind}")
+        raise refused(f"rotary embeddings scaled by {kind}")
     scaling = {"rope_type": kind, "factor": float(source.get("rope.scaling.factor") or 1.0)}
     if kind == "yarn" and (context := source.get("rope.scaling.original_context_length")) is not None:
         scaling["original_max_position_embeddings"] = context
     return scaling
 
 
-def _llama3_scaling(source: _GgufSource, factors: ReaderTensor) -> dict[str, Any]:
+def _llama3_scaling(source: GgufFile, factors: ReaderTensor) -> dict[str, Any]:
     """Recover Llama 3.1's scaling from the factors it gives; all its releases share every number but `factor`."""
-    stored = _dequantized(source, factors, 0, 1).flatten().numpy()
+    stored = dequantized(source, factors, 0, 1).flatten().numpy()
     low, high, context = 1.0, 4.0, 8192
     factor = float(stored.max())
     theta = float(source.get("rope.freq_base") or 10_000.0)
@@ -189,7 +120,7 @@ def _llama3_scaling(source: _GgufSource, factors: ReaderTensor) -> dict[str, Any
     expected = np.where(smooth < 0, factor, 1 / ((1 - smooth) / factor + smooth))
     expected = np.where(smooth > 1, 1.0, expected)
     if not np.allclose(stored, expected, rtol=1e-3):
-        raise _refused("rotary frequency factors of its own")
+        raise refused("rotary frequency factors of its own")
     return {
         "rope_type": "llama3",
         "factor": factor,
@@ -200,7 +131,7 @@ def _llama3_scaling(source: _GgufSource, factors: ReaderTensor) -> dict[str, Any
 
 
 def _skeleton(
-    source: _GgufSource, config: dict[str, Any]
+    source: GgufFile, config: dict[str, Any]
 ) -> tuple[dict[str, str], dict[str, tuple[int, ...]], str]:
     """Names (GGUF to Hugging Face), shapes by Hugging Face name, and class of a model that is never filled."""
     import transformers
@@ -214,16 +145,16 @@ def _skeleton(
     stored = {tensor.name: tuple(reversed(tensor.shape.tolist())) for tensor in source.tensors}
     stored.pop(_ROPE_FACTORS, None)
     if unknown := sorted(stored.keys() - names.keys()):
-        raise _refused(f"tensors such as {unknown[0]}")
+        raise refused(f"tensors such as {unknown[0]}")
     if missing := sorted(names.keys() - stored.keys()):
-        raise _refused(f"no tensor {missing[0]}")
+        raise refused(f"no tensor {missing[0]}")
     for name, shape in stored.items():
         if math.prod(shape) != math.prod(shapes[names[name]]):
-            raise _refused(f"{name} of shape {shape}, where its metadata says {shapes[names[name]]}")
+            raise refused(f"{name} of shape {shape}, where its metadata says {shapes[names[name]]}")
     return {name: names[name] for name in stored}, shapes, type(model).__name__
 
 
-def _gguf_names(source: _GgufSource, shapes: Iterable[str], *, blocks: int) -> dict[str, str]:
+def _gguf_names(source: GgufFile, shapes: Iterable[str], *, blocks: int) -> dict[str, str]:
     """Hugging Face names by GGUF name, from the `gguf` package's table of the architecture."""
     kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == source.architecture)
     table = get_tensor_name_map(kind, blocks)
@@ -247,7 +178,7 @@ def _stored_dtype(tensors: tuple[ReaderTensor, ...]) -> torch.dtype:
 
 
 def _rows(
-    source: _GgufSource, tensor: ReaderTensor, config: dict[str, Any], shape: tuple[int, ...]
+    source: GgufFile, tensor: ReaderTensor, config: dict[str, Any], shape: tuple[int, ...]
 ) -> Iterator[tuple[int, Tensor]]:
     """Slabs of a tensor as (first row, values in fp32), with what llama.cpp did to it undone."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
@@ -259,33 +190,13 @@ def _rows(
     step = rows if whole else max(1, _SLAB_ELEMENTS // (tensor.n_elements // rows))
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        values = _dequantized(source, tensor, start / rows, stop / rows).view(stop - start, *shape[1:])
+        values = dequantized(source, tensor, start / rows, stop / rows).view(stop - start, *shape[1:])
         processed = processor.process(weights=values.numpy(), name=tensor.name).weights
         yield start, torch.from_numpy(np.ascontiguousarray(processed))
 
 
-def _dequantized(source: _GgufSource, tensor: ReaderTensor, begin: float, end: float) -> Tensor:
-    """The share of a tensor from `begin` to `end` (0 to 1, on row boundaries) in fp32, flat."""
-    first, last = round(begin * tensor.n_bytes), round(end * tensor.n_bytes)
-    buffer = bytearray(last - first)
-    descriptor = os.open(source.file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(descriptor, [memoryview(buffer)[done:]], int(tensor.data_offset) + first + done)
-            if count == 0:
-                raise _refused(f"an end before its tensor {tensor.name}", code="damaged_weights")
-            done += count
-        drop_from_page_cache(descriptor, int(tensor.data_offset) + first, len(buffer))
-    finally:
-        os.close(descriptor)
-    plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
-    raw = np.frombuffer(buffer, dtype=plain.get(tensor.tensor_type, np.uint8))
-    return torch.from_numpy(np.asarray(dequantize(raw, tensor.tensor_type), dtype=np.float32)).flatten()
-
-
 def _write_side_files(
-    source: _GgufSource, config: dict[str, Any], target: Path, *, architecture: str, dtype: torch.dtype
+    source: GgufFile, config: dict[str, Any], target: Path, *, architecture: str, dtype: torch.dtype
 ) -> None:
     import transformers
 
@@ -303,7 +214,7 @@ def _write_side_files(
         _tokenizer(source).save_pretrained(str(target))
 
 
-def _tokenizer(source: _GgufSource) -> Any:
+def _tokenizer(source: GgufFile) -> Any:
     """The tokenizer in the file, built as transformers does but without parsing the header twice more."""
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
@@ -312,7 +223,7 @@ def _tokenizer(source: _GgufSource) -> Any:
         architecture, vocabulary, settings = get_gguf_tokenizer(str(source.file))
         backend, extra = convert_gguf_tokenizer(architecture, vocabulary)
     except (ValueError, KeyError) as error:
-        raise _refused(f"a tokenizer that transformers cannot build ({error})") from error
+        raise refused(f"a tokenizer that transformers cannot build ({error})") from error
     return PreTrainedTokenizerFast(tokenizer_object=backend, **(settings | extra))
 
 
