@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.expression import FunctionElement
@@ -42,12 +42,14 @@ def _postgresql_now(_element: db_now, _compiler: Any, **_kw: Any) -> str:
 class Database:
     """Sessions on one engine. `read` never blocks a writer; `write` commits on leaving, or rolls back."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, lease_seconds: float = 60) -> None:
         self.engine = create_engine(
             url, json_serializer=lambda v: json.dumps(v, separators=(",", ":")), **_engine_options(url)
         )
         if url.startswith("sqlite"):
             _prepare_sqlite(self.engine)
+        else:
+            _prepare_postgresql(self.engine, lease_seconds)
         self._writing = self.engine.execution_options(writing=True)
 
     @contextmanager
@@ -76,7 +78,7 @@ def get_database() -> Database:
     """The database of this process."""
     settings = get_settings()
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    return Database(settings.resolved_database_url())
+    return Database(settings.resolved_database_url(), lease_seconds=settings.lease_seconds)
 
 
 def _engine_options(url: str) -> dict[str, Any]:
@@ -102,12 +104,24 @@ def _prepare_sqlite(engine: Engine) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
 
 
+def _prepare_postgresql(engine: Engine, lease_seconds: float) -> None:
+    """Have the server end transactions that fall asleep: a worker stopped amid one would hold its job's row for ever."""
+
+    @event.listens_for(engine, "connect")
+    def connect(connection: Any, _record: object) -> None:
+        milliseconds = max(1, int(lease_seconds * 1000))
+        connection.execute(f"SET idle_in_transaction_session_timeout = {milliseconds}")
+        connection.commit()
+
+
 @contextmanager
 def _translated() -> Iterator[None]:
     """Turn a database that does not answer into an error a client can act on."""
     try:
         yield
-    except OperationalError as error:
+    except DBAPIError as error:
+        if not (isinstance(error, OperationalError) or error.connection_invalidated):
+            raise
         raise Unavailable(
             "The database does not answer.", code="database_unavailable", hint="Try again in a few seconds."
         ) from error

@@ -7,8 +7,10 @@ stdout: `{"ok": …}` or `{"error": …}`. Its own process, so that its high-wat
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.engine.measure.results import RunnerFacts
+
+_PR_SET_PDEATHSIG = 1
 
 
 class Runner(Protocol):
@@ -133,6 +137,11 @@ def _write(answers: TextIO, message: dict[str, Any]) -> None:
     answers.flush()
 
 
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies: nobody would read an answer, and loading can take minutes."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def main() -> int:
     """Parse the command line, and keep stdout for answers: what libraries print goes to stderr."""
     parser = argparse.ArgumentParser()
@@ -143,6 +152,7 @@ def main() -> int:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     warnings.simplefilter("ignore")
+    _die_with_parent()
     return serve(arguments.directory, sys.stdin, answers, device=arguments.device, threads=arguments.threads)
 
 
