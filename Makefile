@@ -9,6 +9,9 @@ ARGS ?=
 # More options for `modelpress demo`, e.g. DEMO_ARGS="--dir /tmp/demo".
 DEMO_ARGS ?=
 
+# Threads that spin while they wait take the core that another process needs; tests and benchmarks run several processes.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 BIN := .venv/bin
 STAMP := .venv/.installed
 TORCH := $(shell grep "^torch==" requirements.lock)

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
 
-from app.db import job_queries
+from app.db import job_claims
 from app.db.engine import Database
-from app.db.job_queries import Claim
+from app.db.job_claims import Claim
 from app.errors import Unavailable
 
 _DATABASE_PATIENCE_SECONDS = 600
@@ -59,12 +59,12 @@ class Lease:
 
     def note(self, kind: str, data: dict[str, Any]) -> None:
         """Append an event."""
-        self.require(lambda s, claim: job_queries.add_held_events(s, claim, [(kind, data)]))
+        self.require(lambda s, claim: job_claims.add_held_events(s, claim, [(kind, data)]))
 
     def beat(self) -> None:
         """Renew the lease. Raises LeaseLost or CancelRequested."""
         cancel = self.write(
-            lambda s, claim: job_queries.extend_lease(s, claim, lease_seconds=self.lease_seconds)
+            lambda s, claim: job_claims.extend_lease(s, claim, lease_seconds=self.lease_seconds)
         )
         if cancel is None:
             raise LeaseLost
@@ -75,5 +75,5 @@ class Lease:
         """Look, without writing, whether a cancel was asked for. Raises CancelRequested."""
         # A database that is away now says nothing; the heartbeat will wait for it.
         with contextlib.suppress(Unavailable), self.database.read() as session:
-            if job_queries.is_cancel_requested(session, self.claim.job_id):
+            if job_claims.is_cancel_requested(session, self.claim.job_id):
                 raise CancelRequested

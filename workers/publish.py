@@ -10,8 +10,8 @@ from pathlib import Path
 
 from sqlalchemy.orm import Session
 
-from app.db import job_queries, model_queries
-from app.db.job_queries import Claim
+from app.db import job_claims, model_queries
+from app.db.job_claims import Claim
 from app.db.tables import Artifact
 from app.ids import new_id
 from app.storage import ArtifactStore
@@ -65,7 +65,7 @@ def publish(
     model_queries.hold_blobs(session)
     for file in files:
         store.put_file(file.path, file.artifact.sha256)
-    return job_queries.succeed(session, claim, verdict=verdict, artifacts=[file.artifact for file in files])
+    return job_claims.succeed(session, claim, verdict=verdict, artifacts=[file.artifact for file in files])
 
 
 def _model_files(model: Path) -> Iterator[tuple[Path, str, str, str]]:

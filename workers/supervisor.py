@@ -18,9 +18,9 @@ from typing import Any
 
 import structlog
 
-from app.db import job_queries
+from app.db import job_claims
 from app.db.engine import Database
-from app.db.job_queries import Claim
+from app.db.job_claims import Claim
 from app.errors import JobFailed, ModelpressError, OutOfMemory, Unavailable
 from app.settings import GIB, Settings
 from app.storage import ArtifactStore
@@ -59,7 +59,7 @@ class Supervisor:
         owner = f"{socket.gethostname()}:{os.getpid()}"
         seconds = self.settings.lease_seconds
         claim = write_patiently(
-            self.database, lambda s: job_queries.claim_job(s, job_id, owner=owner, lease_seconds=seconds)
+            self.database, lambda s: job_claims.claim_job(s, job_id, owner=owner, lease_seconds=seconds)
         )
         if claim is None:
             return "not_claimed"
@@ -101,9 +101,9 @@ class _Attempt:
         except LeaseLost:
             return "lost"
         except CancelRequested:
-            return "cancelled" if self.lease.write(job_queries.end_cancelled) else "lost"
+            return "cancelled" if self.lease.write(job_claims.end_cancelled) else "lost"
         except Draining:
-            return "queued" if self.lease.write(job_queries.release) else "lost"
+            return "queued" if self.lease.write(job_claims.release) else "lost"
         except ModelpressError as error:
             facts = {"code": error.code, "detail": error.detail, "hint": error.hint}
             return self._fail(facts, retryable=isinstance(error, Unavailable))
@@ -147,7 +147,7 @@ class _Attempt:
             message = (
                 f"stages {here + 1} to {len(directories)} are done again: their files are not on this worker"
             )
-            self.lease.require(lambda s, claim: job_queries.rewind_stages(s, claim, here))
+            self.lease.require(lambda s, claim: job_claims.rewind_stages(s, claim, here))
             self.lease.note("log", {"level": "warning", "message": message})
         return directories[:here]
 
@@ -223,10 +223,10 @@ class _Attempt:
         """Write down one event of the job's process."""
         match event:
             case events.StageStarted():
-                self.lease.require(lambda s, claim: job_queries.start_stage(s, claim, event.stage))
+                self.lease.require(lambda s, claim: job_claims.start_stage(s, claim, event.stage))
             case events.StageDone():
                 self.lease.require(
-                    lambda s, claim: job_queries.commit_stage(
+                    lambda s, claim: job_claims.commit_stage(
                         s, claim, event.stage, event.directory, event.metrics
                     )
                 )
@@ -234,7 +234,7 @@ class _Attempt:
             case events.Progress():
                 self._progress(event, watch)
             case events.Warning():
-                self.lease.require(lambda s, claim: job_queries.add_warning(s, claim, event.message))
+                self.lease.require(lambda s, claim: job_claims.add_warning(s, claim, event.message))
             case events.Finished() | events.Failed():
                 watch.end = event
             case _:
@@ -250,7 +250,7 @@ class _Attempt:
         watch.next_progress = now + max(_PROGRESS_SECONDS, (now - began) / 300)
         eta = (now - began) * (1 - overall) / (overall - base) if overall > base else None
         self.lease.require(
-            lambda s, claim: job_queries.set_progress(
+            lambda s, claim: job_claims.set_progress(
                 s, claim, progress=overall, eta_seconds=eta, event=event.model_dump(exclude={"type"})
             )
         )
@@ -276,13 +276,9 @@ class _Attempt:
     def _fail(self, error: dict[str, Any], *, retryable: bool) -> str:
         """End the job, or queue it again. Its files stay for a while, since somebody may retry it."""
         if not retryable:
-            return (
-                "failed" if self.lease.write(lambda s, claim: job_queries.fail(s, claim, error)) else "lost"
-            )
+            return "failed" if self.lease.write(lambda s, claim: job_claims.fail(s, claim, error)) else "lost"
         delay = min(60.0, 2.0**self.lease.claim.attempt)
-        status = self.lease.write(
-            lambda s, claim: job_queries.give_back(s, claim, error, delay_seconds=delay)
-        )
+        status = self.lease.write(lambda s, claim: job_claims.give_back(s, claim, error, delay_seconds=delay))
         return status or "lost"
 
     def _death(self, return_code: int) -> events.Failed:

@@ -1,4 +1,4 @@
-"""What can be done with jobs. Status changes are those of app.db.job_queries; messages go out after the commit."""
+"""What can be done with jobs. Status changes are those of app.db.job_moves; messages go out after the commit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from sqlalchemy.orm import Session
 
-from app.db import job_queries, model_queries
+from app.db import job_moves, job_queries, model_queries
 from app.db.engine import after_commit, get_database
 from app.db.tables import Artifact, Job
 from app.errors import Conflict, JobFailed, NotFound
@@ -45,7 +45,7 @@ def submit_job(session: Session, settings: Settings, submission: Submission) -> 
     planned = plan_wish(session, submission.wish)
     require_fit(planned)
     job = _new_job(planned, settings, submission)
-    job_queries.create_job(session, job, planned.spec.stage_names())
+    job_moves.create_job(session, job, planned.spec.stage_names())
     _send_after_commit(session, job)
     session.refresh(job)
     return _view(session, job)
@@ -93,7 +93,7 @@ def cancel_job(session: Session, job_id: str) -> JobView:
     """
     job = require_job(session, job_id)
     if not (job.cancel_requested or job.status == "cancelled"):
-        status = job_queries.request_cancel(session, job_id)
+        status = job_moves.request_cancel(session, job_id)
         session.refresh(job)
         if status is None and job.status != "cancelled":
             raise Conflict(f"The job has already ended: {job.status}.", code="job_ended")
@@ -112,7 +112,7 @@ def retry_job(session: Session, job_id: str) -> JobView:
             code="input_deleted",
             hint="Upload the model again and post a new job.",
         )
-    if not job_queries.retry_job(session, job_id):
+    if not job_moves.retry_job(session, job_id):
         raise Conflict(
             f"Only failed and cancelled jobs can be retried; this one is {job.status}.",
             code="job_not_retryable",
@@ -130,7 +130,7 @@ def delete_job(session: Session, job_id: str) -> None:
     """
     require_job(session, job_id)
     digests = [artifact.sha256 for artifact in job_queries.list_artifacts(session, job_id)]
-    if not job_queries.delete_job(session, job_id):
+    if not job_moves.delete_job(session, job_id):
         raise Conflict("The job has not ended.", code="job_not_ended", hint="Cancel it first.")
     after_commit(session, lambda: _remove_blobs(digests))
 
@@ -201,7 +201,7 @@ def _new_job(planned: Planned, settings: Settings, submission: Submission) -> Jo
 def _send_after_commit(session: Session, job: Job) -> None:
     """The row is the outbox: when the broker is away, the job is accepted all the same and the sweeper sends it."""
     job_id, queue = job.id, job.queue
-    job_queries.mark_dispatched(session, job_id)
+    job_moves.mark_dispatched(session, job_id)
     after_commit(session, lambda: _send(job_id, queue))
 
 
@@ -211,7 +211,7 @@ def _send(job_id: str, queue: str) -> None:
 
     if not enqueue_job(job_id, queue):
         with get_database().write() as session:
-            job_queries.forget_dispatch(session, [job_id])
+            job_moves.forget_dispatch(session, [job_id])
 
 
 def _remove_blobs(digests: list[str]) -> None:

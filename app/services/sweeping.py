@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from dataclasses import dataclass
 
 import structlog
 
-from app.db import job_queries
+from app.db import job_moves, job_queries
 from app.db.engine import Database
 from app.errors import ModelpressError
 from app.queue import enqueue_job
 from app.services.uploads import remove_expired_uploads
 from app.settings import Settings
+from app.storage import get_store
+from app.storage.references import remove_orphans
+
+_ORPHANS_SECONDS = 3600
+"""Between two walks over all blobs for what a process that died has left."""
 
 _log = structlog.get_logger(__name__)
 
@@ -33,12 +39,12 @@ class Sweep:
 def sweep(database: Database, settings: Settings) -> Sweep:
     """Take jobs back from dead workers, send what was never sent, remove what nobody needs any more."""
     with database.write() as session:
-        lost = job_queries.sweep_lost(session)
-        due = job_queries.take_undispatched(session, stale_seconds=settings.redispatch_seconds)
+        lost = job_moves.sweep_lost(session)
+        due = job_moves.take_undispatched(session, stale_seconds=settings.redispatch_seconds)
     unsent = [job_id for job_id, queue in due if not enqueue_job(job_id, queue)]
     if unsent:
         with database.write() as session:
-            job_queries.forget_dispatch(session, unsent)
+            job_moves.forget_dispatch(session, unsent)
     with database.write() as session:
         remove_expired_uploads(session)
     for job in lost:
@@ -48,9 +54,13 @@ def sweep(database: Database, settings: Settings) -> Sweep:
 
 def sweep_forever(database: Database, settings: Settings, stop: threading.Event) -> None:
     """Sweep until told to stop; a dependency that is away is met again next time."""
+    next_orphans = time.monotonic()
     while not stop.wait(settings.sweep_seconds):
         try:
             sweep(database, settings)
+            if time.monotonic() >= next_orphans:
+                next_orphans = time.monotonic() + _ORPHANS_SECONDS
+                remove_orphans(database, get_store())
         except ModelpressError as error:
             _log.warning("sweep_failed", code=error.code, error=error.detail)
 

@@ -19,7 +19,8 @@ from app.spec.sizes import Shape, after_step
 
 _MIB = 2**20
 
-# Each number below was measured on a two-core x86 machine with torch 2.13 (CPU) unless it says otherwise.
+# On a two-core x86 machine with torch 2.13 (CPU). Memory of the techniques was measured on SmolLM2-135M and MiniLM and is
+# meant to be an upper bound; speeds are meant to be right to a factor of three.
 INTERPRETER_BYTES = 350 * _MIB
 """A Python process with torch and transformers imported."""
 SLAB_BYTES = 128 * _MIB
@@ -36,8 +37,8 @@ TRAINING_LOGITS_COPIES = 5
 """Teacher, student, both log-softmaxes, and the gradient."""
 ACTIVATION_FLOATS_PER_HIDDEN = 34
 """Floats kept for the backward pass per token, block and hidden unit (Korthikanti et al. 2022, sec. 4)."""
-ONNX_COPIES = 4
-"""Float32 copies of the model while it is exported: module, exported program, proto, and onnxruntime's own."""
+ONNX_COPIES = 7
+"""Float32 copies of the model while it is optimized: module, graph, variants, and onnxruntime's own of each in a contest."""
 
 FLOPS_PER_SECOND = 4e10
 """Float32 matrix products on two cores."""
@@ -148,7 +149,7 @@ def _stages(spec: CompressionSpec, facts: ModelFacts, students: dict[str, ModelF
     yield _measuring("baseline", spec.evaluation, [original], facts)
     shape, names = original, spec.stage_names()
     for number, step in enumerate(spec.steps):
-        result = after_step(step, shape, students)
+        result = after_step(step, shape, facts, students)
         memory = _step_memory(step, shape, result, original, facts)
         seconds = _step_seconds(step, shape, result, original)
         yield _stage(names[2 + number], memory, result.weight_bytes, seconds, result.weight_bytes)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from app.db import job_queries
+from app.db import job_claims
 from app.db.engine import Database
-from app.db.job_queries import Claim
+from app.db.job_claims import Claim
 from app.db.tables import Artifact
 from app.ids import new_id
 from app.spec.base import Family
@@ -48,7 +48,7 @@ def make_facts(family: Family = Family.CAUSAL_LM, **changes: Any) -> ModelFacts:
 def claim(database: Database, job_id: str) -> Claim:
     """Take a job as a worker does."""
     with database.write() as session:
-        taken = job_queries.claim_job(session, job_id, owner="test", lease_seconds=60)
+        taken = job_claims.claim_job(session, job_id, owner="test", lease_seconds=60)
     assert taken is not None
     return taken
 
@@ -73,5 +73,5 @@ def finish(
         )
     ids = [artifact.id for artifact in artifacts]
     with database.write() as session:
-        assert job_queries.succeed(session, taken, verdict=verdict, artifacts=artifacts)
+        assert job_claims.succeed(session, taken, verdict=verdict, artifacts=artifacts)
     return ids

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from app.db import job_queries, model_queries
+from app.db import job_moves, job_queries, model_queries
 from app.db.engine import Database
 from app.db.tables import Job, Model, ModelFile
 from app.ids import new_id
@@ -60,7 +60,7 @@ class Bench:
                 id=new_id("job"), model_id=model_id, model_name="m", spec=spec, technique="quantize.weights",
                 queue="cpu", max_attempts=3,
             )  # fmt: skip
-            job_queries.create_job(session, job, STAGES)
+            job_moves.create_job(session, job, STAGES)
         return job.id
 
     def job(self, job_id: str) -> Job:

@@ -11,7 +11,7 @@ import pytest
 from bench import STAGES, Bench
 from waiting import wait_until
 
-from app.db import job_queries
+from app.db import job_claims, job_moves, job_queries
 from app.settings import get_settings
 from app.storage import get_store
 
@@ -47,7 +47,7 @@ def test_second_delivery_does_nothing(bench: Bench) -> None:
 def test_a_delivery_while_the_job_runs_does_nothing(bench: Bench) -> None:
     job_id = bench.submit()
     with bench.database.write() as session:
-        assert job_queries.claim_job(session, job_id, owner="first", lease_seconds=60)
+        assert job_claims.claim_job(session, job_id, owner="first", lease_seconds=60)
     assert bench.supervisor(("stages", ALL), FINISHED).run(job_id) == "not_claimed"
     assert bench.job(job_id).attempt == 1
 
@@ -112,7 +112,7 @@ def test_a_cancel_ends_the_whole_process_group_within_two_seconds(bench: Bench) 
     wait_until(lambda: pid_file.exists() and pid_file.read_text())
     grandchild = psutil.Process(int(pid_file.read_text()))
     with bench.database.write() as session:
-        assert job_queries.request_cancel(session, job_id) == "cancelling"
+        assert job_moves.request_cancel(session, job_id) == "cancelling"
     began = time.monotonic()
     thread.join(timeout=10)
     assert time.monotonic() - began < 2
@@ -124,8 +124,8 @@ def test_a_cancel_ends_the_whole_process_group_within_two_seconds(bench: Bench) 
 def test_a_queued_job_is_cancelled_at_once_and_never_claimed(bench: Bench) -> None:
     job_id = bench.submit()
     with bench.database.write() as session:
-        assert job_queries.request_cancel(session, job_id) == "cancelled"
-        assert job_queries.request_cancel(session, job_id) is None
+        assert job_moves.request_cancel(session, job_id) == "cancelled"
+        assert job_moves.request_cancel(session, job_id) is None
     assert bench.supervisor(FINISHED).run(job_id) == "not_claimed"
 
 
@@ -151,21 +151,21 @@ def test_a_worker_that_lost_its_lease_changes_nothing(bench: Bench) -> None:
 def test_sweeping_takes_a_job_back_from_a_dead_worker(bench: Bench) -> None:
     job_id = bench.submit()
     with bench.database.write() as session:
-        job_queries.claim_job(session, job_id, owner="dead", lease_seconds=-1)
+        job_claims.claim_job(session, job_id, owner="dead", lease_seconds=-1)
     with bench.database.write() as session:
-        assert [(s.job_id, s.status) for s in job_queries.sweep_lost(session)] == [(job_id, "queued")]
-        assert job_queries.sweep_lost(session) == []
-        assert job_queries.take_undispatched(session, stale_seconds=60) == [(job_id, "cpu")]
-        assert job_queries.take_undispatched(session, stale_seconds=60) == []
+        assert [(s.job_id, s.status) for s in job_moves.sweep_lost(session)] == [(job_id, "queued")]
+        assert job_moves.sweep_lost(session) == []
+        assert job_moves.take_undispatched(session, stale_seconds=60) == [(job_id, "cpu")]
+        assert job_moves.take_undispatched(session, stale_seconds=60) == []
 
 
 def test_sweeping_ends_a_cancelled_job_of_a_dead_worker(bench: Bench) -> None:
     job_id = bench.submit()
     with bench.database.write() as session:
-        job_queries.claim_job(session, job_id, owner="dead", lease_seconds=-1)
-        job_queries.request_cancel(session, job_id)
+        job_claims.claim_job(session, job_id, owner="dead", lease_seconds=-1)
+        job_moves.request_cancel(session, job_id)
     with bench.database.write() as session:
-        assert [s.status for s in job_queries.sweep_lost(session)] == ["cancelled"]
+        assert [s.status for s in job_moves.sweep_lost(session)] == ["cancelled"]
     job = bench.job(job_id)
     assert job.status == "cancelled"
     assert job.ended_at is not None
@@ -229,8 +229,8 @@ def test_retry_goes_on_where_a_failed_job_stopped(bench: Bench) -> None:
     failed = {"type": "failed", "code": "x", "detail": "no"}
     assert bench.supervisor(("stages", 2), ("emit", failed)).run(job_id) == "failed"
     with bench.database.write() as session:
-        assert job_queries.retry_job(session, job_id)
-        assert not job_queries.retry_job(session, job_id)
+        assert job_moves.retry_job(session, job_id)
+        assert not job_moves.retry_job(session, job_id)
     assert bench.supervisor(("stages", ALL), FINISHED).run(job_id) == "succeeded"
     assert bench.job(job_id).error is None
 

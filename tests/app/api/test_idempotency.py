@@ -10,7 +10,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from app.db import idempotency_queries, job_queries
+from app.db import idempotency_queries, job_moves
 from app.db.engine import Database, get_database
 from app.errors import Unavailable
 
@@ -89,7 +89,7 @@ def test_a_call_that_fails_after_it_has_written_leaves_neither_job_nor_key(
         raise Unavailable("gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr(job_queries, "mark_dispatched", broken)
+        patched.setattr(job_moves, "mark_dispatched", broken)
         assert post(client, "k", model).status_code == 503
     assert count(client) == 0
     assert post(client, "k", model).status_code == 202

@@ -9,7 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 from job_support import claim, finish, make_facts
 
-from app.db import job_queries
+from app.db import job_claims, job_moves
 from app.db.engine import Database
 from app.settings import Settings
 from app.spec.base import Family
@@ -75,7 +75,7 @@ def test_a_job_is_accepted_while_the_broker_is_away_and_left_to_the_sweeper(
 ) -> None:
     job = submit(client, add_model())
     with any_database.write() as session:
-        assert job_queries.take_undispatched(session, stale_seconds=3600) == [(job["id"], "cpu")]
+        assert job_moves.take_undispatched(session, stale_seconds=3600) == [(job["id"], "cpu")]
 
 
 def test_a_job_is_sent_to_the_broker_after_its_commit(
@@ -273,7 +273,7 @@ def test_a_running_job_is_cancelling_until_its_worker_has_stopped(
     for _ in range(2):
         assert client.post(job["urls"]["cancel"]).json()["status"] == "cancelling"
     with any_database.write() as session:
-        assert job_queries.end_cancelled(session, taken)
+        assert job_claims.end_cancelled(session, taken)
     assert client.get(job["urls"]["self"]).json()["status"] == "cancelled"
     assert len(client.get(job["urls"]["events"]).json()["items"]) == 4
 
@@ -294,7 +294,7 @@ def test_a_failed_job_shows_its_error_and_can_be_retried(
     assert client.post(job["urls"]["retry"]).json()["code"] == "job_not_retryable"
     error = {"code": "out_of_memory", "detail": "Memory ran out.", "hint": "Less.", "stage": "load"}
     with any_database.write() as session:
-        job_queries.fail(session, claim_in(session, job["id"]), error)
+        job_claims.fail(session, claim_in(session, job["id"]), error)
     failed = client.get(job["urls"]["self"]).json()
     assert (failed["status"], failed["error"]) == ("failed", error)
     result = client.get(job["urls"]["result"])
@@ -308,8 +308,8 @@ def test_a_failed_job_shows_its_error_and_can_be_retried(
     assert retried.json()["durations"]["total"] < 5
 
 
-def claim_in(session: Any, job_id: str) -> job_queries.Claim:
-    taken = job_queries.claim_job(session, job_id, owner="test", lease_seconds=60)
+def claim_in(session: Any, job_id: str) -> job_claims.Claim:
+    taken = job_claims.claim_job(session, job_id, owner="test", lease_seconds=60)
     assert taken is not None
     return taken
 

@@ -21,12 +21,17 @@ def test_a_transaction_that_falls_asleep_gives_its_locks_back(
     with database.write() as session:
         session.execute(text("CREATE TABLE rows (id int PRIMARY KEY, value int)"))
         session.execute(text("INSERT INTO rows VALUES (1, 0)"))
-    with pytest.raises(Unavailable), database.write() as sleeper:
+    with pytest.raises(Unavailable):
+        _sleep_while_another_writes(database)
+    with database.read() as session:
+        assert session.execute(text("SELECT value FROM rows")).scalar_one() == 2
+    database.engine.dispose()
+
+
+def _sleep_while_another_writes(database: Database) -> None:
+    with database.write() as sleeper:
         sleeper.execute(text("UPDATE rows SET value = 1"))
         time.sleep(0.5)
         with database.write() as other:
             other.execute(text("SET LOCAL lock_timeout = '5s'"))
             other.execute(text("UPDATE rows SET value = 2"))
-    with database.read() as session:
-        assert session.execute(text("SELECT value FROM rows")).scalar_one() == 2
-    database.engine.dispose()

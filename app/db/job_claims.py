@@ -1,0 +1,265 @@
+"""What a worker may do to the job it holds: every statement names the fence it claimed the job with.
+
+With `job_moves` the only place where a job's status changes. Legal moves, each one UPDATE that names the state it leaves:
+
+    queued ──claim──▶ running ──succeed──▶ succeeded
+      ▲  │               │ ├────fail─────▶ failed ──┐
+      │  │               │ └──cancelled──▶ cancelled─┤
+      │  └──cancel──────────────────────▶ cancelled  │
+      ├── give_back/release/sweep ┘                  │
+      └───────────────── retry ──────────────────────┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    and_,
+    case,
+    false,
+    null,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.orm import Session
+
+from app.db.engine import db_now
+from app.db.job_queries import add_events
+from app.db.tables import Artifact, Job, JobStage
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a worker holds once a job is its own."""
+
+    job_id: str
+    fence: int
+    stage: int
+    attempt: int
+
+
+def claim_job(session: Session, job_id: str, *, owner: str, lease_seconds: float) -> Claim | None:
+    """Take a queued job, or a running one whose lease has run out. None: somebody else has it, or it has ended."""
+    free = or_(
+        and_(Job.status == "queued", or_(Job.run_after.is_(None), Job.run_after <= db_now())),
+        and_(Job.status == "running", Job.lease_until < db_now()),
+    )
+    row = session.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.cancel_requested == false(), Job.attempt < Job.max_attempts, free)
+        .values(
+            status="running",
+            lease_owner=owner,
+            lease_until=db_now() + lease_seconds,
+            fence=Job.fence + 1,
+            attempt=Job.attempt + 1,
+            error=null(),
+            started_at=case((Job.started_at.is_(None), db_now()), else_=Job.started_at),
+        )
+        .returning(Job.fence, Job.stage, Job.attempt)
+    ).one_or_none()
+    if row is None:
+        return None
+    add_events(session, job_id, [("status", {"status": "running", "attempt": row.attempt, "worker": owner})])
+    return Claim(job_id, row.fence, row.stage, row.attempt)
+
+
+def extend_lease(session: Session, claim: Claim, *, lease_seconds: float) -> bool | None:
+    """Heartbeat. True: a cancel has been asked for. None: the lease is lost, stop at once."""
+    row = session.execute(
+        update(Job)
+        .where(*_held(claim))
+        .values(lease_until=db_now() + lease_seconds)
+        .returning(Job.cancel_requested)
+    ).one_or_none()
+    return None if row is None else row.cancel_requested
+
+
+def commit_stage(
+    session: Session, claim: Claim, number: int, directory: str, metrics: dict[str, Any]
+) -> bool:
+    """Commit stage `number` (from 0) with its files. False: the lease is lost, or it is not this stage's turn."""
+    moved = session.execute(
+        update(Job).where(*_held(claim), Job.stage == number).values(stage=number + 1).returning(Job.id)
+    ).one_or_none()
+    if moved is None:
+        return False
+    name = _update_stage(
+        session,
+        claim,
+        number,
+        status="done",
+        progress=1.0,
+        directory=directory,
+        metrics=metrics,
+        ended_at=db_now(),
+    )
+    event = {"stage": number, "name": name, "status": "done", "metrics": metrics}
+    add_events(session, claim.job_id, [("stage", event)])
+    return True
+
+
+def rewind_stages(session: Session, claim: Claim, stage: int) -> bool:
+    """Forget committed stages from `stage` on: their files are not on this worker. False: the lease is lost."""
+    held = session.execute(
+        update(Job).where(*_held(claim)).values(stage=stage).returning(Job.id)
+    ).one_or_none()
+    if held is None:
+        return False
+    session.execute(
+        update(JobStage)
+        .where(JobStage.job_id == claim.job_id, JobStage.number >= stage)
+        .values(status="pending", progress=0.0, directory=None, metrics={}, started_at=None, ended_at=None)
+    )
+    return True
+
+
+def start_stage(session: Session, claim: Claim, number: int) -> bool:
+    """Mark stage `number` as running. False: the lease is lost."""
+    if not _is_held(session, claim):
+        return False
+    name = _update_stage(
+        session, claim, number, status="running", progress=0.0, started_at=db_now(), ended_at=None
+    )
+    add_events(session, claim.job_id, [("stage", {"stage": number, "name": name, "status": "running"})])
+    return True
+
+
+def set_progress(
+    session: Session, claim: Claim, *, progress: float, eta_seconds: float | None, event: dict[str, Any]
+) -> bool:
+    """Write down how far a job is (0 to 1), and its stage, which `event` names. False: the lease is lost."""
+    held = session.execute(
+        update(Job).where(*_held(claim)).values(progress=progress, eta_seconds=eta_seconds).returning(Job.id)
+    ).one_or_none()
+    if held is None:
+        return False
+    _update_stage(session, claim, event["stage"], progress=event["fraction"])
+    add_events(session, claim.job_id, [("progress", {**event, "progress": round(progress, 4)})])
+    return True
+
+
+def add_warning(session: Session, claim: Claim, message: str) -> bool:
+    """Append to the job's warnings. False: the lease is lost."""
+    warnings = session.execute(
+        select(Job.warnings).where(*_held(claim)).with_for_update()
+    ).scalar_one_or_none()
+    if warnings is None:
+        return False
+    session.execute(update(Job).where(*_held(claim)).values(warnings=[*warnings, message]))
+    add_events(session, claim.job_id, [("warning", {"message": message})])
+    return True
+
+
+def add_held_events(session: Session, claim: Claim, events: Sequence[tuple[str, dict[str, Any]]]) -> bool:
+    """Append events of the job's process. False: the lease is lost and nothing is written."""
+    if not _is_held(session, claim):
+        return False
+    add_events(session, claim.job_id, events)
+    return True
+
+
+def succeed(session: Session, claim: Claim, *, verdict: str, artifacts: Iterable[Artifact]) -> bool:
+    """End a job well and publish its artifacts, in one transaction. False: the lease is lost or it was cancelled."""
+    ended = session.execute(
+        update(Job)
+        .where(*_held(claim), Job.cancel_requested == false())
+        .values(status="succeeded", verdict=verdict, progress=1.0, eta_seconds=0.0, **_ended())
+        .returning(Job.id)
+    ).one_or_none()
+    if ended is None:
+        return False
+    session.add_all(artifacts)
+    add_events(session, claim.job_id, [("status", {"status": "succeeded", "verdict": verdict})])
+    return True
+
+
+def fail(session: Session, claim: Claim, error: dict[str, Any]) -> bool:
+    """End a job badly. False: the lease is lost."""
+    ended = session.execute(
+        update(Job).where(*_held(claim)).values(status="failed", error=error, **_ended()).returning(Job.id)
+    ).one_or_none()
+    if ended is not None:
+        add_events(session, claim.job_id, [("status", {"status": "failed", "error": error})])
+    return ended is not None
+
+
+def give_back(session: Session, claim: Claim, error: dict[str, Any], *, delay_seconds: float) -> str | None:
+    """Queue a job again after a fault that may pass; the last attempt fails it. None: the lease is lost."""
+    last = Job.attempt >= Job.max_attempts
+    row = session.execute(
+        update(Job)
+        .where(*_held(claim))
+        .values(
+            status=case((last, "failed"), else_="queued"),
+            error=error,
+            lease_owner=None,
+            lease_until=None,
+            dispatched_at=None,
+            run_after=db_now() + delay_seconds,
+            ended_at=case((last, db_now()), else_=null()),
+        )
+        .returning(Job.status)
+    ).one_or_none()
+    if row is None:
+        return None
+    add_events(session, claim.job_id, [("status", {"status": row.status, "error": error})])
+    return str(row.status)
+
+
+def release(session: Session, claim: Claim) -> bool:
+    """Queue a job again because its worker shuts down; the attempt does not count. False: the lease is lost."""
+    row = session.execute(
+        update(Job)
+        .where(*_held(claim))
+        .values(
+            status="queued", attempt=Job.attempt - 1, lease_owner=None, lease_until=None, dispatched_at=None
+        )
+        .returning(Job.id)
+    ).one_or_none()
+    if row is not None:
+        add_events(session, claim.job_id, [("status", {"status": "queued", "reason": "worker_shutdown"})])
+    return row is not None
+
+
+def is_cancel_requested(session: Session, job_id: str) -> bool:
+    """Whether somebody has asked for the job to be cancelled."""
+    return bool(session.execute(select(Job.cancel_requested).where(Job.id == job_id)).scalar_one_or_none())
+
+
+def end_cancelled(session: Session, claim: Claim) -> bool:
+    """End a running job whose cancel was asked for, once its process is gone. False: the lease is lost."""
+    ended = session.execute(
+        update(Job).where(*_held(claim)).values(status="cancelled", **_ended()).returning(Job.id)
+    ).one_or_none()
+    if ended is not None:
+        add_events(session, claim.job_id, [("status", {"status": "cancelled"})])
+    return ended is not None
+
+
+def _held(claim: Claim) -> tuple[ColumnElement[bool], ...]:
+    return (Job.id == claim.job_id, Job.fence == claim.fence, Job.status == "running")
+
+
+def _is_held(session: Session, claim: Claim) -> bool:
+    found = session.execute(select(Job.id).where(*_held(claim)).with_for_update()).one_or_none()
+    return found is not None
+
+
+def _update_stage(session: Session, claim: Claim, number: int, **values: Any) -> str:
+    """Change one stage of a job that is held, and return its name."""
+    return session.execute(
+        update(JobStage)
+        .where(JobStage.job_id == claim.job_id, JobStage.number == number)
+        .values(**values)
+        .returning(JobStage.name)
+    ).scalar_one()
+
+
+def _ended() -> dict[str, Any]:
+    return {"lease_owner": None, "lease_until": None, "ended_at": db_now()}

@@ -1,0 +1,156 @@
+"""What users and the sweeper do to jobs they do not hold: create, cancel, retry, take back, send, delete.
+
+`job_claims` draws the legal moves of a job's status.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import (
+    JSON,
+    and_,
+    case,
+    delete,
+    false,
+    insert,
+    literal,
+    null,
+    or_,
+    select,
+    true,
+    update,
+)
+from sqlalchemy.orm import Session
+
+from app.db.engine import db_now
+from app.db.job_queries import TERMINAL, add_events
+from app.db.tables import Job, JobStage
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A job whose lease had run out, and what became of it."""
+
+    job_id: str
+    status: str
+
+
+def create_job(session: Session, job: Job, stages: Sequence[str]) -> None:
+    """Insert a queued job with its stages and its first event."""
+    session.add(job)
+    session.flush()
+    session.execute(
+        insert(JobStage),
+        [
+            {"job_id": job.id, "number": number, "name": name, "metrics": {}}
+            for number, name in enumerate(stages)
+        ],
+    )
+    add_events(session, job.id, [("status", {"status": "queued"})])
+
+
+def request_cancel(session: Session, job_id: str) -> str | None:
+    """Ask for a cancel: a queued job ends at once, a running one when its worker hears of it. Returns the status
+    afterwards, None if the job has already ended."""
+    row = session.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.status.in_(("queued", "running")))
+        .values(
+            cancel_requested=true(),
+            status=case((Job.status == "queued", "cancelled"), else_=Job.status),
+            ended_at=case((Job.status == "queued", db_now()), else_=null()),
+        )
+        .returning(Job.status)
+    ).one_or_none()
+    if row is None:
+        return None
+    status = "cancelled" if row.status == "cancelled" else "cancelling"
+    add_events(session, job_id, [("status", {"status": status})])
+    return status
+
+
+def retry_job(session: Session, job_id: str) -> bool:
+    """Queue a failed or cancelled job again; committed stages are kept. False: it is in no state for that."""
+    row = session.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.status.in_(("failed", "cancelled")))
+        .values(
+            status="queued",
+            attempt=0,
+            cancel_requested=false(),
+            error=null(),
+            dispatched_at=None,
+            run_after=None,
+            queued_at=db_now(),
+            ended_at=None,
+        )
+        .returning(Job.id)
+    ).one_or_none()
+    if row is None:
+        return False
+    add_events(session, job_id, [("status", {"status": "queued", "retry": True})])
+    return True
+
+
+def sweep_lost(session: Session) -> list[Swept]:
+    """Jobs whose worker has not renewed its lease: back to the queue, or ended. Several sweepers may run at once."""
+    lost = literal(
+        {"code": "worker_lost", "detail": "The worker that ran this job stopped renewing its lease."}, JSON
+    )
+    ends = or_(Job.cancel_requested == true(), Job.attempt >= Job.max_attempts)
+    rows = session.execute(
+        update(Job)
+        .where(Job.status == "running", Job.lease_until < db_now())
+        .values(
+            status=case(
+                (Job.cancel_requested == true(), "cancelled"),
+                (Job.attempt >= Job.max_attempts, "failed"),
+                else_="queued",
+            ),
+            error=case((Job.cancel_requested == true(), null()), else_=lost),
+            lease_owner=None,
+            lease_until=None,
+            dispatched_at=None,
+            ended_at=case((ends, db_now()), else_=null()),
+        )
+        .returning(Job.id, Job.status)
+    ).all()
+    for row in rows:
+        add_events(session, row.id, [("status", {"status": row.status, "reason": "worker_lost"})])
+    return [Swept(row.id, row.status) for row in rows]
+
+
+def take_undispatched(session: Session, *, stale_seconds: float, limit: int = 500) -> list[tuple[str, str]]:
+    """Queued jobs whose message was never sent, or so long ago that it may be lost: (id, queue), now marked sent."""
+    due = and_(
+        Job.status == "queued",
+        or_(Job.run_after.is_(None), Job.run_after <= db_now()),
+        or_(Job.dispatched_at.is_(None), Job.dispatched_at < db_now() - stale_seconds),
+    )
+    chosen = select(Job.id).where(due).order_by(Job.queued_at).limit(limit).scalar_subquery()
+    rows = session.execute(
+        update(Job).where(Job.id.in_(chosen), due).values(dispatched_at=db_now()).returning(Job.id, Job.queue)
+    ).all()
+    return [(row.id, row.queue) for row in rows]
+
+
+def forget_dispatch(session: Session, job_ids: Sequence[str]) -> None:
+    """The broker took no message for these jobs: the next sweep tries again."""
+    session.execute(update(Job).where(Job.id.in_(job_ids), Job.status == "queued").values(dispatched_at=None))
+
+
+def mark_dispatched(session: Session, job_id: str) -> None:
+    """Remember that the job's message is about to be sent, so that the sweeper waits before sending another."""
+    session.execute(
+        update(Job).where(Job.id == job_id, Job.status == "queued").values(dispatched_at=db_now())
+    )
+
+
+def delete_job(session: Session, job_id: str) -> bool:
+    """Delete a job that has ended, with all its rows. False: it has not ended."""
+    gone = session.execute(
+        delete(Job).where(Job.id == job_id, Job.status.in_(TERMINAL)).returning(Job.id)
+    ).one_or_none()
+    return gone is not None
