@@ -89,7 +89,10 @@ def measure(model: Path, scratch: Path, *, tokens: int) -> Figures:
     """Quantize, reload the written files, compare, and state the figures."""
     facts, result = facts_of(model), scratch / "int8"
     result.mkdir()
-    context = StepContext(source=model, target=result, original=model, facts=facts, threads=THREADS)
+    context = StepContext(
+        source=model, target=result, original=model, facts=facts, threads=THREADS,
+        calibration_text=builtin_text("calibration"),
+    )  # fmt: skip
     (step,) = RECIPES["int8"].spec.steps
     run_step(step, context)
     text = builtin_text("evaluation")

@@ -17,7 +17,7 @@ from app.spec.compression import Acceptance, CompressionSpec
 from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel, StudentFromPreviousStep
 from app.spec.facts import ModelFacts, TensorFact
 from app.spec.prune import PruneDepth, PruneMagnitude
-from app.spec.quantize import QuantizeWeights
+from app.spec.quantize import IntegerWeights
 
 _NAMED_LAYERS = 3
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -52,7 +52,7 @@ def check_spec(
     for number, step in enumerate(spec.steps):
         where = f"/steps/{number}"
         faults += _check_family(step, facts, where)
-        if isinstance(step, QuantizeWeights | PruneMagnitude):
+        if isinstance(step, IntegerWeights | PruneMagnitude):
             faults += _check_layers(step, shape, where)
         if isinstance(step, PruneDepth):
             faults += _check_depth(step, shape, where)
@@ -84,7 +84,7 @@ def _check_family(step: Step, facts: ModelFacts, where: str) -> Iterator[Fault]:
         yield Fault(f"{where}/technique", f"Works on {known} models; this one is {facts.family}.")
 
 
-def _check_layers(step: QuantizeWeights | PruneMagnitude, shape: _Shape, where: str) -> Iterator[Fault]:
+def _check_layers(step: IntegerWeights | PruneMagnitude, shape: _Shape, where: str) -> Iterator[Fault]:
     for number, pattern in enumerate(step.ignore):
         if not matching_layers([pattern], shape.layers):
             example = module_name(shape.layers[0]) if shape.layers else "none"
@@ -102,7 +102,7 @@ def _check_layers(step: QuantizeWeights | PruneMagnitude, shape: _Shape, where: 
         )
     elif not layers:
         yield Fault(f"{where}/ignore", "Nothing is left to work on: every layer is ignored.")
-    elif isinstance(step, QuantizeWeights) and step.group_size is not None:
+    elif isinstance(step, IntegerWeights) and step.group_size is not None:
         yield from _check_group_size(step.group_size, layers, f"{where}/group_size")
     elif isinstance(step, PruneMagnitude) and step.pattern == "2:4":
         yield from _check_multiple_of_four(layers, f"{where}/pattern")

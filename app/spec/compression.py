@@ -11,14 +11,21 @@ from app.spec.distill import DistillLogits, StudentFromModel, StudentFromPreviou
 from app.spec.export import Export
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth, PruneMagnitude
-from app.spec.quantize import QuantizeWeights
+from app.spec.quantize import QuantizeGptq, QuantizeWeights
 
 AnyStep = Annotated[
-    QuantizeWeights | PruneMagnitude | PruneDepth | DistillLogits | OptimizeOnnx,
+    QuantizeWeights | QuantizeGptq | PruneMagnitude | PruneDepth | DistillLogits | OptimizeOnnx,
     Field(discriminator="technique"),
 ]
 
-STEP_CLASSES: tuple[type, ...] = (QuantizeWeights, PruneMagnitude, PruneDepth, DistillLogits, OptimizeOnnx)
+STEP_CLASSES: tuple[type, ...] = (
+    QuantizeWeights,
+    QuantizeGptq,
+    PruneMagnitude,
+    PruneDepth,
+    DistillLogits,
+    OptimizeOnnx,
+)
 
 
 class TextSource(Frozen):

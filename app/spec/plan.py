@@ -14,7 +14,7 @@ from app.spec.distill import DistillLogits
 from app.spec.facts import ModelFacts
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth
-from app.spec.quantize import QuantizeWeights
+from app.spec.quantize import QuantizeGptq, QuantizeWeights
 from app.spec.sizes import Shape, after_step
 
 _MIB = 2**20
@@ -37,6 +37,8 @@ TRAINING_LOGITS_COPIES = 5
 """Teacher, student, both log-softmaxes, and the gradient."""
 ACTIVATION_FLOATS_PER_HIDDEN = 34
 """Floats kept for the backward pass per token, block and hidden unit (Korthikanti et al. 2022, sec. 4)."""
+GPTQ_COPIES = 3
+"""Float32 matrices of the widest layer's inputs squared: its statistics, their factor and the inverse of it."""
 ONNX_COPIES = 7
 """Float32 copies of the model while it is optimized: module, graph, variants, and onnxruntime's own of each in a contest."""
 
@@ -45,6 +47,8 @@ FLOPS_PER_SECOND = 4e10
 STREAMED_BYTES_PER_SECOND = 150e6
 """Reading and writing a checkpoint through the page cache, syncs included."""
 QUANTIZED_WEIGHTS_PER_SECOND = {"mse": 12e6, "absmax": 60e6}
+GPTQ_SECONDS_PER_WEIGHT = 1e-7
+"""Fitting scales, factoring the inputs' statistics and compensating, on SmolLM2-135M."""
 PROCESS_SECONDS = 4.0
 """Start of a process with torch."""
 ONNX_SECONDS_PER_PARAMETER = 2e-7
@@ -201,6 +205,10 @@ def _step_memory(step: Step, before: Shape, after: Shape, original: Shape, facts
         case PruneDepth():
             states = 2 * 4 * step.calibration_tokens * facts.hidden_size
             return 4 * before.largest_block + 4 * facts.vocab_size * facts.hidden_size + states
+        case QuantizeGptq():
+            widths = before.largest_block_widths
+            hessians = 4 * (sum(n * n for n in widths) + GPTQ_COPIES * max(widths, default=0) ** 2)
+            return 4 * before.largest_block + 4 * facts.vocab_size * facts.hidden_size + hessians + SLAB_BYTES
         case DistillLogits():
             tokens = step.batch_size * step.sequence_length
             activations = 4 * tokens * facts.hidden_size * ACTIVATION_FLOATS_PER_HIDDEN * after.blocks
@@ -222,6 +230,10 @@ def _step_seconds(step: Step, before: Shape, after: Shape, original: Shape) -> f
     match step:
         case QuantizeWeights():
             return streaming + before.dense_parameters / QUANTIZED_WEIGHTS_PER_SECOND[step.scale_search]
+        case QuantizeGptq():
+            forwards = 4 * before.dense_parameters * step.calibration_tokens
+            solving = before.dense_parameters * GPTQ_SECONDS_PER_WEIGHT
+            return streaming + forwards / FLOPS_PER_SECOND + solving
         case PruneDepth():
             return streaming + 2 * before.dense_parameters * step.calibration_tokens / FLOPS_PER_SECOND
         case DistillLogits():

@@ -17,7 +17,7 @@ from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromMode
 from app.spec.facts import ModelFacts, TensorFact
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth
-from app.spec.quantize import QuantizeWeights
+from app.spec.quantize import IntegerWeights
 
 _PACKED_WORD_BITS = 32
 # Nodes, names and shapes of the graph: measured 0.3 to 1 MB for 6 to 30 blocks.
@@ -48,6 +48,14 @@ class Shape:
         return max((count for index, count in totals.items() if index is not None), default=0)
 
     @property
+    def largest_block_widths(self) -> list[int]:
+        """Inputs of each linear layer of the widest block."""
+        widths: dict[int | None, list[int]] = {}
+        for tensor in compressible(self):
+            widths.setdefault(block_index(tensor.name), []).append(tensor.shape[1])
+        return max(widths.values(), key=lambda found: sum(n * n for n in found), default=[])
+
+    @property
     def blocks(self) -> int:
         """How many blocks there are."""
         return len({block_index(t.name) for t in self.tensors} - {None})
@@ -72,7 +80,7 @@ def safetensors_bytes(tensors: Iterable[TensorFact]) -> int:
 def after_step(step: Step, shape: Shape, facts: ModelFacts, students: dict[str, ModelFacts]) -> Shape:
     """The model that a step leaves; `facts` are those of the original."""
     match step:
-        case QuantizeWeights():
+        case IntegerWeights():
             return _quantized(step, shape)
         case PruneDepth():
             return without_blocks(shape, step.blocks_to_drop(shape.blocks))
@@ -98,7 +106,7 @@ def compressible(shape: Shape) -> tuple[TensorFact, ...]:
     return tuple(t for t in shape.tensors if is_compressible(t.name, t.shape))
 
 
-def packed_layer(tensor: TensorFact, step: QuantizeWeights) -> tuple[TensorFact, ...]:
+def packed_layer(tensor: TensorFact, step: IntegerWeights) -> tuple[TensorFact, ...]:
     """The tensors of compressed-tensors' `pack-quantized` that stand for one weight of (rows, columns)."""
     rows, columns = tensor.shape
     groups = columns // step.group_size if step.group_size else 1
@@ -118,7 +126,7 @@ def _words(codes: int, bits: int) -> int:
     return -(-codes * bits // _PACKED_WORD_BITS)
 
 
-def _quantized(step: QuantizeWeights, shape: Shape) -> Shape:
+def _quantized(step: IntegerWeights, shape: Shape) -> Shape:
     layers = compressible(shape)
     chosen = {t.name for t in layers} - {t.name for t in matching_layers(step.ignore, layers)}
     tensors: list[TensorFact] = []

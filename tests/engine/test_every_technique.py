@@ -30,7 +30,7 @@ from tiny_models import BLOCKS, facts_of
 
 from app.spec.architectures import block_index
 from app.spec.compression import STEP_CLASSES
-from app.spec.quantize import QuantizeWeights
+from app.spec.quantize import IntegerWeights
 from workers.engine.architectures.loading import load_model, load_tokenizer
 from workers.engine.technique import implemented, run_step
 
@@ -170,9 +170,9 @@ def _onnx_output(directory: Path, tokens: dict[str, torch.Tensor]) -> np.ndarray
 _LOADERS = {"safetensors": _torch_output, "compressed-tensors": _torch_output, "onnx": _onnx_output}
 
 
-def _promises_of_quantize_weights(run: Run) -> None:
+def _promises_of_packed_integers(run: Run) -> None:
     step = run.case.step
-    assert isinstance(step, QuantizeWeights)
+    assert isinstance(step, IntegerWeights)
     tensors = tensors_of(run.target)
     for layer in run.outcome.layers:
         stem = layer.name.removesuffix(".weight")
@@ -257,7 +257,8 @@ def _promises_of_optimize_onnx(run: Run) -> None:
 
 
 _PROMISES: dict[str, Callable[[Run], None]] = {
-    "quantize.weights": _promises_of_quantize_weights,
+    "quantize.weights": _promises_of_packed_integers,
+    "quantize.gptq": _promises_of_packed_integers,
     "prune.magnitude": _promises_of_prune_magnitude,
     "prune.depth": _promises_of_prune_depth,
     "distill.logits": _promises_of_distill_logits,

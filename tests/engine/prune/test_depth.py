@@ -16,7 +16,7 @@ from app.spec.prune import PruneDepth
 from workers.engine.architectures.block_removal import remove_blocks
 from workers.engine.architectures.loading import load_model, load_tokenizer
 from workers.engine.calibration.block_influence import block_influence
-from workers.engine.calibration.block_stream import stream_blocks
+from workers.engine.calibration.block_stream import Calibration, stream_blocks
 from workers.engine.calibration.windows import model_windows
 from workers.engine.prune.depth import least_influential, prune_depth
 from workers.engine.technique import StepContext
@@ -77,6 +77,12 @@ def _no_cache(model: nn.Module) -> dict[str, Any]:
     return {"use_cache": False} if type(model).__name__.endswith("CausalLM") else {}
 
 
+def _calibration(directory: Path, windows: Tensor, spool: Path) -> Calibration:
+    return Calibration(
+        directory=directory, windows=windows, spool_directory=spool, device="cpu", progress=_ignore
+    )
+
+
 @pytest.mark.parametrize("architecture", STREAMED)
 @torch.inference_mode()
 def test_streamed_hidden_states_are_those_of_the_whole_model(
@@ -86,12 +92,8 @@ def test_streamed_hidden_states_are_those_of_the_whole_model(
     windows = _windows(directory, tiny_text)
     streamed: dict[int, list[Tensor]] = {}
     stream_blocks(
-        directory,
-        windows,
+        _calibration(directory, windows, tmp_path),
         lambda index, before, after: streamed.setdefault(index, []).append(torch.cat((before, after))),
-        spool_directory=tmp_path,
-        device="cpu",
-        progress=_ignore,
     )
     model = load_model(directory)
     whole: list[Tensor] = []
@@ -114,7 +116,7 @@ def test_influence_is_one_minus_the_cosine_in_float64(
 ) -> None:
     directory = tiny("LlamaForCausalLM")
     windows = _windows(directory, tiny_text)
-    influence = block_influence(directory, windows, spool_directory=tmp_path, device="cpu", progress=_ignore)
+    influence = block_influence(_calibration(directory, windows, tmp_path))
     with torch.inference_mode():
         model = load_model(directory, dtype=torch.float64)
         hidden: list[Tensor] = []

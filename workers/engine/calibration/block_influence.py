@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from workers.engine.calibration.block_stream import stream_blocks
-from workers.engine.technique import Progress
+from workers.engine.calibration.block_stream import Calibration, stream_blocks
 
 
-def block_influence(
-    directory: Path, windows: Tensor, *, spool_directory: Path, device: str, progress: Progress
-) -> list[float]:
+def block_influence(calibration: Calibration) -> list[float]:
     """Block influence, 1 − cos(input, output) averaged over tokens, of each block in order (Men et al. 2024, eq. 1)."""
     sums: dict[int, float] = {}
 
@@ -21,7 +16,5 @@ def block_influence(
         cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
         sums[index] = sums.get(index, 0.0) + float((1 - cosine).double().sum())
 
-    stream_blocks(
-        directory, windows, visit, spool_directory=spool_directory, device=device, progress=progress
-    )
-    return [sums[index] / windows.numel() for index in sorted(sums)]
+    stream_blocks(calibration, visit)
+    return [sums[index] / calibration.windows.numel() for index in sorted(sums)]

@@ -30,30 +30,76 @@ Visit = Callable[[int, Tensor, Tensor], None]
 """Called with a block's index, its input and its output, each (1, tokens, hidden) in fp32."""
 
 
+@dataclass(frozen=True)
+class LiveBlock:
+    """One block with its weights in memory, in fp32, and all inputs it has from the blocks before."""
+
+    index: int
+    module: nn.Module
+    stored_names: dict[str, str]
+    """Names in the checkpoint by names within the block."""
+    run: Callable[[], None]
+    """Run the block on every window and forget the outputs: for hooks to look on."""
+
+
+Prepare = Callable[[LiveBlock], None]
+
+
+def _nothing(block: LiveBlock) -> None:
+    """Leave the block as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """A model, and what is run through it."""
+
+    directory: Path
+    windows: Tensor
+    """(windows, tokens), int64, all of one length."""
+    spool_directory: Path
+    """Needs windows × tokens × hidden × 4 bytes of disk for as long as blocks are streamed."""
+    device: str
+    progress: Progress
+
+
 @torch.inference_mode()
 def stream_blocks(
-    directory: Path, windows: Tensor, visit: Visit, *, spool_directory: Path, device: str, progress: Progress
+    calibration: Calibration, visit: Visit | None = None, *, prepare: Prepare = _nothing
 ) -> None:
-    """Call `visit` for every block and window, blocks in order: windows (windows, tokens), int64, all of one length.
+    """Call `visit` for every block and window, blocks in order.
 
-    `spool_directory` needs windows × tokens × hidden × 4 bytes of disk for as long as this runs. Raises IntakeError
-    when the checkpoint lacks a tensor of a block.
+    `prepare` is called for each block first and may change its weights: what follows sees the outputs of those.
+    Raises IntakeError when the checkpoint lacks a tensor of a block.
     """
-    skeleton = _Skeleton.open(directory, windows, device)
+    windows, device, progress = calibration.windows, calibration.device, calibration.progress
+    skeleton = _Skeleton.open(calibration.directory, windows, device)
     calls = skeleton.record_calls(windows[:1])
     first = skeleton.embed(windows[:1])
-    with _Spool(spool_directory, len(windows), first.shape[1:]) as spool:
+    with _Spool(calibration.spool_directory, len(windows), first.shape[1:]) as spool:
         for number in range(len(windows)):
             spool.write(number, skeleton.embed(windows[number : number + 1]))
+        passes = 1 if prepare is _nothing else 2
+
+        def said(index: int, done: int) -> None:
+            share = (index + done / (passes * len(windows))) / len(calls)
+            progress(share, f"block {index + 1} of {len(calls)}")
+
         for index, (block, call) in enumerate(zip(skeleton.blocks, calls, strict=True)):
-            skeleton.materialise(block, prefix=f"{skeleton.blocks_name}.{index}.")
+            stored = skeleton.materialise(block, prefix=f"{skeleton.blocks_name}.{index}.")
+
+            def run(index: int = index, block: nn.Module = block, call: _Call = call) -> None:
+                for number in range(len(windows)):
+                    call.run(block, spool.read(number).to(device))
+                    said(index, number + 1)
+
+            prepare(LiveBlock(index, block, stored, run))
             for number in range(len(windows)):
                 hidden = spool.read(number).to(device)
                 output = call.run(block, hidden)
-                visit(index, hidden, output)
+                if visit is not None:
+                    visit(index, hidden, output)
                 spool.write(number, output)
-                share = (index + (number + 1) / len(windows)) / len(calls)
-                progress(share, f"block {index + 1} of {len(calls)}, window {number + 1} of {len(windows)}")
+                said(index, (passes - 1) * len(windows) + number + 1)
             block.to("meta")
 
 
@@ -110,8 +156,9 @@ class _Skeleton:
         skeleton._read_outside_blocks(windows)
         return skeleton
 
-    def materialise(self, module: nn.Module, *, prefix: str) -> None:
-        """Read the weights of a module in fp32 from the checkpoint."""
+    def materialise(self, module: nn.Module, *, prefix: str) -> dict[str, str]:
+        """Read the weights of a module in fp32 from the checkpoint. Returns their names there by those in the module."""
+        names: dict[str, str] = {}
         for name, _ in list(module.named_parameters()):
             stored = self.names.get(prefix + name)
             if stored is None:
@@ -120,7 +167,9 @@ class _Skeleton:
                     code="missing_tensor",
                     hint="Save the model again with save_pretrained() and upload all of its files.",
                 )
+            names[name] = stored
             _set_parameter(module, name, self.checkpoint.read(stored).to(self.device, torch.float32))
+        return names
 
     def record_calls(self, window: Tensor) -> list[_Call]:
         """The arguments of each block, from one forward in which only the first block computes."""

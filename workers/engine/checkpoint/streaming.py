@@ -70,7 +70,7 @@ def map_slabs(
         rows = checkpoint.read_rows(slab.entry.name, slab.start, slab.stop, out=local.buffer)
         return work(slab, rows)
 
-    with _one_torch_thread(), ThreadPoolExecutor(threads + _SPARE_THREADS) as pool:
+    with one_torch_thread(), ThreadPoolExecutor(threads + _SPARE_THREADS) as pool:
         try:
             done = 0
             for slab, result in zip(todo, pool.map(run, todo), strict=True):
@@ -83,7 +83,7 @@ def map_slabs(
 
 
 @contextmanager
-def _one_torch_thread() -> Iterator[None]:
+def one_torch_thread() -> Iterator[None]:
     """Let each of our threads compute on its own core: two pools would fight over them."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -9,22 +9,17 @@ Left out: measuring again after each removal, and repairing the neighbours; dist
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from app.errors import InvalidRequest
 from app.spec.architectures import block_index, is_compressible
 from app.spec.facts import TensorFact
 from app.spec.prune import PruneDepth
 from app.spec.report import LayerOutcome
 from workers.engine.architectures.block_removal import number_of_blocks, remove_blocks
-from workers.engine.architectures.loading import load_tokenizer
 from workers.engine.calibration.block_influence import block_influence
-from workers.engine.calibration.windows import model_windows
+from workers.engine.calibration.step_calibration import step_calibration
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.technique import StepContext, StepOutcome, implements
 
-_WINDOW_TOKENS = 512
 # Copying what is left takes far less time than measuring.
 _MEASURING = 0.9
 
@@ -44,7 +39,8 @@ def prune_depth(spec: PruneDepth, context: StepContext) -> StepOutcome:
             code="too_many_blocks",
             hint=f"Ask for drop_blocks of at most {blocks - 1}.",
         )
-    influence = _measure(spec, context)
+    with step_calibration(context, tokens=spec.calibration_tokens, share=_MEASURING) as calibration:
+        influence = block_influence(calibration)
     dropped = least_influential(influence, count)
     remove_blocks(
         context.source,
@@ -69,26 +65,6 @@ def prune_depth(spec: PruneDepth, context: StepContext) -> StepOutcome:
 def least_influential(influence: list[float], count: int) -> list[int]:
     """Indices of the `count` blocks of least influence, ascending; the earlier one wins a tie."""
     return sorted(sorted(range(len(influence)), key=lambda index: influence[index])[:count])
-
-
-def _measure(spec: PruneDepth, context: StepContext) -> list[float]:
-    if context.calibration_text is None:
-        raise ValueError("prune.depth needs calibration text")
-    windows = model_windows(
-        load_tokenizer(context.source),
-        context.calibration_text,
-        context.facts,
-        tokens=spec.calibration_tokens,
-        length=_WINDOW_TOKENS,
-    )
-    with tempfile.TemporaryDirectory(dir=context.target.parent, prefix="spool-") as spool:
-        return block_influence(
-            context.source,
-            windows,
-            spool_directory=Path(spool),
-            device=context.device,
-            progress=lambda fraction, message: context.progress(_MEASURING * fraction, message),
-        )
 
 
 def _outcome(fact: TensorFact, dropped: list[int]) -> LayerOutcome:

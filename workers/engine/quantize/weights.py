@@ -9,20 +9,13 @@ A slab is read, fitted, packed and written by one thread and forgotten: memory d
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from app.errors import InvalidRequest
-from app.spec.architectures import ARCHITECTURES, block_index
-from app.spec.base import Family
 from app.spec.facts import TensorFact
 from app.spec.quantize import QuantizeWeights
-from app.spec.report import LayerOutcome
 from workers.engine.checkpoint import (
-    DTYPE_NAMES,
     Checkpoint,
     CheckpointWriter,
     Slab,
@@ -31,31 +24,26 @@ from workers.engine.checkpoint import (
     row_slabs,
     write_config,
 )
-from workers.engine.checkpoint.selection import Selection, module_name, non_finite, select_layers
+from workers.engine.checkpoint.selection import non_finite, select_layers
 from workers.engine.export.pack_quantized import (
     ROWS_PER_WORD_GROUP,
     PackedLayer,
     pack_columns,
     pack_rows,
-    quantization_config,
 )
 from workers.engine.quantize.grid import Grid, fit_groups
+from workers.engine.quantize.packed_layers import (
+    WeightError,
+    config_with_quantization,
+    layer_outcomes,
+    plan_layers,
+    totals,
+    warnings_of,
+)
 from workers.engine.technique import StepContext, StepOutcome, implements
 
 # Weights fitted at once: three float32 buffers of this size stay in a core's own cache.
 _CHUNK_WEIGHTS = 2**17
-
-_FEW_BITS_WARNING = (
-    "vLLM runs packed integers of 4 and 8 bits only; transformers loads these and computes in floating point"
-)
-
-
-@dataclass(frozen=True)
-class SlabError:
-    """Squared norms over a slab."""
-
-    of_error: float = 0.0
-    of_weights: float = 0.0
 
 
 @implements(QuantizeWeights)
@@ -63,7 +51,7 @@ def quantize_weights(step: QuantizeWeights, context: StepContext) -> StepOutcome
     """Write `context.target` with all linear layers inside blocks quantized, everything else as it was."""
     checkpoint = Checkpoint.open(context.source)
     selection = select_layers(checkpoint, step.ignore)
-    layers = _plan(selection, step)
+    layers = plan_layers(selection, step)
     facts: list[TensorFact] = []
     slabs: list[Slab] = []
     for name, entry in checkpoint.tensors.items():
@@ -71,14 +59,14 @@ def quantize_weights(step: QuantizeWeights, context: StepContext) -> StepOutcome
         facts += layer.facts() if layer else [entry.fact]
         slabs += row_slabs(entry, multiple=ROWS_PER_WORD_GROUP if layer else 1)
 
-    errors: dict[str, list[SlabError]] = {name: [] for name in layers}
+    errors: dict[str, list[WeightError]] = {name: [] for name in layers}
     with CheckpointWriter(context.target, facts, context.max_shard_bytes) as writer:
 
-        def work(slab: Slab, rows: Tensor) -> SlabError:
+        def work(slab: Slab, rows: Tensor) -> WeightError:
             layer = layers.get(slab.entry.name)
             if layer is None:
                 writer.write_rows(slab.entry.name, slab.start, rows)
-                return SlabError()
+                return WeightError()
             return _quantize_slab(slab, rows, layer, step, writer)
 
         def progress(share: float) -> None:
@@ -88,32 +76,17 @@ def quantize_weights(step: QuantizeWeights, context: StepContext) -> StepOutcome
             if slab.entry.name in layers:
                 errors[slab.entry.name].append(error)
     copy_side_files(context.source, context.target)
-    write_config(context.target, _config(checkpoint, step, selection))
-    return _outcome(step, selection, layers, errors)
-
-
-def _plan(selection: Selection, step: QuantizeWeights) -> dict[str, PackedLayer]:
-    """What each chosen weight becomes. Raises InvalidRequest if the group size does not divide a layer's inputs."""
-    layers = {
-        name: PackedLayer(
-            module=module_name(name),
-            rows=entry.shape[0],
-            columns=entry.shape[1],
-            dtype=DTYPE_NAMES[entry.dtype],
-            bits=step.bits,
-            symmetric=step.symmetric,
-            group_size=step.group_size,
-        )
-        for name, entry in selection.chosen.items()
-    }
-    if step.group_size is not None:
-        _check_group_size(list(layers.values()), step.group_size)
-    return layers
+    write_config(context.target, config_with_quantization(checkpoint, step, selection))
+    return StepOutcome(
+        layers=layer_outcomes(layers, errors, selection),
+        metrics=totals(layers, errors),
+        warnings=warnings_of(step, selection),
+    )
 
 
 def _quantize_slab(
     slab: Slab, rows: Tensor, layer: PackedLayer, step: QuantizeWeights, writer: CheckpointWriter
-) -> SlabError:
+) -> WeightError:
     """Quantize rows (n, columns) of one layer and write codes, scales and zero points where they belong."""
     codes = torch.empty(rows.shape, dtype=torch.int8)
     scales = torch.empty(rows.shape[0], layer.groups, dtype=rows.dtype)
@@ -137,7 +110,7 @@ def _quantize_slab(
         writer.write_rows(layer.zero_point.name, slab.start * step.bits // 32, pack_columns(zeros, step.bits))
     if slab.start == 0:
         writer.write(layer.shape.name, torch.tensor([layer.rows, layer.columns]))
-    return SlabError(error, weights)
+    return WeightError(error, weights)
 
 
 def _finite_norm(groups: Tensor, name: str) -> float:
@@ -147,75 +120,3 @@ def _finite_norm(groups: Tensor, name: str) -> float:
     if not math.isfinite(norm) and not torch.isfinite(groups).all():
         raise non_finite(name)
     return norm
-
-
-def _check_group_size(layers: list[PackedLayer], group_size: int) -> None:
-    wrong = [layer for layer in layers if layer.columns % group_size]
-    if not wrong:
-        return
-    fitting = math.gcd(*(layer.columns for layer in layers))
-    sizes = [size for size in range(8, group_size, 8) if fitting % size == 0]
-    names = ", ".join(f"{layer.module} ({layer.columns} inputs)" for layer in wrong[:5])
-    raise InvalidRequest(
-        f"Groups of {group_size} do not divide the inputs of {len(wrong)} layers: {names}"
-        + (", …." if len(wrong) > 5 else "."),
-        code="group_size_does_not_divide",
-        hint=(f"group_size {sizes[-1]} divides all layers. " if sizes else "")
-        + "Null gives one scale per output channel and always fits; or put these layers on the ignore list.",
-    )
-
-
-def _config(checkpoint: Checkpoint, step: QuantizeWeights, selection: Selection) -> dict[str, Any]:
-    architecture = ARCHITECTURES.get((checkpoint.config.get("architectures") or ["?"])[0])
-    by_pattern = architecture is not None and architecture.family is Family.ENCODER
-    left = [module_name(layer.name) for layer in selection.untouched]
-    return checkpoint.config | {
-        "quantization_config": quantization_config(
-            bits=step.bits,
-            symmetric=step.symmetric,
-            group_size=step.group_size,
-            ignored_modules=[_ignore_entry(module, by_pattern=by_pattern) for module in left],
-        )
-    }
-
-
-def _ignore_entry(module: str, *, by_pattern: bool) -> str:
-    """The module's name, or a pattern for it: an encoder's prefix depends on the class that loads it."""
-    if not by_pattern:
-        return module
-    tail = module[module.index(f".{block_index(module)}.") :].replace(".", r"\.")
-    return rf"re:.*\blayer{tail}$"
-
-
-def _outcome(
-    step: QuantizeWeights,
-    selection: Selection,
-    layers: dict[str, PackedLayer],
-    errors: dict[str, list[SlabError]],
-) -> StepOutcome:
-    quantized = tuple(
-        LayerOutcome(
-            name=name,
-            action="quantized",
-            parameters=layer.rows * layer.columns,
-            bits=layer.stored_bits(),
-            relative_error=_relative(errors[name]),
-        )
-        for name, layer in layers.items()
-    )
-    weights = sum(layer.parameters for layer in quantized)
-    stored = sum(layer.stored_bits() * layer.rows * layer.columns for layer in layers.values())
-    return StepOutcome(
-        layers=(*quantized, *selection.untouched),
-        metrics={
-            "quantized_weights": weights,
-            "stored_bits": stored / weights,
-            "relative_error": _relative([error for parts in errors.values() for error in parts]),
-        },
-        warnings=selection.warnings + ((_FEW_BITS_WARNING,) if step.bits < 4 else ()),
-    )
-
-
-def _relative(errors: list[SlabError]) -> float:
-    weights = sum(error.of_weights for error in errors)
-    return math.sqrt(sum(error.of_error for error in errors) / weights) if weights else 0.0

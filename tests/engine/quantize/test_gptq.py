@@ -1,0 +1,127 @@
+"""quantize.gptq on tiny models, through the loaders its users have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import facts_of
+from torch import Tensor, nn
+
+from app.errors import InvalidRequest
+from app.spec.quantize import QuantizeGptq, QuantizeWeights
+from workers.engine.architectures.loading import load_model, load_tokenizer
+from workers.engine.calibration.input_moments import input_moments
+from workers.engine.calibration.windows import model_windows
+from workers.engine.technique import StepContext, StepOutcome, run_step
+
+Tiny = Callable[[str], Path]
+
+
+def run(source: Path, target: Path, text: Path, step: QuantizeGptq | QuantizeWeights) -> StepOutcome:
+    return run_step(
+        step,
+        StepContext(
+            source=source, target=target, original=source, facts=facts_of(source), calibration_text=text
+        ),
+    )
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma3ForCausalLM", "BertModel", "MPNetModel"])
+def test_outputs_stay_closer_than_by_rounding_to_nearest(
+    architecture: str, tiny: Tiny, tiny_text: Path, tmp_path: Path
+) -> None:
+    source = tiny(architecture)
+    windows = model_windows(load_tokenizer(source), tiny_text, facts_of(source), tokens=512, length=64)
+    with torch.inference_mode():
+        expected = load_model(source)(windows)[0]
+        errors = []
+        for number, step in enumerate(
+            (
+                QuantizeGptq(bits=3, group_size=16, calibration_tokens=2048),
+                QuantizeWeights(bits=3, group_size=16),
+            )
+        ):
+            target = tmp_path / str(number)
+            target.mkdir()
+            run(source, target, tiny_text, step)
+            errors.append(float((load_model(target)(windows)[0] - expected).square().mean()))
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_next_block_is_calibrated_on_what_the_quantized_one_gives(
+    tiny: Tiny, tiny_text: Path, tmp_path: Path
+) -> None:
+    source = tiny("LlamaForCausalLM")
+    first = run(source, tmp_path / "a", tiny_text, QuantizeGptq(bits=2, calibration_tokens=256))
+    only_first = QuantizeGptq(bits=2, calibration_tokens=256, ignore=("*.layers.0.*",))
+    second = run(source, tmp_path / "b", tiny_text, only_first)
+    errors = [
+        {layer.name: layer.relative_error for layer in outcome.layers if ".layers.1." in layer.name}
+        for outcome in (first, second)
+    ]
+    assert errors[0].keys() == errors[1].keys()
+    assert errors[0] != errors[1]
+
+
+def test_report_says_how_much_the_outputs_lost(tiny: Tiny, tiny_text: Path, tmp_path: Path) -> None:
+    lost = {}
+    for bits in (8, 4, 2):
+        step = QuantizeGptq(bits=bits, calibration_tokens=512)  # type: ignore[arg-type]
+        lost[bits] = run(tiny("LlamaForCausalLM"), tmp_path / str(bits), tiny_text, step).metrics
+    shares = [float(lost[bits]["relative_output_error"] or 0) for bits in (8, 4, 2)]
+    assert 0 < shares[0] < 0.02 < shares[1] < shares[2] < 1
+
+
+def test_text_too_short_for_a_window_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("Too short.")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InvalidRequest):
+        run(tiny("LlamaForCausalLM"), tmp_path / "out", text, QuantizeGptq())
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_weights_that_are_nan_are_named(tiny: Tiny, tiny_text: Path, tmp_path: Path) -> None:
+    source = tmp_path / "broken"
+    source.mkdir()
+    for file in tiny("LlamaForCausalLM").iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InvalidRequest, match=name):
+        run(source, tmp_path / "out", tiny_text, QuantizeGptq(calibration_tokens=256))
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_layers_that_share_an_input_share_its_moments() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.after = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden: Tensor = self.after(self.left(inputs) + self.right(inputs))
+            return hidden
+
+    block, given = Block(), torch.randn(3, 2, 5, 4)
+    seen: list[Tensor] = []
+    block.after.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].reshape(-1, 4)))
+
+    def run_all() -> None:
+        for window in given:
+            block(window)
+
+    with torch.inference_mode():
+        first, second = input_moments(block, ("left", "right", "after"), run_all)
+    assert (first.layers, second.layers) == (["left", "right"], ["after"])
+    rows, later = given.reshape(-1, 4), torch.cat(seen)
+    torch.testing.assert_close(first.second_moment(), rows.t() @ rows / len(rows))
+    torch.testing.assert_close(second.second_moment(), later.t() @ later / len(later))
+    assert not block.left._forward_pre_hooks
