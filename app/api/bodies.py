@@ -22,6 +22,17 @@ RAW_BODY = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
+# The bytes that the example of POST /v1/uploads announces can be sent without a file at hand.
+RAW_PART = {
+    "requestBody": {
+        "required": True,
+        "description": "The bytes themselves, as they are.",
+        "content": {
+            "text/plain": {"schema": {"type": "string"}, "example": "Hello there."},
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
 RAW_TEXT = {
     "requestBody": {
         "required": True,
