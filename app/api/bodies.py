@@ -47,9 +47,10 @@ RAW_TEXT = {
     }
 }
 
+FILE_NAME_PATTERN = r"^[^/\\\x00-\x1f\x7f]+$"
 FileName = Annotated[
     str,
-    StringConstraints(min_length=1, max_length=255, pattern=r"^[^/\\\x00-\x1f\x7f]+$", strip_whitespace=True),
+    StringConstraints(min_length=1, max_length=255, pattern=FILE_NAME_PATTERN, strip_whitespace=True),
 ]
 ContentDigest = Annotated[
     str | None,
