@@ -308,6 +308,19 @@ def test_a_failed_job_shows_its_error_and_can_be_retried(
     assert retried.json()["durations"]["total"] < 5
 
 
+def test_the_stage_a_job_failed_in_is_shown_as_stopped_not_as_running(
+    database: Database, client: TestClient, add_model: AddModel
+) -> None:
+    job = submit(client, add_model())
+    with database.write() as session:
+        claim = claim_in(session, job["id"])
+        assert job_claims.start_stage(session, claim, 0)
+    assert client.get(job["urls"]["self"]).json()["stages"][0]["status"] == "running"
+    with database.write() as session:
+        job_claims.fail(session, claim, {"code": "out_of_memory", "detail": "Memory ran out."})
+    assert client.get(job["urls"]["self"]).json()["stages"][0]["status"] == "stopped"
+
+
 def claim_in(session: Any, job_id: str) -> job_claims.Claim:
     taken = job_claims.claim_job(session, job_id, owner="test", lease_seconds=60)
     assert taken is not None
