@@ -23,6 +23,7 @@ FILES = {
     "report.json": ("report", b'{"version": 1}'),
     "report.html": ("report_html", b"<html>"),
 }
+INT8 = {"steps": [{"technique": "quantize.weights", "bits": 8}]}
 
 
 def submit(client: TestClient, model: str, **body: Any) -> dict[str, Any]:
@@ -46,9 +47,7 @@ def test_a_job_is_accepted_with_its_stages_and_first_event(
     any_database: Database, client: TestClient, add_model: AddModel
 ) -> None:
     model = add_model()
-    answer = client.post(
-        "/v1/jobs", json={"model": model, "recipe": "int8", "name": "try", "labels": {"a": "b"}}
-    )
+    answer = client.post("/v1/jobs", json={"model": model, "spec": INT8, "name": "try", "labels": {"a": "b"}})
     assert answer.status_code == 202
     job = answer.json()
     assert answer.headers["location"] == job["urls"]["self"] == f"/v1/jobs/{job['id']}"
@@ -62,7 +61,7 @@ def test_a_job_is_accepted_with_its_stages_and_first_event(
 
 
 def test_the_spec_of_a_job_has_every_default_written_out(client: TestClient, add_model: AddModel) -> None:
-    job = submit(client, add_model())
+    job = submit(client, add_model(), recipe=None, spec=INT8)
     assert job["spec"]["steps"][0] == {
         "technique": "quantize.weights", "bits": 8, "group_size": None, "symmetric": True, "scale_search": "mse",
         "ignore": [],
