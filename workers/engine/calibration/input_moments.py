@@ -1,4 +1,8 @@
-"""Second moments of what the linear layers of a block are given, one for each distinct input."""
+"""Second moments of what the linear layers of a block are given, one for each distinct input.
+
+Experts see only the tokens that are routed to them. Of one that saw too few its own statistics say nothing: it is taken
+for one whose inputs are white noise, H = I, for which every calibrated method does what it does without calibration.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from app.spec.architectures import is_expert
+
+# Tokens per input feature: with fewer, H has so low a rank that compensating by it fits the noise.
+_ENOUGH = 1 / 8
 
 
 @dataclass
@@ -18,6 +28,8 @@ class InputSite:
     total: Tensor | None = None
     """Σ x xᵀ over the tokens seen: (features, features), float32."""
     tokens: int = 0
+    is_guess: bool = False
+    """An expert's input on too few tokens: H is the identity."""
 
     def add(self, inputs: Tensor) -> None:
         """Take in more tokens: (..., tokens, features)."""
@@ -31,11 +43,17 @@ class InputSite:
         """H = Σ x xᵀ / T: (features, features)."""
         if self.total is None:
             raise ValueError("this input was never seen")
+        if self.is_guess:
+            return torch.eye(len(self.total), device=self.total.device)
         return self.total / self.tokens
 
 
 def input_moments(block: nn.Module, names: Iterable[str], run: Callable[[], None]) -> list[InputSite]:
-    """Run the block and gather H for every input of the named layers; a layer that is never called is in no site."""
+    """Run the block and gather H for every input of the named layers.
+
+    A layer that is never called is in no site, but for an expert's, whose input is guessed.
+    """
+    names = list(names)
     sites: dict[str, InputSite] = {}
     last: list[tuple[Tensor, InputSite]] = []
 
@@ -60,4 +78,43 @@ def input_moments(block: nn.Module, names: Iterable[str], run: Callable[[], None
     finally:
         for handle in handles:
             handle.remove()
+    for name in names:
+        if is_expert(name):
+            _guess_if_seldom(block.get_submodule(name), sites.setdefault(name, InputSite([name])))
     return list({id(site): site for site in sites.values()}.values())
+
+
+def _guess_if_seldom(layer: nn.Module, site: InputSite) -> None:
+    weight = layer.get_parameter("weight")
+    if site.tokens < _ENOUGH * weight.shape[1]:
+        site.total = weight.new_zeros(weight.shape[1], weight.shape[1])
+        site.is_guess = True
+
+
+def seldom_used(sites: Iterable[InputSite], stored: Callable[[str], str]) -> dict[str, int]:
+    """Names in the checkpoint of the experts whose input was guessed, and how many tokens each saw.
+
+    `stored` gives a layer's name in the checkpoint by that within the block.
+    """
+    guessed = [(stored(site.layers[0]), site.tokens) for site in sites if site.is_guess]
+    return {_expert_of(name): tokens for name, tokens in guessed}
+
+
+def _expert_of(layer: str) -> str:
+    """`model.layers.0.mlp.experts.3` of `model.layers.0.mlp.experts.3.up_proj.weight`."""
+    mixture, _, rest = layer.partition(".experts.")
+    return f"{mixture}.experts.{rest.partition('.')[0]}"
+
+
+def warning_of_seldom_used(experts: dict[str, int]) -> list[str]:
+    """One warning that names the experts, those without a token first; none where there are none."""
+    unseen = [name for name, tokens in experts.items() if tokens == 0]
+    few = [f"{name} ({tokens})" for name, tokens in experts.items() if tokens]
+    parts = [
+        f"{what}: {', '.join(names)}"
+        for what, names in (("experts that saw no token", unseen), ("experts that saw too few tokens", few))
+        if names
+    ]
+    if not parts:
+        return []
+    return [f"rounded to nearest for want of calibration, {'; '.join(parts)}. Raise calibration_tokens."]

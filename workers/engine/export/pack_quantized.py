@@ -133,7 +133,7 @@ def quantization_config(
                 "format": FORMAT,
             }
         },
-        "ignore": ["lm_head", r"re:^(?!.*\blayers?\.\d+\.).*", *ignored_modules],
+        "ignore": ["lm_head", r"re:^(?!.*\b(?:layers?|h)\.\d+\.).*", *ignored_modules],
     }
     # transformers 5.23 makes room for unpacked zero points when it keeps weights packed, and then refuses packed ones;
     # asked to dequantize while loading, it reads them rightly. vLLM ignores the key.

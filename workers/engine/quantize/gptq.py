@@ -20,7 +20,7 @@ from app.errors import JobFailed
 from app.spec.facts import TensorFact
 from app.spec.quantize import QuantizeGptq
 from workers.engine.calibration.block_stream import LiveBlock, stream_blocks
-from workers.engine.calibration.input_moments import input_moments
+from workers.engine.calibration.input_moments import input_moments, seldom_used, warning_of_seldom_used
 from workers.engine.calibration.step_calibration import step_calibration
 from workers.engine.checkpoint import (
     Checkpoint,
@@ -66,6 +66,8 @@ class _Solved:
     output_errors: list[tuple[float, float]] = field(default_factory=list)
     """Per layer: tr(D H Dᵀ) and tr(W H Wᵀ)."""
     warnings: list[str] = field(default_factory=list)
+    seldom_used: dict[str, int] = field(default_factory=dict)
+    """Tokens seen by the experts that saw too few."""
 
 
 @implements(QuantizeGptq)
@@ -77,7 +79,7 @@ def quantize_gptq(step: QuantizeGptq, context: StepContext) -> StepOutcome:
     """
     checkpoint = Checkpoint.open(context.source)
     selection = select_layers(checkpoint, step.ignore)
-    layers = plan_layers(selection, step)
+    layers = plan_layers(checkpoint, selection, step)
     facts: list[TensorFact] = []
     for name, entry in checkpoint.tensors.items():
         facts += layers[name].facts() if name in layers else [entry.fact]
@@ -97,7 +99,11 @@ def quantize_gptq(step: QuantizeGptq, context: StepContext) -> StepOutcome:
             "relative_output_error": (lost / had) ** 0.5 if had else 0.0,
             "calibration_tokens": int(calibration.windows.numel()),
         },
-        warnings=warnings_of(step, selection) + tuple(solved.warnings),
+        warnings=(
+            *warnings_of(step, selection),
+            *solved.warnings,
+            *warning_of_seldom_used(solved.seldom_used),
+        ),
     )
 
 
@@ -117,7 +123,9 @@ class _Solver:
         chosen = {
             module_name(name): stored for name, stored in block.stored_names.items() if stored in self.layers
         }
-        for site in input_moments(block.module, chosen, block.run):
+        sites = input_moments(block.module, chosen, block.run)
+        self.solved.seldom_used |= seldom_used(sites, chosen.__getitem__)
+        for site in sites:
             second_moment = site.second_moment()
             stored = [chosen.pop(name) for name in site.layers]
             factor = self._factor(second_moment, stored)

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from app.errors import InvalidRequest
-from app.spec.architectures import ARCHITECTURES, block_index
+from app.errors import InvalidRequest, UnsupportedForModel
+from app.spec.architectures import architecture_in, block_index, is_compressible
 from app.spec.base import Family
+from app.spec.layouts import limits_of_layout
 from app.spec.quantize import IntegerWeights
 from app.spec.report import LayerOutcome
 from workers.engine.checkpoint import DTYPE_NAMES, Checkpoint
@@ -28,8 +29,15 @@ class WeightError:
     of_weights: float = 0.0
 
 
-def plan_layers(selection: Selection, step: IntegerWeights) -> dict[str, PackedLayer]:
-    """What each chosen weight becomes. Raises InvalidRequest if the group size does not divide a layer's inputs."""
+def plan_layers(checkpoint: Checkpoint, selection: Selection, step: IntegerWeights) -> dict[str, PackedLayer]:
+    """What each chosen weight becomes.
+
+    Raises UnsupportedForModel for a layout that no runtime would read packed, InvalidRequest if the group size does not
+    divide a layer's inputs.
+    """
+    compressible = [fact for fact in checkpoint.facts() if is_compressible(fact.name, fact.shape)]
+    for _, why in limits_of_layout(step, architecture_in(checkpoint.config), compressible):
+        raise UnsupportedForModel(why, hint="Submitting the job anew says the same before it starts.")
     layers = {
         name: PackedLayer(
             module=module_name(name),
@@ -51,8 +59,7 @@ def config_with_quantization(
     checkpoint: Checkpoint, step: IntegerWeights, selection: Selection
 ) -> dict[str, Any]:
     """The model's config.json with the entry that loaders of compressed-tensors go by."""
-    architecture = ARCHITECTURES.get((checkpoint.config.get("architectures") or ["?"])[0])
-    by_pattern = architecture is not None and architecture.family is Family.ENCODER
+    by_pattern = architecture_in(checkpoint.config).family is Family.ENCODER
     left = [module_name(layer.name) for layer in selection.untouched]
     return checkpoint.config | {
         "quantization_config": quantization_config(
@@ -69,7 +76,7 @@ def _ignore_entry(module: str, *, by_pattern: bool) -> str:
     if not by_pattern:
         return module
     tail = module[module.index(f".{block_index(module)}.") :].replace(".", r"\.")
-    return rf"re:.*\blayer{tail}$"
+    return rf"re:.*\blayers?{tail}$"
 
 
 def layer_outcomes(
