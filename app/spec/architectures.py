@@ -37,6 +37,10 @@ class Architecture:
     inputs_first: bool = False
     """True where linear layers inside blocks are stored (in, out): GPT-2's Conv1D."""
 
+    unpack_to_load: bool = False
+    """True where transformers 5.23 cannot hold packed weights: ModernBERT's initialization looks for plain ones, and
+    GPT-2 has no nn.Linear to replace."""
+
     @property
     def has_labels(self) -> bool:
         """Whether it classifies."""
@@ -55,7 +59,7 @@ def _encoders(name: str, kind: str, **keys: Any) -> list[Architecture]:
 _DISTILBERT_KEYS = {"blocks_key": "n_layers", "hidden_key": "dim"}
 _GPT2 = Architecture(
     "GPT2LMHeadModel", "gpt2", Family.CAUSAL_LM,
-    blocks_key="n_layer", hidden_key="n_embd", positions_key="n_positions", inputs_first=True,
+    blocks_key="n_layer", hidden_key="n_embd", positions_key="n_positions", inputs_first=True, unpack_to_load=True,
 )  # fmt: skip
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -92,7 +96,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         *_encoders("DistilBert", "distilbert", **_DISTILBERT_KEYS),
         *_encoders("MPNet", "mpnet"),
         *_encoders("Electra", "electra", embedding_key="embedding_size"),
-        *_encoders("ModernBert", "modernbert"),
+        *_encoders("ModernBert", "modernbert", unpack_to_load=True),
         *_encoders("DebertaV2", "deberta-v2"),
     )
 }

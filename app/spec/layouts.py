@@ -13,11 +13,11 @@ from app.spec.architectures import Architecture, is_expert
 from app.spec.base import Step
 from app.spec.facts import TensorFact
 from app.spec.optimize import OptimizeOnnx
-from app.spec.quantize import IntegerWeights
+from app.spec.quantize import IntegerWeights, QuantizeWeights
 
 _TRANSPOSED = (
-    "{name} keeps its weights as (in, out), where packed integers are read with scales along inputs of (out, in) alone: "
-    "no runtime would load the file. Use prune.magnitude, prune.depth, distill.logits or optimize.onnx."
+    "{name} keeps its weights as (in, out), and packed integers are read with scales along the last dimension: columns"
+    " cannot share scales here. Use quantize.weights, whose scales run along the outputs then."
 )
 _ASYMMETRIC_EXPERTS = "Neither transformers nor vLLM reads zero points of experts: leave symmetric true for {name}, e.g. with group_size 32."
 _SOME_EXPERTS = (
@@ -38,7 +38,7 @@ def limits_of_layout(
     """What of a step cannot be done to such weights: pointers into the step, and why with what would work."""
     has_experts, name = architecture.expert_layers is not None, architecture.name
     if isinstance(step, IntegerWeights):
-        if architecture.inputs_first:
+        if architecture.inputs_first and not isinstance(step, QuantizeWeights):
             yield "/technique", _TRANSPOSED.format(name=name)
         if has_experts and not step.symmetric:
             yield "/symmetric", _ASYMMETRIC_EXPERTS.format(name=name)

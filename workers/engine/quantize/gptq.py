@@ -100,7 +100,7 @@ def quantize_gptq(step: QuantizeGptq, context: StepContext) -> StepOutcome:
             "calibration_tokens": int(calibration.windows.numel()),
         },
         warnings=(
-            *warnings_of(step, selection),
+            *warnings_of(step, selection, checkpoint),
             *solved.warnings,
             *warning_of_seldom_used(solved.seldom_used),
         ),

@@ -19,6 +19,10 @@ from workers.engine.export.pack_quantized import PackedLayer, quantization_confi
 _FEW_BITS_WARNING = (
     "vLLM runs packed integers of 4 and 8 bits only; transformers loads these and computes in floating point"
 )
+_TRANSPOSED_WARNING = (
+    "scales run along outputs, one set for each input, as the architecture stores its weights; transformers 5.23 loads "
+    "these and computes in floating point, vLLM does not load them"
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ def config_with_quantization(
     checkpoint: Checkpoint, step: IntegerWeights, selection: Selection
 ) -> dict[str, Any]:
     """The model's config.json with the entry that loaders of compressed-tensors go by."""
-    by_pattern = architecture_in(checkpoint.config).family is Family.ENCODER
+    architecture = architecture_in(checkpoint.config)
+    by_pattern = architecture.family is Family.ENCODER
     left = [module_name(layer.name) for layer in selection.untouched]
     return checkpoint.config | {
         "quantization_config": quantization_config(
@@ -67,6 +72,7 @@ def config_with_quantization(
             symmetric=step.symmetric,
             group_size=step.group_size,
             ignored_modules=[_ignore_entry(module, by_pattern=by_pattern) for module in left],
+            unpack_to_load=architecture.unpack_to_load,
         )
     }
 
@@ -109,9 +115,13 @@ def totals(
     }
 
 
-def warnings_of(step: IntegerWeights, selection: Selection) -> tuple[str, ...]:
-    """What a user should know about the layers chosen and the bits."""
-    return selection.warnings + ((_FEW_BITS_WARNING,) if step.bits < 4 else ())
+def warnings_of(step: IntegerWeights, selection: Selection, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What a user should know about the layers chosen, the bits and the layout."""
+    return (
+        *selection.warnings,
+        *((_FEW_BITS_WARNING,) if step.bits < 4 else ()),
+        *((_TRANSPOSED_WARNING,) if architecture_in(checkpoint.config).inputs_first else ()),
+    )
 
 
 def _check_group_size(layers: list[PackedLayer], group_size: int) -> None:

@@ -80,7 +80,7 @@ def quantize_weights(step: QuantizeWeights, context: StepContext) -> StepOutcome
     return StepOutcome(
         layers=layer_outcomes(layers, errors, selection),
         metrics=totals(layers, errors),
-        warnings=warnings_of(step, selection),
+        warnings=warnings_of(step, selection, checkpoint),
     )
 
 
