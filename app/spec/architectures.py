@@ -41,6 +41,9 @@ class Architecture:
     """True where transformers 5.23 cannot hold packed weights: ModernBERT's initialization looks for plain ones, and
     GPT-2 has no nn.Linear to replace."""
 
+    keeps_first_block: bool = False
+    """True where the first block is built differently (ModernBERT's has no norm before attention)."""
+
     @property
     def has_labels(self) -> bool:
         """Whether it classifies."""
@@ -96,7 +99,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         *_encoders("DistilBert", "distilbert", **_DISTILBERT_KEYS),
         *_encoders("MPNet", "mpnet"),
         *_encoders("Electra", "electra", embedding_key="embedding_size"),
-        *_encoders("ModernBert", "modernbert", unpack_to_load=True),
+        *_encoders("ModernBert", "modernbert", unpack_to_load=True, keeps_first_block=True),
         *_encoders("DebertaV2", "deberta-v2"),
     )
 }

@@ -74,10 +74,10 @@ def _skipping(directory: Path, dropped: list[int], windows: Tensor) -> Tensor:
     """Output of the original with some blocks handing their input on unchanged."""
     model = load_model(directory)
     for index in dropped:
-        as_tuple = type(model).__name__.startswith(("MPNet", "Deberta"))
+        others = {"MPN": (), "Deb": (None,)}.get(type(model).__name__[:3])
 
-        def hand_on(hidden: Tensor, *args: Any, as_tuple: bool = as_tuple, **kwargs: Any) -> Any:
-            return (hidden,) if as_tuple else hidden
+        def hand_on(hidden: Tensor, *args: Any, others: Any = others, **kwargs: Any) -> Any:
+            return hidden if others is None else (hidden, *others)
 
         _blocks(model)[index].forward = hand_on
     return model(windows, **_no_cache(model))[0]
@@ -146,11 +146,12 @@ def test_the_smaller_model_is_the_original_with_blocks_skipped(
 ) -> None:
     directory = tiny(architecture)
     windows = _windows(directory, tiny_text)
-    remove_blocks(directory, tmp_path / "out", [0, 2], max_shard_bytes=10**9, progress=_ignore)
+    dropped = [1, 2] if ARCHITECTURES[architecture].keeps_first_block else [0, 2]
+    remove_blocks(directory, tmp_path / "out", dropped, max_shard_bytes=10**9, progress=_ignore)
     smaller = load_model(tmp_path / "out")
     with torch.inference_mode():
         output = smaller(windows, **_no_cache(smaller))[0]
-    torch.testing.assert_close(output, _skipping(directory, [0, 2], windows), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output, _skipping(directory, dropped, windows), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("what", PLACED)
@@ -168,6 +169,12 @@ def test_kept_blocks_behave_as_in_their_old_place(
     with torch.inference_mode():
         output = smaller(windows, use_cache=False)[0]
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_first_block_that_is_built_differently_stays(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="first block"):
+        remove_blocks(tiny("ModernBertModel"), tmp_path / "out", [0], max_shard_bytes=10**9, progress=_ignore)
+    assert least_influential([0.0, 0.3, 0.2], 1, first=1) == [2]
 
 
 def test_blocks_that_are_scaled_by_their_number_stay(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ def remove_blocks(
 ) -> None:
     """Copy a model to `target` without the blocks in `dropped`; the others keep their weights and their behaviour.
 
-    Streamed slab by slab. Raises InvalidRequest when no block would be left.
+    Streamed slab by slab. Raises InvalidRequest when no block would be left, or a first one that is built differently
+    would go.
     """
     checkpoint = Checkpoint.open(source)
     blocks = number_of_blocks(checkpoint.config)
@@ -34,6 +35,12 @@ def remove_blocks(
             f"All {blocks} blocks of the model would be removed.",
             code="too_many_blocks",
             hint=f"Remove at most {blocks - 1} blocks.",
+        )
+    if architecture_in(checkpoint.config).keeps_first_block and kept[0] != 0:
+        raise InvalidRequest(
+            "The first block of this model is built differently, and no other can take its place.",
+            code="first_block_differs",
+            hint="Keep the first block.",
         )
     new_names = {
         entry.name: name
