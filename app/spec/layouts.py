@@ -24,7 +24,11 @@ _SOME_EXPERTS = (
     "{pattern!r} leaves experts out, and transformers loads experts only if all of a model are quantized. Name other "
     "layers, e.g. *.self_attn.*"
 )
-_ONNX_EXPERTS = "In an ONNX graph every token would run through every expert of {name}: use quantize.weights or quantize.gptq."
+_OTHER_EXPERTS = (
+    "{pattern!r} has settings of its own for experts, and transformers reads all experts of a model alike. Name other "
+    "layers, e.g. *.self_attn.*"
+)
+_ONNX_EXPERTS = "In an ONNX graph every token would run through every expert of {name}: use quantize.weights or quantize.calibrated."
 
 
 def inputs_of(shape: tuple[int, ...], architecture: Architecture) -> int:
@@ -43,13 +47,16 @@ def limits_of_layout(
         if has_experts and not step.symmetric:
             yield "/symmetric", _ASYMMETRIC_EXPERTS.format(name=name)
         if has_experts:
-            yield from _ignored_experts(step, layers)
+            experts = [t.name.removesuffix(".weight") for t in layers if is_expert(t.name)]
+            ignored = [(f"/ignore/{n}", pattern) for n, pattern in enumerate(step.ignore)]
+            other = [(f"/overrides/{n}", override.layers) for n, override in enumerate(step.overrides)]
+            yield from _matching(ignored, experts, _SOME_EXPERTS)
+            yield from _matching(other, experts, _OTHER_EXPERTS)
     if isinstance(step, OptimizeOnnx) and has_experts:
         yield "/technique", _ONNX_EXPERTS.format(name=name)
 
 
-def _ignored_experts(step: IntegerWeights, layers: Iterable[TensorFact]) -> Iterator[tuple[str, str]]:
-    experts = [t.name.removesuffix(".weight") for t in layers if is_expert(t.name)]
-    for number, pattern in enumerate(step.ignore):
-        if any(fnmatchcase(name, pattern) for name in experts):
-            yield f"/ignore/{number}", _SOME_EXPERTS.format(pattern=pattern)
+def _matching(patterns: list[tuple[str, str]], modules: list[str], why: str) -> Iterator[tuple[str, str]]:
+    for pointer, pattern in patterns:
+        if any(fnmatchcase(module, pattern) for module in modules):
+            yield pointer, why.format(pattern=pattern)

@@ -12,9 +12,10 @@ from app.spec.facts import ModelFacts, TensorFact
 from app.spec.optimize import OptimizeOnnx
 from app.spec.plan import plan_job
 from app.spec.prune import PruneMagnitude
-from app.spec.quantize import QuantizeGptq, QuantizeWeights
+from app.spec.quantize import LayerOverride, QuantizeCalibrated, QuantizeWeights
 
 HIDDEN, INNER, EXPERTS = 64, 128, 4
+EXPERTS_IN_8 = LayerOverride(layers="*.w2", bits=8)
 
 
 def facts(architecture: str, shapes: dict[str, tuple[int, ...]], **more: int) -> ModelFacts:
@@ -61,7 +62,7 @@ def faults(step: Step, model: ModelFacts) -> dict[str, str]:
     "step",
     [
         QuantizeWeights(group_size=32),
-        QuantizeGptq(group_size=32),
+        QuantizeCalibrated(group_size=32),
         QuantizeWeights(ignore=("*.self_attn.*",)),
         PruneMagnitude(ignore=("*.experts.0.*",)),
     ],
@@ -75,8 +76,9 @@ def test_mixtures_are_quantized_symmetrically_and_pruned_as_one_likes(step: Step
     ("step", "pointer", "words"),
     [
         (QuantizeWeights(symmetric=False), "/steps/0/symmetric", "leave symmetric true"),
-        (QuantizeGptq(ignore=("*.layers.0.*",)), "/steps/0/ignore/0", "only if all"),
+        (QuantizeCalibrated(ignore=("*.layers.0.*",)), "/steps/0/ignore/0", "only if all"),
         (QuantizeWeights(ignore=("*.q_proj", "*.w2")), "/steps/0/ignore/1", "only if all"),
+        (QuantizeWeights(overrides=(EXPERTS_IN_8,)), "/steps/0/overrides/0", "all experts"),
         (OptimizeOnnx(), "/steps/0/technique", "every expert"),
     ],
     ids=str,
@@ -93,7 +95,7 @@ def test_a_pattern_for_routers_alone_matches_no_layer() -> None:
 
 def test_transposed_weights_are_rounded_to_nearest_alone() -> None:
     assert faults(QuantizeWeights(), gpt2()) == {}
-    assert "quantize.weights" in faults(QuantizeGptq(), gpt2())["/steps/0/technique"]
+    assert "quantize.weights" in faults(QuantizeCalibrated(), gpt2())["/steps/0/technique"]
 
 
 def test_two_of_four_counts_the_inputs_of_transposed_weights() -> None:
@@ -108,7 +110,7 @@ def test_time_follows_the_weights_a_token_meets_and_memory_follows_all() -> None
     experts = 3 * EXPERTS * HIDDEN * INNER
     rest = HIDDEN * HIDDEN + EXPERTS * HIDDEN
     assert one.active_share() == pytest.approx((experts / EXPERTS + rest) / (experts + rest))
-    spec = CompressionSpec(steps=(QuantizeGptq(calibration_tokens=10_000_000),))
+    spec = CompressionSpec(steps=(QuantizeCalibrated(calibration_tokens=10_000_000),))
     plans = [plan_job(spec, model) for model in (one, all_of_them)]
     assert plans[0].seconds < plans[1].seconds
     assert plans[0].peak_memory_bytes == plans[1].peak_memory_bytes

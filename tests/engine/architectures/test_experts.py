@@ -11,7 +11,7 @@ from tiny_models import EXPERTS, HIDDEN, facts_of, tiny_model
 from torch import Tensor, nn
 
 from app.spec.architectures import ARCHITECTURES, is_expert, is_router
-from app.spec.quantize import QuantizeGptq, QuantizeWeights
+from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from workers.engine.architectures.experts import SeparateExperts, separate_state
 from workers.engine.architectures.loading import load_model
 from workers.engine.architectures.names import name_within_base
@@ -23,7 +23,7 @@ Tiny = Callable[[str], Path]
 MIXTURES = [name for name, architecture in ARCHITECTURES.items() if architecture.expert_layers]
 
 
-def run(source: Path, target: Path, text: Path, step: QuantizeGptq | QuantizeWeights) -> StepOutcome:
+def run(source: Path, target: Path, text: Path, step: QuantizeCalibrated | QuantizeWeights) -> StepOutcome:
     target.mkdir()
     return run_step(
         step,
@@ -124,7 +124,7 @@ def test_experts_that_see_too_little_are_given_white_noise() -> None:
 
 def test_an_expert_without_a_token_is_rounded_to_nearest_and_named(tiny_text: Path, tmp_path: Path) -> None:
     source = tiny_model("MixtralForCausalLM", tmp_path / "source", num_local_experts=32)
-    calibrated = QuantizeGptq(bits=4, group_size=32, calibration_tokens=128)
+    calibrated = QuantizeCalibrated(bits=4, group_size=32, calibration_tokens=128, refinements=0)
     outcome = run(source, tmp_path / "gptq", tiny_text, calibrated)
     run(source, tmp_path / "nearest", tiny_text, QuantizeWeights(bits=4, group_size=32))
     (warning,) = [w for w in outcome.warnings if "experts that saw no token" in w]

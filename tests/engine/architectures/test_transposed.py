@@ -12,7 +12,7 @@ from tiny_models import facts_of
 
 from app.errors import UnsupportedForModel
 from app.spec.prune import PruneMagnitude
-from app.spec.quantize import QuantizeGptq, QuantizeWeights
+from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from workers.engine.architectures.loading import load_model
 from workers.engine.architectures.transposed import use_linear_layers
 from workers.engine.technique import StepContext, run_step
@@ -56,5 +56,5 @@ def test_report_says_along_what_the_scales_run(tiny: Tiny, tmp_path: Path) -> No
 
 def test_compensating_along_inputs_is_refused(tiny: Tiny, tiny_text: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedForModel, match=r"quantize\.weights"):
-        run_step(QuantizeGptq(), context(tiny("GPT2LMHeadModel"), tmp_path / "out", tiny_text))
+        run_step(QuantizeCalibrated(), context(tiny("GPT2LMHeadModel"), tmp_path / "out", tiny_text))
     assert list((tmp_path / "out").iterdir()) == []

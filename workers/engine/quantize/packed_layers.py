@@ -13,6 +13,7 @@ from app.spec.layouts import limits_of_layout
 from app.spec.quantize import IntegerWeights
 from app.spec.report import LayerOutcome
 from workers.engine.checkpoint import DTYPE_NAMES, Checkpoint
+from workers.engine.checkpoint.layout import TensorEntry
 from workers.engine.checkpoint.selection import Selection, module_name
 from workers.engine.export.pack_quantized import PackedLayer, quantization_config
 
@@ -42,21 +43,22 @@ def plan_layers(checkpoint: Checkpoint, selection: Selection, step: IntegerWeigh
     compressible = [fact for fact in checkpoint.facts() if is_compressible(fact.name, fact.shape)]
     for _, why in limits_of_layout(step, architecture_in(checkpoint.config), compressible):
         raise UnsupportedForModel(why, hint="Submitting the job anew says the same before it starts.")
-    layers = {
-        name: PackedLayer(
-            module=module_name(name),
-            rows=entry.shape[0],
-            columns=entry.shape[1],
-            dtype=DTYPE_NAMES[entry.dtype],
-            bits=step.bits,
-            symmetric=step.symmetric,
-            group_size=step.group_size,
-        )
-        for name, entry in selection.chosen.items()
-    }
-    if step.group_size is not None:
-        _check_group_size(list(layers.values()), step.group_size)
+    layers = {name: _planned(entry, step) for name, entry in selection.chosen.items()}
+    _check_group_sizes(list(layers.values()))
     return layers
+
+
+def _planned(entry: TensorEntry, step: IntegerWeights) -> PackedLayer:
+    settings = step.settings_of(module_name(entry.name))
+    return PackedLayer(
+        module=module_name(entry.name),
+        rows=entry.shape[0],
+        columns=entry.shape[1],
+        dtype=DTYPE_NAMES[entry.dtype],
+        bits=settings.bits,
+        symmetric=settings.symmetric,
+        group_size=settings.group_size,
+    )
 
 
 def config_with_quantization(
@@ -115,19 +117,23 @@ def totals(
     }
 
 
-def warnings_of(step: IntegerWeights, selection: Selection, checkpoint: Checkpoint) -> tuple[str, ...]:
+def warnings_of(
+    layers: dict[str, PackedLayer], selection: Selection, checkpoint: Checkpoint
+) -> tuple[str, ...]:
     """What a user should know about the layers chosen, the bits and the layout."""
+    few = any(layer.bits < 4 for layer in layers.values())
     return (
         *selection.warnings,
-        *((_FEW_BITS_WARNING,) if step.bits < 4 else ()),
+        *((_FEW_BITS_WARNING,) if few else ()),
         *((_TRANSPOSED_WARNING,) if architecture_in(checkpoint.config).inputs_first else ()),
     )
 
 
-def _check_group_size(layers: list[PackedLayer], group_size: int) -> None:
-    wrong = [layer for layer in layers if layer.columns % group_size]
+def _check_group_sizes(layers: list[PackedLayer]) -> None:
+    wrong = [layer for layer in layers if layer.columns % (layer.group_size or 1)]
     if not wrong:
         return
+    group_size = wrong[0].group_size or 1
     fitting = math.gcd(*(layer.columns for layer in layers))
     sizes = [size for size in range(8, group_size, 8) if fitting % size == 0]
     names = ", ".join(f"{layer.module} ({layer.columns} inputs)" for layer in wrong[:5])
