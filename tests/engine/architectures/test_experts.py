@@ -15,7 +15,9 @@ from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from workers.engine.architectures.experts import SeparateExperts, separate_state
 from workers.engine.architectures.loading import load_model
 from workers.engine.architectures.names import name_within_base
-from workers.engine.calibration.input_moments import input_moments
+from workers.engine.architectures.skeleton import BlockCall
+from workers.engine.calibration.block_stream import LiveBlock
+from workers.engine.calibration.input_moments import gather_moments, input_sites
 from workers.engine.export.compressed_tensors import read_dequantized
 from workers.engine.technique import StepContext, StepOutcome, run_step
 
@@ -108,15 +110,18 @@ class Mixture(nn.Module):
         layers = [nn.ModuleDict({"w1": nn.Linear(32, 4, bias=False)}) for _ in range(3)]
         self.mlp = nn.ModuleDict({"experts": nn.ModuleList(layers)})
 
-    def forward(self, inputs: Tensor) -> None:
-        self.get_submodule(NAMES[0])(inputs)
-        self.get_submodule(NAMES[1])(inputs[:2])
+    def forward(self, inputs: Tensor) -> Tensor:
+        for name, tokens in zip(NAMES, (8, 2, 0), strict=True):
+            self.get_submodule(name)(inputs[0, :tokens])
+        return inputs
 
 
+@torch.inference_mode()
 def test_experts_that_see_too_little_are_given_white_noise() -> None:
-    block = Mixture()
     torch.manual_seed(0)
-    sites = input_moments(block, NAMES, lambda: block(torch.randn(8, 32)))
+    block = LiveBlock(0, Mixture(), {}, BlockCall((), {}), lambda: iter(torch.randn(1, 1, 8, 32)))
+    sites = input_sites(block, NAMES)
+    gather_moments(block, sites)
     assert [site.layers for site in sites] == [[name] for name in NAMES]
     assert [(site.tokens, site.is_guess) for site in sites] == [(8, False), (2, True), (0, True)]
     assert all(torch.equal(site.second_moment(), torch.eye(32)) for site in sites[1:])

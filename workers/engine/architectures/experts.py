@@ -38,12 +38,11 @@ class SeparateExperts(nn.Module):
         total = torch.zeros_like(hidden_states)
         for index in range(self._count):
             tokens, place = torch.where(top_k_index == index)
-            if not len(tokens):
-                continue
+            # An expert without a token is called too: hooks count on every layer in the same order each time.
             gate, up, down = (self.get_submodule(f"{index}.{layer}") for layer in self._layers)
             given = hidden_states[tokens]
             output = down(self._activation(gate(given)) * up(given))
-            total.index_add_(0, tokens, output * top_k_weights[tokens, place, None])
+            total.index_add_(0, tokens, (output * top_k_weights[tokens, place, None]).to(total.dtype))
         return total
 
 

@@ -6,7 +6,8 @@ for one whose inputs are white noise, H = I, for which every calibrated method d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from app.spec.architectures import is_expert
+from workers.engine.calibration.block_stream import EnoughSeen, LiveBlock
+
+Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 
 # Tokens per input feature: with fewer, H has so low a rank that compensating by it fits the noise.
 _ENOUGH = 1 / 8
@@ -31,8 +35,13 @@ class InputSite:
     total: Tensor | None = None
     """The upper triangle of Σ x xᵀ over the tokens seen: (features, features), float32; below it is no use."""
     tokens: int = 0
-    is_guess: bool = False
-    """An expert's input on too few tokens: H is the identity."""
+
+    @property
+    def is_guess(self) -> bool:
+        """Whether it is an expert's and saw too few tokens, so that H is the identity; to be asked before H."""
+        return (
+            self.total is not None and is_expert(self.layers[0]) and self.tokens < _ENOUGH * len(self.total)
+        )
 
     def add(self, inputs: Tensor) -> None:
         """Take in more tokens: (..., tokens, features)."""
@@ -70,66 +79,66 @@ def _spans(features: int) -> list[tuple[int, int]]:
     return [(start, min(features, start + size)) for start in range(0, features, size)]
 
 
-def input_moments(block: nn.Module, names: Iterable[str], run: Callable[[], None]) -> list[InputSite]:
-    """Run the block and gather H for every input of the named layers.
+def input_sites(block: LiveBlock, names: Iterable[str]) -> list[InputSite]:
+    """The distinct inputs of the named layers, in the order they are called, from the first window alone.
 
-    A layer that is never called is in no site, but for an expert's, whose input is guessed.
+    Layers called with the very same tensor share a site; a layer that is never called is in none. Experts are always
+    called, if with no token.
     """
-    names = list(names)
-    sites: dict[str, InputSite] = {}
-    last: list[tuple[Tensor, InputSite]] = []
+    sites: list[tuple[Tensor, InputSite]] = []
 
-    def look(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def look(name: str) -> Hook:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             (given,) = inputs
-            site = sites.get(name)
+            # The tensors are held, so that their identities stay their own.
+            site = next((known for tensor, known in sites if tensor is given), None)
             if site is None:
-                # Layers called with the very same tensor share its moments; the tensor is held, so its id is its own.
-                site = next((known for tensor, known in last if tensor is given), None) or InputSite()
-                sites[name] = site
-                site.layers.append(name)
-                last.append((given, site))
-            if site.layers[0] == name:
-                site.add(given)
+                site = InputSite()
+                sites.append((given, site))
+            site.layers.append(name)
 
         return hook
 
-    handles = [block.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
+    with _hooked(block, {name: look(name) for name in names}):
+        block.run(windows=1)
+    return [site for _, site in sites]
+
+
+def gather_moments(block: LiveBlock, sites: Sequence[InputSite]) -> None:
+    """Run the block on every window as far as the last of the sites, and add up what each is given."""
+
+    def add(site: InputSite) -> Hook:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            site.add(inputs[0])
+            if site is sites[-1]:
+                raise EnoughSeen
+
+        return hook
+
+    with _hooked(block, {site.layers[0]: add(site) for site in sites}):
+        block.run()
+
+
+@contextmanager
+def _hooked(block: LiveBlock, hooks: dict[str, Hook]) -> Iterator[None]:
+    handles = [
+        block.module.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()
+    ]
     try:
-        run()
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    for name in names:
-        if is_expert(name):
-            _guess_if_seldom(block.get_submodule(name), sites.setdefault(name, InputSite([name])))
-    return list({id(site): site for site in sites.values()}.values())
 
 
-def _guess_if_seldom(layer: nn.Module, site: InputSite) -> None:
-    weight = layer.get_parameter("weight")
-    if site.tokens < _ENOUGH * weight.shape[1]:
-        site.total = weight.new_zeros(weight.shape[1], weight.shape[1])
-        site.is_guess = True
-
-
-def seldom_used(sites: Iterable[InputSite], stored: Callable[[str], str]) -> dict[str, int]:
-    """Names in the checkpoint of the experts whose input was guessed, and how many tokens each saw.
-
-    `stored` gives a layer's name in the checkpoint by that within the block.
-    """
-    guessed = [(stored(site.layers[0]), site.tokens) for site in sites if site.is_guess]
-    return {_expert_of(name): tokens for name, tokens in guessed}
-
-
-def _expert_of(layer: str) -> str:
+def expert_of(layer: str) -> str:
     """`model.layers.0.mlp.experts.3` of `model.layers.0.mlp.experts.3.up_proj.weight`."""
     mixture, _, rest = layer.partition(".experts.")
     return f"{mixture}.experts.{rest.partition('.')[0]}"
 
 
 def warning_of_seldom_used(experts: dict[str, int]) -> list[str]:
-    """One warning that names the experts, those without a token first; none where there are none."""
+    """One warning that names experts and the tokens they saw, those without any first; none where there are none."""
     unseen = [name for name, tokens in experts.items() if tokens == 0]
     few = [f"{name} ({tokens})" for name, tokens in experts.items() if tokens]
     parts = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -25,41 +27,44 @@ class LayerSolver:
     def solve(
         self, weights: dict[str, Tensor], layers: dict[str, PackedLayer], second_moment: Tensor
     ) -> dict[str, LayerFit]:
-        """Fit weights (rows, columns), float32, that share inputs of second moment H (columns, columns), by name.
+        """Fit weights (rows, columns) that share inputs of second moment H (columns, columns), by name.
 
         Layers stored alike are solved together, row below row.
         """
+        alike = _stored_alike(layers)
+        stacked = {names: torch.cat([weights[name].float() for name in names]) for names in alike}
+        fits = {names: self._nearest(stacked[names], layers[names[0]], second_moment) for names in alike}
         factor = self._factor(second_moment, list(weights)) if self.step.solver == "gptq" else None
-        fits: dict[str, LayerFit] = {}
-        for names in _stored_alike(layers):
-            together = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
-            fit = self._solve(together, layers[names[0]], second_moment, factor)
-            start = 0
-            for name in names:
-                rows = slice(start, start + len(weights[name]))
-                fits[name], start = fit.of_rows(rows), rows.stop
-        return fits
+        if factor is not None:
+            for names in alike:
+                fits[names] = compensated(stacked[names], factor, fits[names], threads=self.threads)
+            order, damping = factor.order, factor.damping
+            # Refining needs H, and no longer its factor, which is as large.
+            del factor
+            with _damped(second_moment, damping):
+                for names in alike:
+                    fits[names] = refined(
+                        stacked.pop(names), fits[names], second_moment, order,
+                        rounds=self._refinements(layers[names[0]]), threads=self.threads,
+                    )  # fmt: skip
+        return {
+            name: fit
+            for names, together in fits.items()
+            for name, fit in zip(names, _parts(together, [len(weights[n]) for n in names]), strict=True)
+        }
 
-    def _solve(
-        self, weight: Tensor, layer: PackedLayer, second_moment: Tensor, factor: Factor | None
-    ) -> LayerFit:
+    def _nearest(self, weight: Tensor, layer: PackedLayer, second_moment: Tensor) -> LayerFit:
+        importance = second_moment.diagonal()
         # What multiplies an input that is always zero need not be kept, and would only be compensated for.
-        weight = weight * (second_moment.diagonal() != 0)
-        fit = fit_layer(
+        weight.mul_(importance != 0)
+        return fit_layer(
             weight,
             layer.grid,
             group_size=layer.group_size,
             dtype=TORCH_DTYPES[layer.dtype],
-            importance=second_moment.diagonal(),
+            importance=importance,
             threads=self.threads,
         )
-        if factor is None:
-            return fit
-        fit = compensated(weight, factor, fit, threads=self.threads)
-        return refined(
-            weight, fit, _damped(second_moment, factor.damping), factor.order,
-            rounds=self._refinements(layer), threads=self.threads,
-        )  # fmt: skip
 
     def _refinements(self, layer: PackedLayer) -> int:
         if self.step.refinements is not None:
@@ -79,18 +84,28 @@ class LayerSolver:
         return factor
 
 
-def _damped(second_moment: Tensor, damping: float) -> Tensor:
-    """H as it was factored: with a moment for inputs that were always zero, and damping on the diagonal."""
-    damped = second_moment.clone()
-    diagonal = damped.diagonal()
+@contextmanager
+def _damped(second_moment: Tensor, damping: float) -> Iterator[None]:
+    """H as it was factored, for as long as it is refined with: see `factorize`."""
+    diagonal = second_moment.diagonal()
+    before = diagonal.clone()
     diagonal[diagonal == 0] = 1.0
     diagonal.add_(damping * diagonal.mean())
-    return damped
+    yield
+    diagonal.copy_(before)
 
 
-def _stored_alike(layers: dict[str, PackedLayer]) -> list[list[str]]:
+def _stored_alike(layers: dict[str, PackedLayer]) -> list[tuple[str, ...]]:
     """Names of layers whose weights may be stacked, since all that matters of how they are stored is the same."""
     alike: dict[PackedLayer, list[str]] = {}
     for name, layer in layers.items():
         alike.setdefault(replace(layer, module="", rows=0), []).append(name)
-    return list(alike.values())
+    return [tuple(names) for names in alike.values()]
+
+
+def _parts(fit: LayerFit, rows: list[int]) -> Iterator[LayerFit]:
+    """A stack of layers, taken apart."""
+    start = 0
+    for count in rows:
+        yield fit.of_rows(slice(start, start + count))
+        start += count
