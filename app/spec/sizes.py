@@ -48,14 +48,6 @@ class Shape:
         return max((count for index, count in totals.items() if index is not None), default=0)
 
     @property
-    def largest_block_widths(self) -> list[int]:
-        """Inputs of each linear layer of the widest block."""
-        widths: dict[int | None, list[int]] = {}
-        for tensor in compressible(self):
-            widths.setdefault(block_index(tensor.name), []).append(tensor.shape[1])
-        return max(widths.values(), key=lambda found: sum(n * n for n in found), default=[])
-
-    @property
     def blocks(self) -> int:
         """How many blocks there are."""
         return len({block_index(t.name) for t in self.tensors} - {None})
