@@ -16,11 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from app.errors import JobFailed
 from app.spec.facts import TensorFact
 from app.spec.quantize import QuantizeGptq
 from workers.engine.calibration.block_stream import LiveBlock, stream_blocks
-from workers.engine.calibration.input_moments import input_moments
 from workers.engine.calibration.step_calibration import step_calibration
 from workers.engine.checkpoint import (
     Checkpoint,
@@ -31,15 +29,13 @@ from workers.engine.checkpoint import (
     write_config,
 )
 from workers.engine.checkpoint.layout import TORCH_DTYPES
-from workers.engine.checkpoint.selection import module_name, non_finite, select_layers
+from workers.engine.checkpoint.selection import non_finite, select_layers
 from workers.engine.checkpoint.streaming import one_torch_thread
 from workers.engine.export.pack_quantized import PackedLayer, pack_columns, pack_rows
 from workers.engine.quantize.compensation import (
     ColumnGrid,
     Factor,
-    NotPositiveDefinite,
     compensated_codes,
-    factorize,
     output_error,
 )
 from workers.engine.quantize.grid import Fit, Grid, fit_groups
@@ -51,6 +47,7 @@ from workers.engine.quantize.packed_layers import (
     totals,
     warnings_of,
 )
+from workers.engine.quantize.sites import block_sites, factor_of_site
 from workers.engine.technique import StepContext, StepOutcome, implements
 
 _CHUNK_WEIGHTS = 2**17
@@ -114,43 +111,12 @@ class _Solver:
 
     def solve_block(self, block: LiveBlock) -> None:
         """Quantize the chosen layers of a block, and leave it with the weights that a user will run."""
-        chosen = {
-            module_name(name): stored for name, stored in block.stored_names.items() if stored in self.layers
-        }
-        for site in input_moments(block.module, chosen, block.run):
+        for site, stored in block_sites(block, self.layers):
             second_moment = site.second_moment()
-            stored = [chosen.pop(name) for name in site.layers]
-            factor = self._factor(second_moment, stored)
+            factor = factor_of_site(second_moment, stored, self.step.damping, self.solved.warnings)
             for name, weight in zip(site.layers, stored, strict=True):
                 parameter = block.module.get_parameter(f"{name}.weight")
                 self._solve_layer(parameter, weight, second_moment, factor)
-        if chosen:
-            unseen = ", ".join(chosen.values())
-            raise JobFailed(
-                f"Calibration never reached {unseen}.",
-                code="layer_never_called",
-                hint="Put these layers on the step's ignore list, or use quantize.weights.",
-            )
-
-    def _factor(self, second_moment: Tensor, stored: list[str]) -> Factor | None:
-        """What all layers of an input share; None, with a warning that names them, where there is no factor."""
-        names = ", ".join(stored)
-        if not torch.isfinite(second_moment).all():
-            raise JobFailed(
-                f"The inputs of {names} are NaN or infinite on the calibration text.",
-                code="non_finite_activations",
-                hint="Check that the original gives sensible outputs in float32; quantize.weights needs no activations.",
-            )
-        try:
-            factor = factorize(second_moment, self.step.damping)
-        except NotPositiveDefinite:
-            self.solved.warnings.append(
-                f"rounded to nearest, since the inputs' statistics have no factor: {names}"
-            )
-            return None
-        if factor.damping > self.step.damping:
-            self.solved.warnings.append(f"damped by {factor.damping:g} to have a factor: {names}")
-        return factor
 
     def _solve_layer(
         self, parameter: Tensor, stored: str, second_moment: Tensor, factor: Factor | None
