@@ -15,6 +15,7 @@ from app.spec.facts import ModelFacts
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth
 from app.spec.quantize import QuantizeGptq, QuantizeWeights
+from app.spec.quantize_onnx import QuantizeOnnx
 from app.spec.sizes import Shape, after_step
 
 _MIB = 2**20
@@ -41,6 +42,8 @@ GPTQ_COPIES = 3
 """Float32 matrices of the widest layer's inputs squared: its statistics, their factor and the inverse of it."""
 ONNX_COPIES = 7
 """Float32 copies of the model while it is optimized: module, graph, variants, and onnxruntime's own of each in a contest."""
+ONNX_QUANTIZED_COPIES = 3
+"""Float32 copies of the model while it is exported, rewritten and checked; its graph shares the module's memory."""
 
 FLOPS_PER_SECOND = 4e10
 """Float32 matrix products on two cores."""
@@ -206,9 +209,10 @@ def _step_memory(step: Step, before: Shape, after: Shape, original: Shape, facts
             states = 2 * 4 * step.calibration_tokens * facts.hidden_size
             return 4 * before.largest_block + 4 * facts.vocab_size * facts.hidden_size + states
         case QuantizeGptq():
-            widths = before.largest_block_widths
-            hessians = 4 * (sum(n * n for n in widths) + GPTQ_COPIES * max(widths, default=0) ** 2)
-            return 4 * before.largest_block + 4 * facts.vocab_size * facts.hidden_size + hessians + SLAB_BYTES
+            return _compensating(before, facts)
+        case QuantizeOnnx():
+            exporting = ONNX_QUANTIZED_COPIES * 4 * before.dense_parameters
+            return max(_compensating(before, facts), exporting) + after.weight_bytes
         case DistillLogits():
             tokens = step.batch_size * step.sequence_length
             activations = 4 * tokens * facts.hidden_size * ACTIVATION_FLOATS_PER_HIDDEN * after.blocks
@@ -225,15 +229,20 @@ def _step_memory(step: Step, before: Shape, after: Shape, original: Shape, facts
             return SLAB_BYTES
 
 
+def _compensating(before: Shape, facts: ModelFacts) -> int:
+    """One block, the embedding table, and the statistics of the block's inputs."""
+    widths = before.largest_block_widths
+    hessians = 4 * (sum(n * n for n in widths) + GPTQ_COPIES * max(widths, default=0) ** 2)
+    return 4 * before.largest_block + 4 * facts.vocab_size * facts.hidden_size + hessians + SLAB_BYTES
+
+
 def _step_seconds(step: Step, before: Shape, after: Shape, original: Shape) -> float:
     streaming = _streaming(before.weight_bytes + after.weight_bytes)
     match step:
         case QuantizeWeights():
             return streaming + before.dense_parameters / QUANTIZED_WEIGHTS_PER_SECOND[step.scale_search]
-        case QuantizeGptq():
-            forwards = 4 * before.dense_parameters * step.calibration_tokens
-            solving = before.dense_parameters * GPTQ_SECONDS_PER_WEIGHT
-            return streaming + forwards / FLOPS_PER_SECOND + solving
+        case QuantizeGptq() | QuantizeOnnx():
+            return streaming + _compensating_seconds(step, before)
         case PruneDepth():
             return streaming + 2 * before.dense_parameters * step.calibration_tokens / FLOPS_PER_SECOND
         case DistillLogits():
@@ -246,6 +255,15 @@ def _step_seconds(step: Step, before: Shape, after: Shape, original: Shape) -> f
             return streaming + PROCESS_SECONDS + ONNX_SECONDS_PER_PARAMETER * before.dense_parameters
         case _:
             return streaming
+
+
+def _compensating_seconds(step: QuantizeGptq | QuantizeOnnx, before: Shape) -> float:
+    """Blocks are run once to see their inputs and once more for their outputs; QDQ counts histograms in between."""
+    runs = 3 if isinstance(step, QuantizeOnnx) and step.method == "qdq" else 2
+    forwards = 2 * runs * before.dense_parameters * step.calibration_tokens / FLOPS_PER_SECOND
+    solving = before.dense_parameters * GPTQ_SECONDS_PER_WEIGHT
+    exporting = PROCESS_SECONDS + before.dense_parameters * ONNX_SECONDS_PER_PARAMETER
+    return forwards + solving + (exporting if isinstance(step, QuantizeOnnx) else 0.0)
 
 
 def _streaming(nbytes: int) -> float:

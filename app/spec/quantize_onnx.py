@@ -40,9 +40,9 @@ class QuantizeOnnx(Step):
     """Tokens of calibration text the layers' inputs are gathered from; the time grows with it."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Added to the diagonal of each layer's input statistics, as a share of its mean."""
-    smoothing: Annotated[float, Field(ge=0, le=1)] = 0.5
+    smoothing: Annotated[float, Field(ge=0, le=1)] = 0.0
     """`qdq`: how much of the spread between input channels is moved into the weights (SmoothQuant's alpha); 0: none."""
-    ranges: Literal["mse", "minmax"] = "mse"
+    ranges: Literal["mse", "minmax"] = "minmax"
     """`qdq`: `mse` clips activations where that lowers the squared error; `minmax` spans all that were seen."""
 
     @model_validator(mode="after")

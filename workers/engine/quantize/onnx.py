@@ -69,7 +69,7 @@ def quantize_onnx(step: QuantizeOnnx, context: StepContext) -> StepOutcome:
         save_graph(graph, Path(scratch) / "graph")
         publish_graph(Path(scratch) / "graph", context.target)
     check_graph(context.target, threads=context.threads)
-    check_coverage(context.target / MODEL_FILE, names, _floating(checkpoint, selection, prefix))
+    check_coverage(context.target / MODEL_FILE, names, _left(selection, prefix))
     copy_side_files(context.source, context.target)
     context.progress(1.0, "done")
     return _outcome(step, solutions, selection, tokens)
@@ -148,12 +148,10 @@ def _quantize_head(graph: ir.Model, threads: int) -> None:
         look_up_packed(graph.graph, embedding, name, matrix)
 
 
-def _floating(checkpoint: Checkpoint, selection: Selection, prefix: str) -> set[str]:
-    """Names, as a graph may have them, of the weights that may stay in float32: ignored ones, and all outside blocks."""
-    left = {layer.name for layer in selection.untouched}
-    left |= {name for name in checkpoint.tensors if block_index(name) is None}
-    plain = {name.removeprefix(prefix) for name in left}
-    return left | plain | {prefix + name for name in plain}
+def _left(selection: Selection, prefix: str) -> set[str]:
+    """Names, with and without the base model's prefix, of the weights that the spec leaves in float32."""
+    plain = {layer.name.removeprefix(prefix) for layer in selection.untouched}
+    return plain | {prefix + name for name in plain}
 
 
 def _outcome(
