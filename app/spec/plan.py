@@ -259,7 +259,7 @@ def _step_seconds(step: Step, before: Shape, after: Shape, original: Shape) -> f
 
 def _compensating_seconds(step: QuantizeGptq | QuantizeOnnx, before: Shape) -> float:
     """Blocks are run once to see their inputs and once more for their outputs; QDQ counts histograms in between."""
-    runs = 3 if isinstance(step, QuantizeOnnx) and step.method == "qdq" else 2
+    runs = 3 if isinstance(step, QuantizeOnnx) and step.method != "matmul_nbits" else 2
     forwards = 2 * runs * before.dense_parameters * step.calibration_tokens / FLOPS_PER_SECOND
     solving = before.dense_parameters * GPTQ_SECONDS_PER_WEIGHT
     exporting = PROCESS_SECONDS + before.dense_parameters * ONNX_SECONDS_PER_PARAMETER

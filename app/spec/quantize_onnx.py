@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from app.spec.base import Format, Step
+from app.spec.base import Family, Format, Step
 from app.spec.quantize import GlobPatterns
 
 
@@ -22,10 +22,11 @@ class QuantizeOnnx(Step):
     produces: ClassVar[Format] = "onnx"
 
     technique: Literal["quantize.onnx"] = "quantize.onnx"
-    method: Literal["matmul_nbits", "qdq"] = "matmul_nbits"
+    method: Literal["matmul_nbits", "qdq", "auto"] = "matmul_nbits"
     """`matmul_nbits`: onnxruntime's operator for weights of few bits with a scale per block; keeps language models close.
     `qdq`: standard QuantizeLinear and DequantizeLinear, int8 weights and static int8 activations, for whatever reads
-    ONNX; the fastest for encoders, and too coarse for many language models."""
+    ONNX; the fastest for encoders, and too coarse for many language models. `auto`: `qdq` for encoders where the other
+    settings allow it, else `matmul_nbits`."""
     bits: Literal[8, 4] = 8
     """Bits per weight, scales not counted. `qdq` knows 8 alone."""
     block_size: Literal[16, 32, 64, 128, 256] = 32
@@ -52,3 +53,9 @@ class QuantizeOnnx(Step):
                 'method "qdq" stores symmetric 8-bit weights of block layers: leave out bits, symmetric and quantize_head'
             )
         return self
+
+    def method_for(self, family: Family) -> Literal["matmul_nbits", "qdq"]:
+        """The method that `auto` stands for."""
+        if self.method != "auto":
+            return self.method
+        return "qdq" if family is Family.ENCODER and self.bits == 8 and self.symmetric else "matmul_nbits"

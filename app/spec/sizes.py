@@ -179,7 +179,7 @@ def _quantized_onnx_bytes(step: QuantizeOnnx, shape: Shape, facts: ModelFacts) -
     for tensor in shape.tensors:
         is_table = tensor.shape[:1] == (facts.vocab_size,) and tensor.name != _HEAD
         if tensor in layers and tensor.name not in ignored:
-            total += _onnx_layer_bytes(step, *tensor.shape)
+            total += _onnx_layer_bytes(step, tensor, facts)
         elif is_lm and step.quantize_head and (tensor.name == _HEAD or (is_table and facts.tied_embeddings)):
             total += tensor.elements * (8 + 32 / _ONNX_HEAD_BLOCK) / 8
         elif is_table and not (is_lm and facts.tied_embeddings):
@@ -189,9 +189,10 @@ def _quantized_onnx_bytes(step: QuantizeOnnx, shape: Shape, facts: ModelFacts) -
     return total
 
 
-def _onnx_layer_bytes(step: QuantizeOnnx, rows: int, columns: int) -> float:
+def _onnx_layer_bytes(step: QuantizeOnnx, tensor: TensorFact, facts: ModelFacts) -> float:
     """Codes, scales and zero points of one weight."""
-    if step.method == "qdq":
+    rows, columns = tensor.shape
+    if step.method_for(facts.family) == "qdq":
         return rows * (columns + 5)
     blocks = -(-columns // step.block_size)
     zeros = 0 if step.symmetric else -(-blocks * step.bits // 8)

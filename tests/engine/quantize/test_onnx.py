@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import facts_of, tiny_model
 
 from app.spec.architectures import block_index
+from app.spec.base import Family
 from app.spec.compression import CompressionSpec
 from app.spec.plan import plan_job
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -152,6 +153,13 @@ def test_smoothing_helps_where_channels_differ(tmp_path: Path, tiny_text: Path) 
         run(source, target, tiny_text, {"smoothing": smoothing, "ranges": "minmax", **QDQ})
         errors.append(error(source, target))
     assert errors[1] < 0.5 * errors[0]
+
+
+def test_auto_is_static_int8_for_encoders_and_scales_per_block_for_language_models() -> None:
+    auto = QuantizeOnnx(method="auto")
+    assert auto.method_for(Family.ENCODER) == "qdq"
+    assert auto.method_for(Family.CAUSAL_LM) == "matmul_nbits"
+    assert QuantizeOnnx(method="auto", bits=4).method_for(Family.ENCODER) == "matmul_nbits"
 
 
 @pytest.mark.parametrize("wrong", [{"bits": 4}, {"symmetric": False}, {"quantize_head": True}])

@@ -11,6 +11,7 @@ Left out: 16-bit scales and activations, a key-value cache, and timing the resul
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -72,14 +73,16 @@ def quantize_onnx(step: QuantizeOnnx, context: StepContext) -> StepOutcome:
     check_coverage(context.target / MODEL_FILE, names, _left(selection, prefix))
     copy_side_files(context.source, context.target)
     context.progress(1.0, "done")
-    return _outcome(step, solutions, selection, tokens)
+    outcome = _outcome(step, solutions, selection, tokens)
+    is_static = step.method_for(context.facts.family) == "qdq"
+    return replace(outcome, warnings=(*outcome.warnings, _SATURATES)) if is_static else outcome
 
 
 def _solve(step: QuantizeOnnx, selection: Selection, context: StepContext) -> tuple[Solutions[Any], int]:
     """The matrix of every chosen layer, and how many tokens it was calibrated on."""
     wanted = frozenset(selection.chosen)
     solver: NBitsSolver | QdqSolver
-    if step.method == "qdq":
+    if step.method_for(context.facts.family) == "qdq":
         solver = QdqSolver(
             wanted,
             smoothing=step.smoothing,
@@ -117,7 +120,7 @@ def _names_in_graph(graph: ir.Model, solutions: Solutions[Any], prefix: str) -> 
 def _rewrite(step: QuantizeOnnx, graph: ir.Model, matrices: dict[str, Any], context: StepContext) -> None:
     """Put the matrices into the graph; the token embedding follows in 8 bits if no product in float32 needs it."""
     linears = linear_nodes(graph.graph)
-    if step.method == "qdq":
+    if step.method_for(context.facts.family) == "qdq":
         QdqWriter(graph.graph, matrices).write(linears)
     else:
         graph.opset_imports[MICROSOFT] = 1
@@ -174,5 +177,5 @@ def _outcome(
         layers=(*quantized, *selection.untouched),
         metrics=solutions.totals()
         | {"quantized_weights": weights, "stored_bits": stored_bits, "calibration_tokens": tokens},
-        warnings=(*warnings, *((_SATURATES,) if step.method == "qdq" else ())),
+        warnings=warnings,
     )
