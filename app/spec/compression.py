@@ -11,12 +11,12 @@ from app.spec.distill import DistillLogits, StudentFromModel, StudentFromPreviou
 from app.spec.export import Export
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth, PruneMagnitude
-from app.spec.quantize import QuantizeGptq, QuantizeWeights
+from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_onnx import QuantizeOnnx
 
 AnyStep = Annotated[
     QuantizeWeights
-    | QuantizeGptq
+    | QuantizeCalibrated
     | QuantizeOnnx
     | PruneMagnitude
     | PruneDepth
@@ -27,7 +27,7 @@ AnyStep = Annotated[
 
 STEP_CLASSES: tuple[type, ...] = (
     QuantizeWeights,
-    QuantizeGptq,
+    QuantizeCalibrated,
     QuantizeOnnx,
     PruneMagnitude,
     PruneDepth,

@@ -14,7 +14,7 @@ from app.spec.distill import DistillLogits
 from app.spec.facts import ModelFacts
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth
-from app.spec.quantize import QuantizeGptq, QuantizeWeights
+from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_onnx import QuantizeOnnx
 from app.spec.sizes import Shape, after_step
 
@@ -208,7 +208,7 @@ def _step_memory(step: Step, before: Shape, after: Shape, original: Shape, facts
         case PruneDepth():
             states = 2 * 4 * step.calibration_tokens * facts.hidden_size
             return 4 * before.largest_block + 4 * facts.vocab_size * facts.hidden_size + states
-        case QuantizeGptq():
+        case QuantizeCalibrated():
             return _compensating(before, facts)
         case QuantizeOnnx():
             exporting = ONNX_QUANTIZED_COPIES * 4 * before.dense_parameters
@@ -241,7 +241,7 @@ def _step_seconds(step: Step, before: Shape, after: Shape, original: Shape) -> f
     match step:
         case QuantizeWeights():
             return streaming + before.dense_parameters / QUANTIZED_WEIGHTS_PER_SECOND[step.scale_search]
-        case QuantizeGptq() | QuantizeOnnx():
+        case QuantizeCalibrated() | QuantizeOnnx():
             return streaming + _compensating_seconds(step, before)
         case PruneDepth():
             return streaming + 2 * before.dense_parameters * step.calibration_tokens / FLOPS_PER_SECOND
@@ -257,7 +257,7 @@ def _step_seconds(step: Step, before: Shape, after: Shape, original: Shape) -> f
             return streaming
 
 
-def _compensating_seconds(step: QuantizeGptq | QuantizeOnnx, before: Shape) -> float:
+def _compensating_seconds(step: QuantizeCalibrated | QuantizeOnnx, before: Shape) -> float:
     """Blocks are run once to see their inputs and once more for their outputs; QDQ counts histograms in between."""
     runs = 3 if isinstance(step, QuantizeOnnx) and step.method != "matmul_nbits" else 2
     forwards = 2 * runs * before.dense_parameters * step.calibration_tokens / FLOPS_PER_SECOND

@@ -56,7 +56,7 @@ def test_extremes_and_histograms_are_those_of_all_inputs_seen() -> None:
         for x in inputs:
             block(x)
 
-    with input_extremes(block, iter(["0"])) as seen:
+    with input_extremes(block, ["0"]) as seen:
         run()
     assert torch.equal(seen["0"].low, rows.amin(0))
     assert torch.equal(seen["0"].high, rows.amax(0))

@@ -7,7 +7,7 @@ in the mean; what is clipped loses its distance to the range. The pair of ends w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +41,7 @@ class Extremes:
 
 
 @contextmanager
-def input_extremes(block: nn.Module, names: Iterator[str]) -> Iterator[dict[str, Extremes]]:
+def input_extremes(block: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Extremes]]:
     """Watch the inputs of layers, by name, while the block runs inside the context."""
     seen: dict[str, Extremes] = {}
 

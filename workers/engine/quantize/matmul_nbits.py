@@ -1,6 +1,7 @@
-"""Weights for MatMulNBits: scales searched block by block, then rounding errors made up for on calibration text.
+"""Weights for MatMulNBits, solved as `quantize.calibrated` solves them: searched, compensated, refined (LayerSolver).
 
-Frantar et al. 2022 (GPTQ), as in `compensation.py`; a row whose last block of inputs is shorter is taken as it is.
+The operator's last block of a row may be shorter than the others. Here it is filled up with inputs that are always
+zero: they have no importance, compensate for nothing, and are cut off before the codes are packed.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
+from app.spec.quantize import QuantizeCalibrated
 from workers.engine.calibration.block_stream import LiveBlock
-from workers.engine.checkpoint.selection import non_finite
 from workers.engine.export.onnx_matmul_nbits import PackedMatrix, pack_matrix
-from workers.engine.quantize.block_fit import LayerFit, fit_layer
-from workers.engine.quantize.compensation import Factor, compensated_codes
+from workers.engine.export.pack_quantized import PackedLayer
 from workers.engine.quantize.grid import Grid
-from workers.engine.quantize.sites import block_sites, factor_of_site
+from workers.engine.quantize.layer_fit import LayerFit, fit_layer
+from workers.engine.quantize.layer_solver import LayerSolver
+from workers.engine.quantize.sites import Site, block_sites
 from workers.engine.quantize.solutions import Solutions
 
 
@@ -29,51 +32,49 @@ class NBitsSolver:
         self.wanted = wanted
         self.grid = grid
         self.block_size = block_size
-        self.damping = damping
-        self.threads = threads
         self.solutions = Solutions[PackedMatrix]()
+        self._solver = LayerSolver(QuantizeCalibrated(damping=damping), threads)
+        # One list: what the solver has to say stands in the outcome.
+        self._solver.warnings = self.solutions.warnings
 
     def solve_block(self, block: LiveBlock) -> None:
-        """Quantize the wanted layers of a block. Raises InvalidRequest for weights that are not finite."""
-        for site, stored in block_sites(block, self.wanted):
-            second_moment = site.second_moment()
-            factor = factor_of_site(second_moment, stored, self.damping, self.solutions.warnings)
-            for name, weight in zip(site.layers, stored, strict=True):
-                self._solve_layer(block.module.get_parameter(f"{name}.weight"), weight, second_moment, factor)
+        """Quantize the wanted layers of a block, and put in their weights what their codes stand for."""
+        for site in block_sites(block, self.wanted):
+            self._solve_site(site)
 
-    def _solve_layer(
-        self, parameter: Tensor, stored: str, second_moment: Tensor, factor: Factor | None
-    ) -> None:
-        if not torch.isfinite(parameter).all():
-            raise non_finite(stored)
-        fit = fit_layer(parameter, self.grid, self.block_size, threads=self.threads)
-        # What multiplies an input that is always zero need not be kept, and would only be compensated for.
-        weight = parameter * (second_moment.diagonal() != 0)
-        codes = (
-            fit.codes
-            if factor is None
-            else compensated_codes(weight, factor, fit.columns, threads=self.threads)
-        )
-        restored = fit.restored(codes)
-        matrix = packed(codes, fit, self.grid, self.block_size)
-        self.solutions.add(stored, matrix, parameter, restored, second_moment)
-        parameter.copy_(restored)
+    def _solve_site(self, site: Site) -> None:
+        columns = len(site.second_moment)
+        fill = -columns % self.block_size
+        moment = functional.pad(site.second_moment, (0, fill, 0, fill))
+        whole = {name: functional.pad(weight, (0, fill)) for name, weight in site.weights.items()}
+        layers = {name: self._layer(name, weight) for name, weight in whole.items()}
+        for name, fit in self._solver.solve(whole, layers, moment).items():
+            weight, restored = site.weights[name], fit.restored()[:, :columns]
+            matrix = packed(fit, columns, self.grid)
+            self.solutions.add(name, matrix, weight, restored, site.second_moment)
+            weight.copy_(restored)
+
+    def _layer(self, name: str, weight: Tensor) -> PackedLayer:
+        rows, columns = weight.shape
+        return PackedLayer(name, rows, columns, "F32", self.grid.bits, self.grid.symmetric, self.block_size)
 
 
 def round_to_nearest(weight: Tensor, grid: Grid, block_size: int, *, threads: int) -> PackedMatrix:
     """A matrix by searched scales alone, for weights whose inputs nobody has seen."""
-    fit = fit_layer(weight, grid, block_size, threads=threads)
-    return packed(fit.codes, fit, grid, block_size)
+    columns = weight.shape[1]
+    whole = functional.pad(weight, (0, -columns % block_size))
+    fit = fit_layer(whole, grid, group_size=block_size, dtype=torch.float32, threads=threads)
+    return packed(fit, columns, grid)
 
 
-def packed(codes: Tensor, fit: LayerFit, grid: Grid, block_size: int) -> PackedMatrix:
-    """Codes (rows, columns) and their grids as the operator reads them."""
+def packed(fit: LayerFit, columns: int, grid: Grid) -> PackedMatrix:
+    """The first `columns` of a fit as the operator reads them."""
     return pack_matrix(
-        _int16(codes),
+        _int16(fit.codes[:, :columns]),
         fit.scale.cpu().numpy(),
         None if grid.symmetric else _int16(fit.zero),
         bits=grid.bits,
-        block_size=block_size,
+        block_size=fit.group_size,
     )
 
 

@@ -9,39 +9,23 @@ calibration is given the block's outputs with rounded weights and inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from workers.engine.calibration.activation_ranges import (
-    Extremes,
-    input_extremes,
-    input_histograms,
-    least_error_range,
-)
+from workers.engine.calibration.activation_ranges import input_histograms, least_error_range
 from workers.engine.calibration.block_stream import LiveBlock
-from workers.engine.checkpoint.selection import module_name, non_finite
 from workers.engine.export.onnx_qdq import LEVELS, InputGrid, Int8Matrix
-from workers.engine.quantize.compensation import ColumnGrid, compensated_codes
-from workers.engine.quantize.sites import block_sites, factor_of_site
+from workers.engine.quantize.compensation import Factor, NotPositiveDefinite, compensated, factorize
+from workers.engine.quantize.grid import Grid
+from workers.engine.quantize.layer_fit import LayerFit
+from workers.engine.quantize.sites import Site, block_sites
 from workers.engine.quantize.solutions import Solutions
 
-_HALF = 128
-
-
-@dataclass(frozen=True)
-class _Site:
-    """An input, the layers that share it, and what was seen of it."""
-
-    names: list[str]
-    stored: list[str]
-    second_moment: Tensor
-    extremes: Extremes
-    smoothing: Tensor
-    """(features,): ones where nothing is smoothed."""
+_GRID = Grid(8, symmetric=True)
 
 
 class QdqSolver:
@@ -59,64 +43,59 @@ class QdqSolver:
         self.solutions = Solutions[Int8Matrix]()
 
     def solve_block(self, block: LiveBlock) -> None:
-        """Quantize the wanted layers of a block. Raises InvalidRequest for weights that are not finite."""
-        names = [module_name(name) for name, stored in block.stored_names.items() if stored in self.wanted]
-        with input_extremes(block.module, iter(names)) as extremes:
-            found = [(site.layers, stored, site.second_moment()) for site, stored in block_sites(block, self.wanted)]  # fmt: skip
-        sites = [
-            _Site(
-                layers,
-                stored,
-                moment,
-                extremes[layers[0]],
-                self._smoothing(block.module, layers, stored, extremes[layers[0]]),
-            )
-            for layers, stored, moment in found
+        """Quantize the wanted layers of a block, and let it compute as a user's runtime will."""
+        sites = block_sites(block, self.wanted)
+        factors = [
+            smoothing_factors(site.extremes.largest, list(site.weights.values()), self.smoothing)
+            for site in sites
         ]
-        for site, (low, high) in zip(sites, self._ranges(block, sites), strict=True):
-            smoothing = site.smoothing.cpu().numpy().astype(np.float32) if self.smoothing else None
-            self._solve_site(block.module, site, InputGrid.spanning(low, high, smoothing))
+        ranges = self._ranges(block, sites, factors)
+        for site, smoothing, (low, high) in zip(sites, factors, ranges, strict=True):
+            stored = smoothing.cpu().numpy().astype(np.float32) if self.smoothing else None
+            self._solve_site(block.module, site, smoothing, InputGrid.spanning(low, high, stored))
 
-    def _smoothing(
-        self, module: nn.Module, layers: list[str], stored: list[str], extremes: Extremes
-    ) -> Tensor:
-        weights = [module.get_parameter(f"{name}.weight") for name in layers]
-        for name, weight in zip(stored, weights, strict=True):
-            if not torch.isfinite(weight).all():
-                raise non_finite(name)
-        return smoothing_factors(extremes.largest, weights, self.smoothing)
-
-    def _ranges(self, block: LiveBlock, sites: list[_Site]) -> list[tuple[float, float]]:
-        whole = {site.names[0]: site.extremes.divided(site.smoothing).ends() for site in sites}
+    def _ranges(
+        self, block: LiveBlock, sites: list[Site], factors: list[Tensor]
+    ) -> list[tuple[float, float]]:
+        smoothings = {site.names[0]: factor for site, factor in zip(sites, factors, strict=True)}
+        whole = {site.names[0]: site.extremes.divided(smoothings[site.names[0]]).ends() for site in sites}
         spans = {name: ends for name, ends in whole.items() if ends[0] < ends[1]}
         if not self.clips or not spans:
             return list(whole.values())
-        scales = {site.names[0]: site.smoothing for site in sites if site.names[0] in spans}
-        counts = input_histograms(block.module, scales, spans, block.run)
+        counts = input_histograms(block.module, {name: smoothings[name] for name in spans}, spans, block.run)
         clipped = {
             name: least_error_range(counts[name], *ends, levels=LEVELS) for name, ends in spans.items()
         }
         return list((whole | clipped).values())
 
-    def _solve_site(self, module: nn.Module, site: _Site, grid: InputGrid) -> None:
-        moment = site.second_moment / torch.outer(site.smoothing, site.smoothing)
-        factor = factor_of_site(moment, site.stored, self.damping, self.solutions.warnings)
-        for name, stored in zip(site.names, site.stored, strict=True):
-            parameter = module.get_parameter(f"{name}.weight")
-            weight = parameter * site.smoothing
-            columns = row_grid(weight)
-            codes = (
-                nearest_codes(weight, columns)
-                if factor is None
-                else compensated_codes(weight * (moment.diagonal() != 0), factor, columns, threads=self.threads)
-            )  # fmt: skip
-            restored = codes * columns.scale
-            matrix = Int8Matrix(
-                codes.to(torch.int8).cpu().numpy(), columns.scale[:, 0].cpu().numpy().copy(), grid
+    def _solve_site(self, module: nn.Module, site: Site, smoothing: Tensor, grid: InputGrid) -> None:
+        moment = site.second_moment / torch.outer(smoothing, smoothing)
+        factor = self._factor(moment, site)
+        for name, (stored, parameter) in zip(site.names, site.weights.items(), strict=True):
+            weight = parameter * smoothing
+            # What multiplies an input that is always zero would only be compensated for.
+            fit = nearest_rows(weight * (moment.diagonal() != 0))
+            if factor is not None:
+                fit = compensated(weight * (moment.diagonal() != 0), factor, fit, threads=self.threads)
+            scales = fit.scale[:, 0].cpu().numpy().copy()
+            matrix = Int8Matrix(fit.codes.to(torch.int8).cpu().numpy(), scales, grid)
+            self.solutions.add(stored, matrix, weight, fit.restored(), moment)
+            parameter.copy_(fit.restored() / smoothing)
+            module.get_submodule(name).register_forward_pre_hook(_rounding(grid, smoothing))
+
+    def _factor(self, moment: Tensor, site: Site) -> Factor | None:
+        """What the layers of an input share; None, with a warning that names them, where there is no factor."""
+        names = ", ".join(site.weights)
+        try:
+            factor = factorize(moment, self.damping)
+        except NotPositiveDefinite:
+            self.solutions.warnings.append(
+                f"rounded to nearest, since the inputs' statistics have no factor: {names}"
             )
-            self.solutions.add(stored, matrix, weight, restored, moment)
-            parameter.copy_(restored / site.smoothing)
-            module.get_submodule(name).register_forward_pre_hook(_rounding(grid, site.smoothing))
+            return None
+        if factor.damping > self.damping:
+            self.solutions.warnings.append(f"damped by {factor.damping:g} to have a factor: {names}")
+        return factor
 
 
 def smoothing_factors(largest: Tensor, weights: Sequence[Tensor], strength: float) -> Tensor:
@@ -129,17 +108,12 @@ def smoothing_factors(largest: Tensor, weights: Sequence[Tensor], strength: floa
     return torch.where(known, factors, torch.ones_like(factors))
 
 
-def row_grid(weight: Tensor) -> ColumnGrid:
+def nearest_rows(weight: Tensor) -> LayerFit:
     """Symmetric int8 with one positive scale per row: readers of QDQ expect no other. (rows, columns), float32."""
     peak = weight.abs().amax(1, keepdim=True)
-    scale = torch.where(peak > 0, peak, torch.ones_like(peak)) / (_HALF - 1)
-    group_of = torch.zeros(weight.shape[1], dtype=torch.long, device=weight.device)
-    return ColumnGrid(scale, torch.zeros_like(scale), group_of, _HALF)
-
-
-def nearest_codes(weight: Tensor, grid: ColumnGrid) -> Tensor:
-    """Codes without compensation."""
-    return torch.round(weight / grid.scale).clamp(-grid.half, grid.half - 1)
+    scale = torch.where(peak > 0, peak, torch.ones_like(peak)) / (_GRID.half - 1)
+    fit = LayerFit(_GRID, torch.float32, scale, torch.zeros_like(scale), torch.zeros_like(weight))
+    return replace(fit, codes=_GRID.nearest_(weight / scale))
 
 
 def _rounding(
