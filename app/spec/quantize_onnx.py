@@ -13,7 +13,7 @@ from app.spec.quantize import GlobPatterns
 class QuantizeOnnx(Step):
     """Quantize every linear layer inside blocks and write an ONNX graph; a layer that stays in float is named, with why.
 
-    Calibrated on text: rounding errors are made up for as in `quantize.gptq`, and `qdq` takes the ranges of its
+    Calibrated on text: rounding errors are made up for as in `quantize.calibrated`, and `qdq` takes the ranges of its
     activations from there. Which of the methods is smallest, fastest or closest depends on the model; `optimize.onnx`
     times float and dynamic int8 on the worker instead.
     """

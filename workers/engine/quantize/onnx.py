@@ -112,7 +112,7 @@ def _names_in_graph(graph: ir.Model, solutions: Solutions[Any], prefix: str) -> 
         raise JobFailed(
             f"The exported graph holds no product with {', '.join(missing)}.",
             code="onnx_layer_not_found",
-            hint="Put these layers on the step's ignore list, or use quantize.gptq.",
+            hint="Put these layers on the step's ignore list, or use quantize.calibrated.",
         )
     return {name: stored for name, stored in found.items() if name is not None}
 
