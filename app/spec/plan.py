@@ -8,53 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from app.spec.base import Frozen, Step
-from app.spec.calibration_memory import calibrated_bytes
+from app.spec.base import Frozen
 from app.spec.compression import CompressionSpec, Evaluation
 from app.spec.distill import DistillLogits
 from app.spec.facts import ModelFacts
-from app.spec.optimize import OptimizeOnnx
-from app.spec.prune import PruneDepth
-from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
-from app.spec.quantize_onnx import QuantizeOnnx
 from app.spec.sizes import Shape, after_step
+from app.spec.step_costs import (
+    FLOPS_PER_SECOND,
+    INTERPRETER_BYTES,
+    PROCESS_SECONDS,
+    SLAB_BYTES,
+    Surroundings,
+    loaded_bytes,
+    outputs_per_token,
+    step_memory,
+    step_seconds,
+    streaming_seconds,
+)
 
 _MIB = 2**20
 
-# On a two-core x86 machine with torch 2.13 (CPU). Memory of the techniques was measured on SmolLM2-135M and MiniLM and is
-# meant to be an upper bound; speeds are meant to be right to a factor of three.
-INTERPRETER_BYTES = 350 * _MIB
-"""A Python process with torch and transformers imported."""
-SLAB_BYTES = 128 * _MIB
-"""Rows in flight while a checkpoint is streamed: read buffer, float32 copies of a chunk per thread, result."""
-LOADING_FACTOR = 1.15
-"""A model in memory over its float32 weights: buffers, and the largest tensor twice while it is read."""
 RELOAD_TOKENS = 32
 """Tokens that a reloaded result is tried on when nothing is compared."""
 LOGITS_COPIES = 3
 """Float32 arrays of (tokens, vocabulary) alive at once when two models are compared: both, and one being reduced."""
-TRAINING_BYTES_PER_PARAMETER = 16
-"""Float32 weight, gradient, and Adam's two moments."""
-TRAINING_LOGITS_COPIES = 5
-"""Teacher, student, both log-softmaxes, and the gradient."""
-ACTIVATION_FLOATS_PER_HIDDEN = 34
-"""Floats kept for the backward pass per token, block and hidden unit (Korthikanti et al. 2022, sec. 4)."""
-ONNX_COPIES = 7
-"""Float32 copies of the model while it is optimized: module, graph, variants, and onnxruntime's own of each in a contest."""
-ONNX_QUANTIZED_COPIES = 3
-"""Float32 copies of the model while it is exported, rewritten and checked; its graph shares the module's memory."""
-
-FLOPS_PER_SECOND = 4e10
-"""Float32 matrix products on two cores."""
-STREAMED_BYTES_PER_SECOND = 150e6
-"""Reading and writing a checkpoint through the page cache, syncs included."""
-QUANTIZED_WEIGHTS_PER_SECOND = {"mse": 12e6, "absmax": 60e6}
-GPTQ_SECONDS_PER_WEIGHT = 1e-7
-"""Fitting scales, factoring the inputs' statistics and compensating, on SmolLM2-135M."""
-PROCESS_SECONDS = 4.0
-"""Start of a process with torch."""
-ONNX_SECONDS_PER_PARAMETER = 2e-7
-"""Export, optimize and quantize."""
 LATENCY_TOKENS = 160
 """Tokens that one timed round runs through a model."""
 
@@ -153,13 +130,13 @@ def _stages(
 ) -> Iterator[StagePlan]:
     original = Shape.of(facts.tensors)
     converted = original.weight_bytes if facts.format == "gguf" else 0
-    yield _stage("load", SLAB_BYTES if converted else 0, converted, _streaming(converted))
+    yield _stage("load", SLAB_BYTES if converted else 0, converted, streaming_seconds(converted))
     yield _measuring("baseline", spec.evaluation, [original], facts)
     shape, names = original, spec.stage_names()
     for number, step in enumerate(spec.steps):
         result = after_step(step, shape, facts, students)
-        memory = _step_memory(step, shape, result, original, facts, budget=budget)
-        seconds = _step_seconds(step, shape, result, original, facts.active_share())
+        on = Surroundings(shape, result, original, facts, budget)
+        memory, seconds = step_memory(step, on), step_seconds(step, on)
         yield _stage(names[2 + number], memory, result.weight_bytes, seconds, result.weight_bytes)
         shape = result
     # Files are linked from the last step's directory, not copied.
@@ -184,108 +161,14 @@ def _measuring(name: str, evaluation: Evaluation, models: list[Shape], facts: Mo
     if name == "baseline" and not evaluation.enabled:
         return _stage(name, 0, 0, 0.1)
     window = min(evaluation.sequence_length, facts.max_positions) if evaluation.enabled else RELOAD_TOKENS
-    logits = LOGITS_COPIES * 4 * window * _outputs(facts)
-    memory = sum(INTERPRETER_BYTES + _loaded(shape) for shape in running) + logits
+    logits = LOGITS_COPIES * 4 * window * outputs_per_token(facts)
+    memory = sum(INTERPRETER_BYTES + loaded_bytes(shape) for shape in running) + logits
     tokens = evaluation.tokens + evaluation.latency_rounds * LATENCY_TOKENS if evaluation.enabled else window
     seconds = sum(
         PROCESS_SECONDS + 2 * shape.dense_parameters * facts.active_share() * tokens / FLOPS_PER_SECOND
         for shape in running
     )
     return _stage(name, memory, 0, seconds)
-
-
-def _outputs(facts: ModelFacts) -> int:
-    """Numbers a model puts out per token: logits of a language model, the embedding of an encoder."""
-    return facts.vocab_size if facts.family == "causal_lm" else facts.hidden_size
-
-
-def _loaded(shape: Shape) -> int:
-    """Bytes of a model in memory; a quantized one is unpacked when it is loaded."""
-    return int(LOADING_FACTOR * 4 * shape.dense_parameters)
-
-
-def calibration_memory(
-    step: QuantizeCalibrated | QuantizeOnnx, before: Shape, facts: ModelFacts, *, one_site_at_a_time: bool
-) -> int:
-    """Bytes beyond the interpreter's while a model is calibrated and quantized."""
-    return calibrated_bytes(
-        before.tensors,
-        facts,
-        tokens=step.calibration_tokens,
-        window=min(step.sequence_length, facts.max_positions),
-        one_site_at_a_time=one_site_at_a_time,
-    )
-
-
-def _step_memory(
-    step: Step, before: Shape, after: Shape, original: Shape, facts: ModelFacts, *, budget: int | None
-) -> int:
-    """Bytes beyond the interpreter's; what can be done in less memory is, where the budget asks for it."""
-    match step:
-        case PruneDepth():
-            states = 2 * 4 * step.calibration_tokens * facts.hidden_size
-            return 4 * before.largest_block + 4 * facts.vocab_size * facts.hidden_size + states
-        case QuantizeCalibrated():
-            whole = calibration_memory(step, before, facts, one_site_at_a_time=False)
-            if budget is None or INTERPRETER_BYTES + whole <= budget:
-                return whole
-            return calibration_memory(step, before, facts, one_site_at_a_time=True)
-        case QuantizeOnnx():
-            exporting = ONNX_QUANTIZED_COPIES * 4 * before.dense_parameters
-            calibrating = calibration_memory(step, before, facts, one_site_at_a_time=False)
-            return max(calibrating, exporting) + after.weight_bytes
-        case DistillLogits():
-            tokens = step.batch_size * step.sequence_length
-            activations = 4 * tokens * facts.hidden_size * ACTIVATION_FLOATS_PER_HIDDEN * after.blocks
-            logits = TRAINING_LOGITS_COPIES * 4 * tokens * _outputs(facts)
-            return (
-                _loaded(original)
-                + TRAINING_BYTES_PER_PARAMETER * after.dense_parameters
-                + activations
-                + logits
-            )
-        case OptimizeOnnx():
-            return ONNX_COPIES * 4 * before.dense_parameters
-        case _:
-            return SLAB_BYTES
-
-
-def _step_seconds(step: Step, before: Shape, after: Shape, original: Shape, active: float) -> float:
-    """`active` is the share of the weights that a token meets."""
-    streaming = _streaming(before.weight_bytes + after.weight_bytes)
-    match step:
-        case QuantizeWeights():
-            return streaming + before.dense_parameters / QUANTIZED_WEIGHTS_PER_SECOND[step.scale_search]
-        case QuantizeOnnx():
-            return streaming + _onnx_seconds(step, before)
-        case QuantizeCalibrated():
-            forwards = 4 * active * before.dense_parameters * step.calibration_tokens
-            solving = before.dense_parameters * GPTQ_SECONDS_PER_WEIGHT
-            return streaming + forwards / FLOPS_PER_SECOND + solving
-        case PruneDepth():
-            forwards = 2 * active * before.dense_parameters * step.calibration_tokens
-            return streaming + forwards / FLOPS_PER_SECOND
-        case DistillLogits():
-            tokens = step.max_steps * step.batch_size * step.sequence_length
-            products = 6 * after.dense_parameters + 2 * original.dense_parameters
-            training = active * products * tokens / FLOPS_PER_SECOND
-            return streaming + min(training, step.max_seconds or training)
-        case OptimizeOnnx():
-            return streaming + PROCESS_SECONDS + ONNX_SECONDS_PER_PARAMETER * before.dense_parameters
-        case _:
-            return streaming
-
-
-def _onnx_seconds(step: QuantizeOnnx, before: Shape) -> float:
-    """Blocks are run once to see their inputs and once more for their outputs; QDQ counts histograms in between."""
-    runs = 2 if step.method == "matmul_nbits" else 3
-    forwards = 2 * runs * before.dense_parameters * step.calibration_tokens / FLOPS_PER_SECOND
-    solving = before.dense_parameters * (GPTQ_SECONDS_PER_WEIGHT + ONNX_SECONDS_PER_PARAMETER)
-    return forwards + solving + PROCESS_SECONDS
-
-
-def _streaming(nbytes: int) -> float:
-    return nbytes / STREAMED_BYTES_PER_SECOND
 
 
 def _smaller_batches(spec: CompressionSpec) -> Iterator[CompressionSpec]:

@@ -18,10 +18,11 @@ from app.spec.base import Family
 from app.spec.compression import CompressionSpec
 from app.spec.distill import DistillLogits
 from app.spec.optimize import OptimizeOnnx
-from app.spec.plan import INTERPRETER_BYTES, nearest_spec, plan_job
+from app.spec.plan import nearest_spec, plan_job
 from app.spec.prune import PruneDepth, PruneMagnitude
 from app.spec.quantize import QuantizeWeights
 from app.spec.quantize_onnx import QuantizeOnnx
+from app.spec.step_costs import INTERPRETER_BYTES
 
 MIB = 2**20
 

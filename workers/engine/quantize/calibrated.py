@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from app.spec.plan import INTERPRETER_BYTES, calibration_memory
 from app.spec.quantize import QuantizeCalibrated
 from app.spec.sizes import Shape
+from app.spec.step_costs import INTERPRETER_BYTES, calibration_memory
 from workers.engine.calibration.block_journal import BlockJournal, open_journal
 from workers.engine.calibration.block_stream import LiveBlock, compute_dtype, stream_blocks
 from workers.engine.calibration.input_moments import warning_of_seldom_used
