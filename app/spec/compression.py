@@ -9,18 +9,26 @@ from pydantic import Field, model_validator
 from app.spec.base import Format, Frozen
 from app.spec.distill import DistillLogits, StudentFromModel, StudentFromPreviousStep
 from app.spec.export import Export
+from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth, PruneMagnitude
 from app.spec.quantize import QuantizeGptq, QuantizeWeights
 
 AnyStep = Annotated[
-    QuantizeWeights | QuantizeGptq | PruneMagnitude | PruneDepth | DistillLogits | OptimizeOnnx,
+    QuantizeWeights
+    | QuantizeGptq
+    | QuantizeGguf
+    | PruneMagnitude
+    | PruneDepth
+    | DistillLogits
+    | OptimizeOnnx,
     Field(discriminator="technique"),
 ]
 
 STEP_CLASSES: tuple[type, ...] = (
     QuantizeWeights,
     QuantizeGptq,
+    QuantizeGguf,
     PruneMagnitude,
     PruneDepth,
     DistillLogits,

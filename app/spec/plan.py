@@ -12,6 +12,7 @@ from app.spec.base import Frozen, Step
 from app.spec.compression import CompressionSpec, Evaluation
 from app.spec.distill import DistillLogits
 from app.spec.facts import ModelFacts
+from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth
 from app.spec.quantize import QuantizeGptq, QuantizeWeights
@@ -49,6 +50,8 @@ STREAMED_BYTES_PER_SECOND = 150e6
 QUANTIZED_WEIGHTS_PER_SECOND = {"mse": 12e6, "absmax": 60e6}
 GPTQ_SECONDS_PER_WEIGHT = 1e-7
 """Fitting scales, factoring the inputs' statistics and compensating, on SmolLM2-135M."""
+GGUF_SECONDS_PER_WEIGHT = {True: 1e-6, False: 2e-7}
+"""The same for the block formats of GGUF, with compensation and refinement or without."""
 PROCESS_SECONDS = 4.0
 """Start of a process with torch."""
 ONNX_SECONDS_PER_PARAMETER = 2e-7
@@ -205,7 +208,7 @@ def _step_memory(step: Step, before: Shape, after: Shape, original: Shape, facts
         case PruneDepth():
             states = 2 * 4 * step.calibration_tokens * facts.hidden_size
             return 4 * before.largest_block + 4 * facts.vocab_size * facts.hidden_size + states
-        case QuantizeGptq():
+        case QuantizeGptq() | QuantizeGguf():
             widths = before.largest_block_widths
             hessians = 4 * (sum(n * n for n in widths) + GPTQ_COPIES * max(widths, default=0) ** 2)
             return 4 * before.largest_block + 4 * facts.vocab_size * facts.hidden_size + hessians + SLAB_BYTES
@@ -230,9 +233,12 @@ def _step_seconds(step: Step, before: Shape, after: Shape, original: Shape) -> f
     match step:
         case QuantizeWeights():
             return streaming + before.dense_parameters / QUANTIZED_WEIGHTS_PER_SECOND[step.scale_search]
-        case QuantizeGptq():
+        case QuantizeGptq() | QuantizeGguf():
             forwards = 4 * before.dense_parameters * step.calibration_tokens
-            solving = before.dense_parameters * GPTQ_SECONDS_PER_WEIGHT
+            per_weight = GPTQ_SECONDS_PER_WEIGHT
+            if isinstance(step, QuantizeGguf):
+                per_weight = GGUF_SECONDS_PER_WEIGHT[step.compensate]
+            solving = before.dense_parameters * per_weight
             return streaming + forwards / FLOPS_PER_SECOND + solving
         case PruneDepth():
             return streaming + 2 * before.dense_parameters * step.calibration_tokens / FLOPS_PER_SECOND

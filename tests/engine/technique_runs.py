@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from tiny_models import facts_of
 from app.spec.architectures import ARCHITECTURES
 from app.spec.base import Step
 from app.spec.compression import STEP_CLASSES
+from app.spec.gguf_layout import ARCHITECTURES as GGUF_ARCHITECTURES
 from workers.engine.technique import StepContext, StepOutcome, run_step
 
 # More than the defaults of a technique, or less where the defaults would train for minutes.
@@ -27,6 +28,12 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
         "int4": {"group_size": 32, "calibration_tokens": 1024},
         "int8-asymmetric": {"bits": 8, "symmetric": False, "calibration_tokens": 256},
         "int2": {"bits": 2, "group_size": 16, "calibration_tokens": 1024},
+    },
+    "quantize.gguf": {
+        "Q4_K_M": {"calibration_tokens": 512},
+        "Q4_0-nearest": {"mix": "Q4_0", "compensate": False, "calibration_tokens": 256},
+        "Q5_K_M": {"mix": "Q5_K_M", "calibration_tokens": 512},
+        "Q8_0": {"mix": "Q8_0", "calibration_tokens": 256},
     },
     "prune.magnitude": {
         "half": {},
@@ -42,6 +49,8 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
     },
     "optimize.onnx": {"int8": {}},
 }  # fmt: skip
+# Techniques that some architectures of their families are refused to.
+ACCEPTED: dict[str, Collection[str]] = {"quantize.gguf": GGUF_ARCHITECTURES}
 # One of each family and kind of head. Settings after a technique's first run on these alone in the fast set.
 REPRESENTATIVE = ("LlamaForCausalLM", "BertModel", "DistilBertForSequenceClassification")
 # Seconds a run: every architecture only in the slow set.
@@ -89,7 +98,9 @@ def all_cases() -> list[Case]:
         for label, settings in SETTINGS.get(name, {"defaults": {}}).items():
             step = step_class(**settings)
             cases += [
-                Case(step, a.name, label) for a in ARCHITECTURES.values() if a.family in step_class.families
+                Case(step, a.name, label)
+                for a in ARCHITECTURES.values()
+                if a.family in step_class.families and a.name in ACCEPTED.get(name, ARCHITECTURES)
             ]
     return cases
 

@@ -41,7 +41,7 @@ def convert_gguf(gguf_file: Path, target: Path, *, max_shard_bytes: int, progres
     target.mkdir(parents=True, exist_ok=True)
     progress(0.0, "reading the GGUF header")
     source = read_gguf(gguf_file)
-    config = _config(source)
+    config = configuration_of(source)
     names, shapes, architecture = _skeleton(source, config)
     dtype = _stored_dtype(source.tensors)
     _write_side_files(source, config, target, architecture=architecture, dtype=dtype)
@@ -59,7 +59,7 @@ def convert_gguf(gguf_file: Path, target: Path, *, max_shard_bytes: int, progres
     progress(1.0, "converted")
 
 
-def _config(source: GgufFile) -> dict[str, Any]:
+def configuration_of(source: GgufFile) -> dict[str, Any]:
     """The configuration as transformers spells it, by its own table of GGUF keys."""
     from transformers.integrations import GGUF_CONFIG_MAPPING
 
