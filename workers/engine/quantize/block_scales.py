@@ -8,6 +8,7 @@ Bit layouts are in export/gguf/blocks.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -91,12 +92,16 @@ class BlockScales:
 
     def cpu(self) -> BlockScales:
         """The same in the memory of the CPU."""
-        moved = {
-            name: value.cpu()
-            for name in ("d", "minimum", "multiplier", "low_multiplier")
-            if (value := getattr(self, name)) is not None
-        }
-        return replace(self, **moved)
+        return self._each(lambda values: values.cpu())
+
+    def of_rows(self, rows: Tensor) -> BlockScales:
+        """The scales of some rows."""
+        return self._each(lambda values: values[rows])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> BlockScales:
+        names = ("d", "minimum", "multiplier", "low_multiplier")
+        present = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **{name: change(value) for name, value in present.items()})
 
     def with_floats(self, d: Tensor, minimum: Tensor | None) -> BlockScales:
         """The same integers under other floating-point numbers, rounded to float16."""

@@ -184,7 +184,7 @@ class _Solver:
         group_of = torch.arange(weight.shape[1], device=weight.device) // grid.group
         columns = ColumnGrid(scale, scales.low() / scale - middle, group_of, middle)
         codes = compensated_codes(weight, factor, columns, threads=self.threads) + middle
-        return refined(weight, codes, scales, moments)
+        return refined(weight, codes, scales, moments, threads=self.threads)
 
 
 def _note(tensor: GgufTensor, weight: Tensor, restored: Tensor, moments: Tensor, solved: _Solved) -> None:
