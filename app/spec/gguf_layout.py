@@ -64,8 +64,8 @@ ARCHITECTURES = {
 """llama.cpp's names of the architectures that both it and transformers read from GGUF."""
 
 _OUTSIDE = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
     "lm_head": "output",
 }
 _INSIDE = {
@@ -124,13 +124,14 @@ def gguf_tensors(tensors: Iterable[TensorFact], architecture: str, mix: Mix) -> 
 
 def gguf_name(name: str, architecture: str) -> str:
     """The name in GGUF of a tensor in Hugging Face's layout, by llama.cpp's name of the architecture."""
-    module, _, kind = name.rpartition(".")
+    # Checkpoints saved from the model below the head have no prefix.
+    module, _, kind = name.removeprefix("model.").rpartition(".")
     index = block_index(name)
     if index is None:
         translated = _OUTSIDE.get(module)
     else:
         inside = _INSIDE | (_FOUR_NORMS if architecture in {"gemma2", "gemma3"} else {})
-        part = inside.get(module.removeprefix(f"model.layers.{index}."))
+        part = inside.get(module.removeprefix(f"layers.{index}."))
         translated = part and f"blk.{index}.{part}"
     if translated is None:
         raise ValueError(f"a GGUF file of {architecture} has no tensor for {name}")

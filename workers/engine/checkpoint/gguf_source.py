@@ -116,9 +116,9 @@ def _llama3_scaling(source: GgufFile, factors: ReaderTensor) -> dict[str, Any]:
     factor = float(stored.max())
     theta = float(source.get("rope.freq_base") or 10_000.0)
     wavelength = 2 * math.pi * theta ** (np.arange(stored.size) / stored.size)
-    smooth = (context / wavelength - low) / (high - low)
-    expected = np.where(smooth < 0, factor, 1 / ((1 - smooth) / factor + smooth))
-    expected = np.where(smooth > 1, 1.0, expected)
+    # From 0, all of the factor, to 1, none of it.
+    smooth = np.clip((context / wavelength - low) / (high - low), 0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
     if not np.allclose(stored, expected, rtol=1e-3):
         raise refused("rotary frequency factors of its own")
     return {

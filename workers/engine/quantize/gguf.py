@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.errors import JobFailed
+from app.errors import JobFailed, UnsupportedForModel
 from app.spec.gguf import QuantizeGguf
 from app.spec.gguf_layout import ARCHITECTURES, GGUF_FILE, GgufTensor, gguf_tensors
 from app.spec.report import LayerOutcome
@@ -73,6 +73,7 @@ def quantize_gguf(step: QuantizeGguf, context: StepContext) -> StepOutcome:
     chosen = select_layers(checkpoint, ()).chosen
     config = _configuration(context)
     tensors = gguf_tensors(checkpoint.facts(), ARCHITECTURES[config.architectures[0]], step.mix)
+    _require_blocks(tensors)
     scaling = rope_factors(config)
     written = (*tensors, scaling[0]) if scaling else tensors
     solved = _Solved()
@@ -81,16 +82,26 @@ def quantize_gguf(step: QuantizeGguf, context: StepContext) -> StepOutcome:
         tokenizer = load_tokenizer(context.source)
         header = encode_header(config, tokenizer, written, step, calibration_tokens=tokens)
         with GgufFileWriter(context.target / GGUF_FILE, header, written) as writer:
+            if scaling:
+                writer.write_rows(scaling[0].name, 0, pack_floats(scaling[1], scaling[0]))
             check_configuration(context.target / GGUF_FILE, config)
             by_source = {tensor.source: tensor for tensor in tensors}
             solver = _Solver(step, {name: by_source[name] for name in chosen}, writer, config, context)
             stream_blocks(calibration, prepare=lambda block: solver.solve_block(block, solved))
             _write_others(checkpoint, [t for t in tensors if t.source not in chosen], writer, config, context)
-            if scaling:
-                writer.write_rows(scaling[0].name, 0, pack_floats(scaling[1], scaling[0]))
     copy_side_files(context.source, context.target)
     context.progress(1.0, "done")
     return _outcome(tensors, solved, tokens)
+
+
+def _require_blocks(tensors: Sequence[GgufTensor]) -> None:
+    """Raise UnsupportedForModel for a model so narrow that no block of 32 weights fits into any of its rows."""
+    if all(tensor.format.name not in GRIDS for tensor in tensors):
+        raise UnsupportedForModel(
+            "No layer of the model has inputs that are a multiple of 32: GGUF's blocks fit none of them.",
+            code="nothing_to_do",
+            hint="Use quantize.weights or quantize.gptq with one scale per output channel.",
+        )
 
 
 def _configuration(context: StepContext) -> Any:
@@ -184,7 +195,10 @@ class _Solver:
         group_of = torch.arange(weight.shape[1], device=weight.device) // grid.group
         columns = ColumnGrid(scale, scales.low() / scale - middle, group_of, middle)
         codes = compensated_codes(weight, factor, columns, threads=self.threads) + middle
-        return refined(weight, codes, scales, moments, threads=self.threads)
+        # Damped as the compensation was: what few tokens say of inputs that always go together is not to be relied on.
+        damped = moments.clone()
+        damped.diagonal().add_(factor.damping * moments.diagonal().mean())
+        return refined(weight, codes, scales, damped, threads=self.threads)
 
 
 def _note(tensor: GgufTensor, weight: Tensor, restored: Tensor, moments: Tensor, solved: _Solved) -> None:
