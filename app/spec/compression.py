@@ -12,11 +12,11 @@ from app.spec.export import Export
 from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth, PruneMagnitude
-from app.spec.quantize import QuantizeGptq, QuantizeWeights
+from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 
 AnyStep = Annotated[
     QuantizeWeights
-    | QuantizeGptq
+    | QuantizeCalibrated
     | QuantizeGguf
     | PruneMagnitude
     | PruneDepth
@@ -27,7 +27,7 @@ AnyStep = Annotated[
 
 STEP_CLASSES: tuple[type, ...] = (
     QuantizeWeights,
-    QuantizeGptq,
+    QuantizeCalibrated,
     QuantizeGguf,
     PruneMagnitude,
     PruneDepth,

@@ -297,7 +297,7 @@ def _promises_of_optimize_onnx(run: Run) -> None:
 
 _PROMISES: dict[str, Callable[[Run], None]] = {
     "quantize.weights": _promises_of_packed_integers,
-    "quantize.gptq": _promises_of_packed_integers,
+    "quantize.calibrated": _promises_of_packed_integers,
     "quantize.gguf": _promises_of_gguf,
     "prune.magnitude": _promises_of_prune_magnitude,
     "prune.depth": _promises_of_prune_depth,

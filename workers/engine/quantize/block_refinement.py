@@ -1,4 +1,4 @@
-"""After rounding with compensation: the scales, and then the codes, that are best on the layer's inputs as a whole.
+"""Round to GGUF's blocks with compensation, then find the scales and codes that are best on the inputs as a whole.
 
 With codes fixed, a row of the weight is linear in its float16 scales and minimums θ: ŵ = Σ_k θ_k φ_k, and
 (w − ŵ) H (w − ŵ)ᵀ is least where (Φ H Φᵀ) θ = Φ H w. With scales fixed, each code in turn is moved to where the error
@@ -8,38 +8,73 @@ of the row, given all others, is least: coordinate descent. Both only ever lower
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from workers.engine.checkpoint.streaming import one_torch_thread
 from workers.engine.quantize.block_scales import BlockScales, concatenated
-from workers.engine.quantize.compensation import BLOCK_COLUMNS
+from workers.engine.quantize.compensation import Factor, compensated, row_errors
+from workers.engine.quantize.grid import Grid
+from workers.engine.quantize.layer_fit import LayerFit
+from workers.engine.quantize.refinement import descended
 
 _RIDGE = 1e-3
 _ROWS_AT_ONCE = 768
 
 
-def refined(
-    weight: Tensor, codes: Tensor, scales: BlockScales, moments: Tensor, *, threads: int = 1
-) -> tuple[Tensor, BlockScales]:
-    """Codes and scales of a weight (rows, columns), improved in turns; each thread takes some of the rows."""
+@dataclass(frozen=True)
+class Encoded:
+    """A weight in blocks."""
 
-    def improve(rows: Tensor) -> tuple[Tensor, BlockScales]:
-        part, found, of_rows = weight[rows], codes[rows], scales.of_rows(rows)
-        of_rows = refit_scales(part, found, of_rows, moments)
-        found = descend(part, found, of_rows, moments)
-        return found, refit_scales(part, found, of_rows, moments)
+    codes: Tensor
+    """(rows, columns), float32, from 0."""
+    scales: BlockScales
+
+    def weights(self) -> Tensor:
+        """What they stand for: (rows, columns), float32."""
+        return self.scales.weights(self.codes)
+
+
+def encode_compensated(
+    weight: Tensor, scales: BlockScales, factor: Factor, moments: Tensor, *, threads: int
+) -> Encoded:
+    """Round a weight (rows, columns) with compensation under given scales, then improve scales and codes in turns.
+
+    `moments` are damped as those that were factored.
+    """
+    middle = scales.grid.levels // 2
+    rounded = compensated(weight, factor, _as_fit(scales.codes(weight), scales), threads=threads)
+    scales = refit_scales(weight, rounded.codes + middle, scales, moments, threads=threads)
+    start = _as_fit(rounded.codes + middle, scales)
+    codes = descended(weight, start, moments, factor.order, threads=threads).codes + middle
+    return Encoded(codes, refit_scales(weight, codes, scales, moments, threads=threads))
+
+
+def refit_scales(
+    weight: Tensor, codes: Tensor, scales: BlockScales, moments: Tensor, *, threads: int = 1
+) -> BlockScales:
+    """The float16 numbers of the best fit to fixed codes and integers, where they are better: weight (rows, columns)."""
+
+    def refit(rows: Tensor) -> BlockScales:
+        return _refit_rows(weight[rows], codes[rows], scales.of_rows(rows), moments)
 
     # Steps are too small for torch's own threads: waking them takes longer than one does.
     with one_torch_thread(), ThreadPoolExecutor(threads) as pool:
-        done = list(pool.map(improve, torch.arange(len(weight)).split(_ROWS_AT_ONCE)))
-    return torch.cat([found for found, _ in done]), concatenated([of_rows for _, of_rows in done])
+        return concatenated(list(pool.map(refit, torch.arange(len(weight)).split(_ROWS_AT_ONCE))))
+
+
+def _as_fit(codes: Tensor, scales: BlockScales) -> LayerFit:
+    """The same in the solver's words: w = scale·(code − zero), codes on both sides of zero, zeros of any value."""
+    grid, scale = scales.grid, scales.scale()
+    middle = grid.levels // 2
+    integers = Grid(bits=middle.bit_length(), symmetric=grid.lows == "centre")
+    return LayerFit(integers, torch.float32, scale, scales.low() / scale - middle, codes - middle)
 
 
 @torch.inference_mode()
-def refit_scales(weight: Tensor, codes: Tensor, scales: BlockScales, moments: Tensor) -> BlockScales:
-    """The float16 numbers of the best fit to fixed codes and integers, where they are better: weight (rows, columns)."""
+def _refit_rows(weight: Tensor, codes: Tensor, scales: BlockScales, moments: Tensor) -> BlockScales:
     basis = _basis(codes, scales)
     present = torch.stack([scales.d, *([] if scales.minimum is None else [scales.minimum])], dim=2)
     found = _solved(weight, basis, present, moments)
@@ -57,37 +92,6 @@ def refit_scales(weight: Tensor, codes: Tensor, scales: BlockScales, moments: Te
         if tried.minimum is None or scales.minimum is None
         else torch.where(keep, tried.minimum, scales.minimum),
     )
-
-
-@torch.inference_mode()
-def descend(weight: Tensor, codes: Tensor, scales: BlockScales, moments: Tensor) -> Tensor:
-    """One round of coordinate descent over all columns: codes (rows, columns) -> codes, with errors no larger."""
-    scale = scales.scale().repeat_interleave(scales.grid.group, dim=1).t().contiguous()
-    current = scales.weights(codes).t().contiguous()
-    offset = codes.t() * scale - current
-    # Rows of the transposed weight are contiguous, so a column is read and written as a whole.
-    pull = moments @ (weight.t() - current)
-    diagonal = moments.diagonal()
-    found = codes.t().contiguous()
-    for start in range(0, len(found), BLOCK_COLUMNS):
-        stop = min(start + BLOCK_COLUMNS, len(found))
-        block, moved = pull[start:stop], torch.zeros_like(found[start:stop])
-        for j in range(start, stop):
-            if diagonal[j] <= 0:
-                continue
-            wanted = current[j] + block[j - start] / diagonal[j]
-            code = ((wanted + offset[j]) / scale[j]).round_().clamp_(0, scales.grid.levels - 1)
-            step = (code - found[j]) * scale[j]
-            block.addr_(moments[start:stop, j], step, alpha=-1)
-            found[j], moved[j - start] = code, step
-        pull[stop:].addmm_(moments[stop:, start:stop], moved, alpha=-1)
-        pull[:start].addmm_(moments[:start, start:stop], moved, alpha=-1)
-    return found.t().contiguous()
-
-
-def row_errors(difference: Tensor, moments: Tensor) -> Tensor:
-    """diag(D H Dᵀ): (rows, columns), (columns, columns) -> (rows,)."""
-    return ((difference @ moments) * difference).sum(1)
 
 
 def _basis(codes: Tensor, scales: BlockScales) -> list[Tensor]:

@@ -7,19 +7,17 @@ algorithm 1). Columns with the largest H_jj go first, while there are most left 
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from workers.engine.checkpoint.streaming import one_torch_thread
+from workers.engine.quantize.column_sweep import round_in_order
+from workers.engine.quantize.layer_fit import LayerFit
+from workers.engine.quantize.triangular import invert_lower_
 
-BLOCK_COLUMNS = 128
 _ATTEMPTS = 4
-# With fewer, threads wait for each other longer than they save: two threads took 0.6 of the time of one at 4096 rows of
-# 4096 columns, and twice the time at 960 rows of 576.
-_ROWS_PER_THREAD = 2048
+_ROWS_AT_ONCE = 512
 
 
 class NotPositiveDefinite(Exception):  # noqa: N818 - the caller decides whether that is an error
@@ -27,108 +25,75 @@ class NotPositiveDefinite(Exception):  # noqa: N818 - the caller decides whether
 
 
 @dataclass(frozen=True)
-class ColumnGrid:
-    """The grid of each row and group: scale and zero point (rows, groups), float32; `group_of` (columns,), int64."""
-
-    scale: Tensor
-    zero: Tensor
-    group_of: Tensor
-    half: int
-    """Codes go from −half to half − 1."""
-
-    def of_rows(self, rows: Tensor) -> ColumnGrid:
-        """The grids of some rows."""
-        return replace(self, scale=self.scale[rows], zero=self.zero[rows])
-
-
-@dataclass(frozen=True)
 class Factor:
-    """In which order to round the columns, and how those still free follow."""
+    """In which order to round the columns, and how those still free follow.
+
+    In that order (H + damping)⁻¹ = Uᵀ U with U upper triangular. U = J·L⁻¹·J, L the Cholesky factor of J·H·J and J the
+    flip: no inverse of H is formed, and U stays flipped as it comes, in the memory of H's copy.
+    """
 
     order: Tensor
     """(n,), int64: columns by descending moment of their inputs."""
-    upper: Tensor
-    """(n, n), upper triangular, in that order: (H + damping)⁻¹ = Uᵀ U."""
+    flipped: Tensor
+    """(n, n), lower triangular: J·U·J."""
     damping: float
     """As a share of the mean of diag H."""
+
+    def coupling(self, rows: slice, columns: slice) -> Tensor:
+        """(U_{c,r} / U_{c,c})ᵀ: how far column r moves for one of column c's error; rows after columns, or the same."""
+        n = len(self.order)
+        part = self.flipped[n - columns.stop : n - columns.start, n - rows.stop : n - rows.start].flip(0, 1)
+        diagonal = self.flipped.diagonal()[n - columns.stop : n - columns.start].flip(0)
+        return (part / diagonal.unsqueeze(1)).t()
 
 
 def factorize(second_moment: Tensor, damping: float) -> Factor:
     """Order the columns and factor H⁻¹: (n, n), float32. Inputs that were always zero get a moment of one.
 
-    A factorization that fails is tried again with ten times the damping, three times. Raises NotPositiveDefinite then.
+    Needs 1.3 times the memory of H beside it. A factorization that fails is tried again with ten times the damping, three times.
+    Raises NotPositiveDefinite then.
     """
     moments = second_moment.diagonal()
     order = torch.argsort(moments, descending=True, stable=True)
-    ordered = second_moment[order][:, order]
-    ordered.diagonal()[moments[order] == 0] = 1.0
+    moments = torch.where(moments == 0, torch.ones_like(moments), moments)
     for attempt in range(_ATTEMPTS):
         strength = damping * 10**attempt
-        upper = inverse_factor(ordered, strength * ordered.diagonal().mean())
-        if upper is not None:
-            return Factor(order, upper, strength)
+        flipped = _rearranged(second_moment, order.flip(0))
+        flipped.diagonal().copy_(moments[order.flip(0)] + strength * moments.mean())
+        if _factor_inverse_(flipped):
+            return Factor(order, flipped, strength)
     raise NotPositiveDefinite
 
 
-def inverse_factor(second_moment: Tensor, added: Tensor | float) -> Tensor | None:
-    """U with (H + added·I)⁻¹ = Uᵀ U, upper triangular: (n, n) -> (n, n); None if there is none in float32.
-
-    U = J·L⁻¹·J with L the Cholesky factor of J·H·J and J the flip: no inverse is formed.
-    """
-    flipped = second_moment.flip(0, 1)
-    flipped.diagonal().add_(added)
-    lower, failed = torch.linalg.cholesky_ex(flipped)
-    if failed:
-        return None
-    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-    return upper if torch.isfinite(upper).all() else None
+def _rearranged(matrix: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns in that order, without a second copy on the way."""
+    result = torch.empty_like(matrix)
+    for start in range(0, len(order), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        result[rows] = matrix[order[rows]].index_select(1, order)
+    return result
 
 
-def compensated_codes(weight: Tensor, factor: Factor, grid: ColumnGrid, *, threads: int = 1) -> Tensor:
-    """Codes of a weight by GPTQ: (rows, columns), float32 -> (rows, columns), float32.
-
-    Rows do not depend on each other: each of `threads` threads takes some, if there are enough to be worth it.
-    """
-    parts = min(threads, len(weight) // _ROWS_PER_THREAD) if weight.device.type == "cpu" else 1
-    rows = torch.arange(len(weight)).chunk(max(1, parts))
-    # Steps are too small for torch's own threads: waking them takes longer than one does.
-    with one_torch_thread(), ThreadPoolExecutor(len(rows)) as pool:
-        done = pool.map(lambda part: _codes_of_rows(weight[part], factor, grid.of_rows(part)), rows)
-        return torch.cat(list(done))
+def _factor_inverse_(matrix: Tensor) -> bool:
+    """L⁻¹ for matrix = L Lᵀ, in place: (n, n); False if there is none in float32."""
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, out=(matrix, info))
+    if int(info):
+        return False
+    invert_lower_(matrix)
+    return bool(torch.isfinite(matrix.diagonal()).all() and torch.isfinite(matrix.sum()))
 
 
-@torch.inference_mode()
-def _codes_of_rows(weight: Tensor, factor: Factor, grid: ColumnGrid) -> Tensor:
-    # Columns lie together in memory: each is read and written as a whole.
-    columns = weight.t()[factor.order].contiguous()
-    codes = _round_in_order(columns, factor.upper, grid, grid.group_of[factor.order])
-    restored = torch.empty_like(codes)
-    restored[factor.order] = codes
-    return restored.t().contiguous()
-
-
-def _round_in_order(columns: Tensor, upper: Tensor, grid: ColumnGrid, group_of: Tensor) -> Tensor:
-    """Round row after row of the transposed weight: columns (columns, rows), overwritten -> codes (columns, rows)."""
-    codes = torch.empty_like(columns)
-    scales, zeros = grid.scale.t().contiguous(), grid.zero.t().contiguous()
-    groups = group_of.tolist()
-    for start in range(0, len(columns), BLOCK_COLUMNS):
-        stop = min(start + BLOCK_COLUMNS, len(columns))
-        block = upper[start:stop, start:stop]
-        errors = torch.empty_like(columns[start:stop])
-        for j in range(stop - start):
-            column, group = columns[start + j], groups[start + j]
-            scale, zero = scales[group], zeros[group]
-            code = torch.addcdiv(zero, column, scale).round_().clamp_(-grid.half, grid.half - 1)
-            codes[start + j] = code
-            error = column.sub(code.sub_(zero).mul_(scale)).div_(block[j, j])
-            errors[j] = error
-            columns[start + j + 1 : stop].addr_(block[j, j + 1 :], error, alpha=-1)
-        columns[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
-    return codes
+def compensated(weight: Tensor, factor: Factor, fit: LayerFit, *, threads: int = 1) -> LayerFit:
+    """The same scales and zero points with the codes that GPTQ finds: weight (rows, columns), float32."""
+    return replace(fit, codes=round_in_order(weight, factor.coupling, factor.order, fit, threads=threads))
 
 
 def output_error(difference: Tensor, second_moment: Tensor) -> float:
     """tr(D H Dᵀ), the expected squared error of a layer's outputs: (rows, columns), (columns, columns) -> a number."""
-    return float(torch.sum((difference @ second_moment) * difference, dtype=torch.float64))
+    return float(row_errors(difference, second_moment).sum(dtype=torch.float64))
+
+
+def row_errors(difference: Tensor, second_moment: Tensor) -> Tensor:
+    """diag(D H Dᵀ): the expected squared error of each output: (rows, columns) -> (rows,)."""
+    return (difference @ second_moment).mul_(difference).sum(1)

@@ -24,7 +24,7 @@ from app.spec.gguf_layout import ARCHITECTURES, GGUF_FILE, GgufTensor, gguf_tens
 from app.spec.report import LayerOutcome
 from workers.engine.architectures.loading import architecture_of, load_tokenizer
 from workers.engine.calibration.block_stream import LiveBlock, stream_blocks
-from workers.engine.calibration.input_moments import InputSite, input_moments
+from workers.engine.calibration.input_moments import gather_moments, input_sites
 from workers.engine.calibration.step_calibration import step_calibration
 from workers.engine.checkpoint import Checkpoint, Slab, copy_side_files, map_slabs, row_slabs
 from workers.engine.checkpoint.selection import module_name, non_finite, select_layers
@@ -34,16 +34,9 @@ from workers.engine.export.gguf.reader import check_configuration
 from workers.engine.export.gguf.tensors import pack_floats, row_order
 from workers.engine.export.gguf.writer import GgufFileWriter
 from workers.engine.quantize.block_fit import fit_blocks
-from workers.engine.quantize.block_refinement import refined
-from workers.engine.quantize.block_scales import GRIDS, BlockScales
-from workers.engine.quantize.compensation import (
-    ColumnGrid,
-    Factor,
-    NotPositiveDefinite,
-    compensated_codes,
-    factorize,
-    output_error,
-)
+from workers.engine.quantize.block_refinement import Encoded, encode_compensated
+from workers.engine.quantize.block_scales import GRIDS
+from workers.engine.quantize.compensation import Factor, NotPositiveDefinite, factorize, output_error
 from workers.engine.technique import StepContext, StepOutcome, implements
 
 # Embeddings, head and norms take little of the time.
@@ -100,7 +93,7 @@ def _require_blocks(tensors: Sequence[GgufTensor]) -> None:
         raise UnsupportedForModel(
             "No layer of the model has inputs that are a multiple of 32: GGUF's blocks fit none of them.",
             code="nothing_to_do",
-            hint="Use quantize.weights or quantize.gptq with one scale per output channel.",
+            hint="Use quantize.weights or quantize.calibrated with one scale per output channel.",
         )
 
 
@@ -127,78 +120,85 @@ class _Solver:
 
     def solve_block(self, block: LiveBlock, solved: _Solved) -> None:
         """Quantize the linear layers of a block, and leave it with the weights that a user will run."""
-        chosen = {name: stored for name, stored in block.stored_names.items() if stored in self.layers}
-        sites = input_moments(block.module, [module_name(name) for name in chosen], block.run)
-        for site in sites:
-            stored = [chosen.pop(f"{name}.weight") for name in site.layers]
-            moments, factor = self._factor(site, stored, solved)
-            for name, weight in zip(site.layers, stored, strict=True):
-                parameter = block.module.get_parameter(f"{name}.weight")
-                self._solve_layer(parameter, self.layers[weight], moments, factor, solved)
-        if chosen:
+        chosen = {
+            module_name(name): stored for name, stored in block.stored_names.items() if stored in self.layers
+        }
+        sites = input_sites(block, list(chosen))
+        unseen = chosen.keys() - {layer for site in sites for layer in site.layers}
+        if unseen:
             raise JobFailed(
-                f"Calibration never reached {', '.join(chosen.values())}.",
+                f"Calibration never reached {', '.join(sorted(chosen[name] for name in unseen))}.",
                 code="layer_never_called",
                 hint="Report this with the model's configuration; quantize.weights needs no calibration.",
             )
+        gather_moments(block, sites)
+        for site in sites:
+            self._solve_site(
+                block, site.second_moment(), {name: chosen[name] for name in site.layers}, solved
+            )
 
-    def _factor(self, site: InputSite, stored: list[str], solved: _Solved) -> tuple[Tensor, Factor | None]:
-        """What all layers of an input share: its second moments, and how columns make up for each other, if they do."""
-        moments, names = site.second_moment(), ", ".join(stored)
+    def _solve_site(self, block: LiveBlock, moments: Tensor, stored: dict[str, str], solved: _Solved) -> None:
+        """Quantize the layers that share an input; `stored` are their weights' names by theirs in the block."""
+        names = ", ".join(stored.values())
         if not torch.isfinite(moments).all():
             raise JobFailed(
                 f"The inputs of {names} are NaN or infinite on the calibration text.",
                 code="non_finite_activations",
                 hint="Check that the original gives sensible outputs in float32.",
             )
-        if not self.step.compensate:
-            return moments, None
+        factor = self._factor(moments, names, solved) if self.step.compensate else None
+        for name, weight in stored.items():
+            parameter = block.module.get_parameter(f"{name}.weight")
+            self._solve_layer(parameter, self.layers[weight], moments, factor, solved)
+
+    def _factor(self, moments: Tensor, names: str, solved: _Solved) -> Factor | None:
+        """What all layers of an input share; None, with a warning that names them, where there is no factor."""
         try:
             factor = factorize(moments, self.step.damping)
         except NotPositiveDefinite:
             solved.warnings.append(
                 f"rounded to nearest, since the inputs' statistics have no factor: {names}"
             )
-            return moments, None
+            return None
         if factor.damping > self.step.damping:
             solved.warnings.append(f"damped by {factor.damping:g} to have a factor: {names}")
-        return moments, factor
+        return factor
 
     def _solve_layer(
         self, parameter: Tensor, tensor: GgufTensor, moments: Tensor, factor: Factor | None, solved: _Solved
     ) -> None:
-        if not torch.isfinite(parameter).all():
+        weight = parameter.float()
+        if not torch.isfinite(weight).all():
             raise non_finite(tensor.source)
         if tensor.format.name not in GRIDS:
-            restored = parameter.half().float()
-            data = pack_floats(parameter, tensor)
+            restored, data = weight.half().float(), pack_floats(weight, tensor)
         else:
-            codes, scales = self._encoded(parameter, tensor, moments, factor)
-            restored = scales.weights(codes)
-            data = pack_blocks(codes.cpu(), scales.cpu(), tensor.format.name)
+            found = self._encoded(weight, tensor, moments, factor)
+            restored = found.weights()
+            data = pack_blocks(found.codes.cpu(), found.scales.cpu(), tensor.format.name)
         self.writer.write_rows(tensor.name, 0, data[row_order(tensor, self.config)])
-        _note(tensor, parameter, restored, moments, solved)
+        _note(tensor, weight, restored, moments, solved)
         # What a loader makes of the file, so that the next block is calibrated on what it will be given.
         parameter.copy_(restored)
 
     def _encoded(
         self, parameter: Tensor, tensor: GgufTensor, moments: Tensor, factor: Factor | None
-    ) -> tuple[Tensor, BlockScales]:
-        """Codes (rows, columns) and scales of one weight."""
-        grid = GRIDS[tensor.format.name]
+    ) -> Encoded:
+        diagonal = moments.diagonal()
         # What multiplies an input that is always zero need not be kept, and would only be compensated for.
-        weight = parameter * (moments.diagonal() != 0)
-        scales = fit_blocks(weight, moments.diagonal(), grid, threads=self.threads)
+        weight = parameter * (diagonal != 0)
+        scales = fit_blocks(weight, diagonal, GRIDS[tensor.format.name], threads=self.threads)
         if factor is None:
-            return scales.codes(weight), scales
-        middle, scale = grid.levels // 2, scales.scale()
-        group_of = torch.arange(weight.shape[1], device=weight.device) // grid.group
-        columns = ColumnGrid(scale, scales.low() / scale - middle, group_of, middle)
-        codes = compensated_codes(weight, factor, columns, threads=self.threads) + middle
-        # Damped as the compensation was: what few tokens say of inputs that always go together is not to be relied on.
-        damped = moments.clone()
-        damped.diagonal().add_(factor.damping * moments.diagonal().mean())
-        return refined(weight, codes, scales, damped, threads=self.threads)
+            return Encoded(scales.codes(weight), scales)
+        return encode_compensated(weight, scales, factor, _damped(moments, factor), threads=self.threads)
+
+
+def _damped(moments: Tensor, factor: Factor) -> Tensor:
+    """H as it was factored: what few tokens say of inputs that always go together is not to be relied on."""
+    damped, diagonal = moments.clone(), moments.diagonal()
+    diagonal = torch.where(diagonal == 0, torch.ones_like(diagonal), diagonal)
+    damped.diagonal().copy_(diagonal + factor.damping * diagonal.mean())
+    return damped
 
 
 def _note(tensor: GgufTensor, weight: Tensor, restored: Tensor, moments: Tensor, solved: _Solved) -> None:

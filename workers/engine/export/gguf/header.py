@@ -102,7 +102,7 @@ def _add_rotary(writer: GGUFWriter, config: Any) -> None:
         raise UnsupportedForModel(
             f"Rotary embeddings scaled by {kind} cannot be written as GGUF here.",
             code="unsupported_configuration",
-            hint="Use quantize.gptq, whose result keeps the model's own configuration.",
+            hint="Use quantize.calibrated, whose result keeps the model's own configuration.",
         )
     if config.architectures[0].startswith("Phi3") and kind == "default":
         # llama.cpp wants to know that the context was not extended.

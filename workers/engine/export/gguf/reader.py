@@ -31,7 +31,7 @@ def check_configuration(file: Path, config: Any) -> None:
             raise UnsupportedForModel(
                 f"A GGUF file cannot say this model's {name}: {wanted!r} would be read as {found!r}.",
                 code="unsupported_configuration",
-                hint="Use quantize.gptq, whose result keeps the model's own configuration.",
+                hint="Use quantize.calibrated, whose result keeps the model's own configuration.",
             )
 
 

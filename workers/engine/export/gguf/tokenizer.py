@@ -182,5 +182,5 @@ def _unsupported(why: str) -> UnsupportedForModel:
     return UnsupportedForModel(
         f"The model's tokenizer {why}, which a GGUF file cannot say.",
         code="unsupported_tokenizer",
-        hint="Use quantize.gptq or optimize.onnx, whose results keep the tokenizer's own files.",
+        hint="Use quantize.calibrated or optimize.onnx, whose results keep the tokenizer's own files.",
     )

@@ -1,4 +1,4 @@
-"""quantize.gptq on tiny models, through the loaders its users have."""
+"""quantize.calibrated on tiny models, through the loaders its users have."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from tiny_models import facts_of
 from torch import Tensor, nn
 
 from app.errors import InvalidRequest
-from app.spec.quantize import QuantizeGptq, QuantizeWeights
+from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from workers.engine.architectures.loading import load_model, load_tokenizer
-from workers.engine.calibration.input_moments import input_moments
+from workers.engine.architectures.skeleton import BlockCall
+from workers.engine.calibration.block_stream import LiveBlock
+from workers.engine.calibration.input_moments import gather_moments, input_sites
 from workers.engine.calibration.windows import model_windows
 from workers.engine.technique import StepContext, StepOutcome, run_step
 
 Tiny = Callable[[str], Path]
 
 
-def run(source: Path, target: Path, text: Path, step: QuantizeGptq | QuantizeWeights) -> StepOutcome:
+def run(source: Path, target: Path, text: Path, step: QuantizeCalibrated | QuantizeWeights) -> StepOutcome:
     return run_step(
         step,
         StepContext(
@@ -41,7 +43,7 @@ def test_outputs_stay_closer_than_by_rounding_to_nearest(
         errors = []
         for number, step in enumerate(
             (
-                QuantizeGptq(bits=3, group_size=16, calibration_tokens=2048),
+                QuantizeCalibrated(bits=3, group_size=16, calibration_tokens=2048),
                 QuantizeWeights(bits=3, group_size=16),
             )
         ):
@@ -56,8 +58,8 @@ def test_next_block_is_calibrated_on_what_the_quantized_one_gives(
     tiny: Tiny, tiny_text: Path, tmp_path: Path
 ) -> None:
     source = tiny("LlamaForCausalLM")
-    first = run(source, tmp_path / "a", tiny_text, QuantizeGptq(bits=2, calibration_tokens=256))
-    only_first = QuantizeGptq(bits=2, calibration_tokens=256, ignore=("*.layers.0.*",))
+    first = run(source, tmp_path / "a", tiny_text, QuantizeCalibrated(bits=2, calibration_tokens=256))
+    only_first = QuantizeCalibrated(bits=2, calibration_tokens=256, ignore=("*.layers.0.*",))
     second = run(source, tmp_path / "b", tiny_text, only_first)
     errors = [
         {layer.name: layer.relative_error for layer in outcome.layers if ".layers.1." in layer.name}
@@ -70,7 +72,7 @@ def test_next_block_is_calibrated_on_what_the_quantized_one_gives(
 def test_report_says_how_much_the_outputs_lost(tiny: Tiny, tiny_text: Path, tmp_path: Path) -> None:
     lost = {}
     for bits in (8, 4, 2):
-        step = QuantizeGptq(bits=bits, calibration_tokens=512)  # type: ignore[arg-type]
+        step = QuantizeCalibrated(bits=bits, calibration_tokens=512)  # type: ignore[arg-type]
         lost[bits] = run(tiny("LlamaForCausalLM"), tmp_path / str(bits), tiny_text, step).metrics
     shares = [float(lost[bits]["relative_output_error"] or 0) for bits in (8, 4, 2)]
     assert 0 < shares[0] < 0.02 < shares[1] < shares[2] < 1
@@ -81,7 +83,7 @@ def test_text_too_short_for_a_window_is_refused(tiny: Tiny, tmp_path: Path) -> N
     text.write_text("Too short.")
     (tmp_path / "out").mkdir()
     with pytest.raises(InvalidRequest):
-        run(tiny("LlamaForCausalLM"), tmp_path / "out", text, QuantizeGptq())
+        run(tiny("LlamaForCausalLM"), tmp_path / "out", text, QuantizeCalibrated())
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -96,7 +98,7 @@ def test_weights_that_are_nan_are_named(tiny: Tiny, tiny_text: Path, tmp_path: P
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "out").mkdir()
     with pytest.raises(InvalidRequest, match=name):
-        run(source, tmp_path / "out", tiny_text, QuantizeGptq(calibration_tokens=256))
+        run(source, tmp_path / "out", tiny_text, QuantizeCalibrated(calibration_tokens=256))
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
@@ -110,18 +112,19 @@ def test_layers_that_share_an_input_share_its_moments() -> None:
             hidden: Tensor = self.after(self.left(inputs) + self.right(inputs))
             return hidden
 
-    block, given = Block(), torch.randn(3, 2, 5, 4)
+    module, given = Block(), torch.randn(3, 2, 5, 4)
     seen: list[Tensor] = []
-    block.after.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].reshape(-1, 4)))
-
-    def run_all() -> None:
-        for window in given:
-            block(window)
-
+    block = LiveBlock(0, module, {}, BlockCall((), {}), lambda: iter(given))
     with torch.inference_mode():
-        first, second = input_moments(block, ("left", "right", "after"), run_all)
-    assert (first.layers, second.layers) == (["left", "right"], ["after"])
+        sites = input_sites(block, ("left", "right", "after"))
+        handle = module.after.register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0].reshape(-1, 4))
+        )
+        gather_moments(block, sites)
+        handle.remove()
+        moments = [site.second_moment() for site in sites]
+    assert [site.layers for site in sites] == [["left", "right"], ["after"]]
     rows, later = given.reshape(-1, 4), torch.cat(seen)
-    torch.testing.assert_close(first.second_moment(), rows.t() @ rows / len(rows))
-    torch.testing.assert_close(second.second_moment(), later.t() @ later / len(later))
-    assert not block.left._forward_pre_hooks
+    torch.testing.assert_close(moments[0], rows.t() @ rows / len(rows))
+    torch.testing.assert_close(moments[1], later.t() @ later / len(later))
+    assert not module.left._forward_pre_hooks
