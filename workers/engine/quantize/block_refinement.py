@@ -62,7 +62,7 @@ def refit_scales(
 
     # Steps are too small for torch's own threads: waking them takes longer than one does.
     with one_torch_thread(), ThreadPoolExecutor(threads) as pool:
-        return concatenated(list(pool.map(refit, torch.arange(len(weight)).split(_ROWS_AT_ONCE))))
+        return concatenated(list(pool.map(refit, torch.split(torch.arange(len(weight)), _ROWS_AT_ONCE))))
 
 
 def _as_fit(codes: Tensor, scales: BlockScales) -> LayerFit:

@@ -99,9 +99,16 @@ class BlockScales:
         return self._each(lambda values: values[rows])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> BlockScales:
-        names = ("d", "minimum", "multiplier", "low_multiplier")
-        present = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return replace(self, **{name: change(value) for name, value in present.items()})
+        def if_there(values: Tensor | None) -> Tensor | None:
+            return None if values is None else change(values)
+
+        return BlockScales(
+            self.grid,
+            change(self.d),
+            if_there(self.minimum),
+            if_there(self.multiplier),
+            if_there(self.low_multiplier),
+        )
 
     def with_floats(self, d: Tensor, minimum: Tensor | None) -> BlockScales:
         """The same integers under other floating-point numbers, rounded to float16."""
