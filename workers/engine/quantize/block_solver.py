@@ -105,20 +105,21 @@ class BlockSolver:
                 raise non_finite(name)
         fits = solver.solve(weights, {name: self.layers[name] for name in weights}, second_moment)
         for name, fit in fits.items():
-            self._note(name, weights[name], fit, second_moment, done)
+            self._settle(name, weights[name], fit, second_moment, done)
             done.tensors |= self.layers[name].tensors(fit)
-            # What a loader makes of the file, so that the next block is calibrated on what it will be given.
-            weights[name].copy_(fit.restored().to(fit.dtype))
 
-    def _note(
+    def _settle(
         self, name: str, weight: Tensor, fit: LayerFit, second_moment: Tensor, done: SolvedBlock
     ) -> None:
-        """Add up what was lost, a few rows at a time."""
+        """Give the block the weights that a loader makes of the file, and add up what was lost; few rows at a time."""
         of_error = of_weights = 0.0
         for start in range(0, len(weight), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
-            before = weight[rows].float()
-            difference = fit.of_rows(rows).restored() - before
+            before = weight[rows].to(torch.float32, copy=True)
+            restored = fit.of_rows(rows).restored()
+            # The next layers and blocks are calibrated on what they will be given.
+            weight[rows] = restored.to(fit.dtype).to(weight.dtype)
+            difference = restored.sub_(before)
             of_error += _total(difference.square())
             of_weights += _total(before.square())
             done.outputs_lost += _total(row_errors(difference, second_moment))
