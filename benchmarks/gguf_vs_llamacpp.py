@@ -38,7 +38,7 @@ from app.spec.gguf import QuantizeGguf
 from app.spec.gguf_layout import ARCHITECTURES, FORMATS, GGUF_FILE, gguf_tensors
 from workers.engine.architectures.loading import architecture_of, load_tokenizer
 from workers.engine.calibration.builtin import builtin_text
-from workers.engine.calibration.windows import model_windows
+from workers.engine.calibration.windows import longest_window, model_windows
 from workers.engine.checkpoint import Checkpoint, copy_side_files
 from workers.engine.export.gguf.header import encode_header
 from workers.engine.export.gguf.tensors import pack_floats, row_order
@@ -166,7 +166,7 @@ def make_theirs(task: Task, original: Path, target: Path) -> float:
     text.write_text(tokenizer.decode(windows.flatten().tolist()), encoding="utf-8")
     began = time.perf_counter()
     task.tools.run(
-        *("llama-imatrix", "-m", original, "-f", text, "-o", matrix, "-c", WINDOW, "--no-ppl"),
+        *("llama-imatrix", "-m", original, "-f", text, "-o", matrix, "-c", windows.shape[1], "--no-ppl"),
         *("-t", THREADS, "--chunks", len(windows)),
     )
     task.tools.run("llama-quantize", "--imatrix", matrix, original, target / GGUF_FILE, task.mix, THREADS)
@@ -211,7 +211,8 @@ def prepared(task: Task) -> Prepared:
 def kl_in_llama_cpp(task: Task, original: Path, results: Sequence[Path]) -> list[float]:
     """KL of each file to the float32 one, all run by llama.cpp: its kernels round activations to 8 bits too."""
     base = task.scratch / "logits.kld"
-    shared = ("-f", task.evaluation, "-c", WINDOW, "--chunks", _PERPLEXITY_CHUNKS, "-t", THREADS)
+    length = min(WINDOW, longest_window(facts_of(task.model)))
+    shared = ("-f", task.evaluation, "-c", length, "--chunks", _PERPLEXITY_CHUNKS, "-t", THREADS)
     task.tools.run("llama-perplexity", "-m", original, *shared, "--kl-divergence-base", base)
     found = []
     for result in results:
@@ -251,7 +252,7 @@ def keep(figures: Figures, task: Task, directory: Path) -> None:
         "torch": torch.__version__, "python": platform.python_version(), "peer": task.tools.version,
     }  # fmt: skip
     lines = [json.dumps(line) for line in (machine, *figures.lines)]
-    (directory / f"gguf_vs_llamacpp_{task.mix}.jsonl").write_text("\n".join(lines) + "\n")
+    (directory / f"gguf_vs_llamacpp_{task.model.name}_{task.mix}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def processor() -> str:
