@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from app.spec.base import Family
 from app.spec.gguf_layout import GGUF_FILE
-from workers.engine.architectures.loading import architecture_of, loader_of
+from workers.engine.architectures.loading import family_of, loader_of
 from workers.engine.export.gguf.reader import read_configuration
 from workers.engine.measure.results import Loading, RunnerFacts
 
@@ -28,7 +29,7 @@ class TorchRunner:
         started = time.perf_counter()
         torch.set_num_threads(threads)
         self._device = device
-        self._is_causal = architecture_of(directory).endswith("ForCausalLM")
+        self._is_causal = family_of(directory) is Family.CAUSAL_LM
         kind = _format_of(directory)
         self._model, loading = _load(directory, device, kind)
         self._cache: Any = None

@@ -13,15 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from app.spec.calibration_memory import WEIGHTS_AT_ONCE
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.checkpoint.layout import TORCH_DTYPES
 from workers.engine.export.pack_quantized import PackedLayer
 from workers.engine.quantize.compensation import Factor, NotPositiveDefinite, compensated, factorize
 from workers.engine.quantize.layer_fit import LayerFit, fit_layer, joined
 from workers.engine.quantize.refinement import refined
-
-# Six float32 copies of them are alive while their scales and codes are refined.
-_WEIGHTS_AT_ONCE = 2**23
 
 
 @dataclass(frozen=True)
@@ -31,13 +29,9 @@ class _Batch:
     layer: PackedLayer
     parts: tuple[tuple[str, slice], ...]
 
-    def weight(self, weights: dict[str, Tensor], second_moment: Tensor) -> Tensor:
-        """Its rows, one below the other: (rows, columns), float32.
-
-        What multiplies an input that is always zero need not be kept, and would only be compensated for.
-        """
-        rows = torch.cat([weights[name][part].float() for name, part in self.parts])
-        return rows.mul_(second_moment.diagonal() != 0)
+    def weight(self, weights: dict[str, Tensor]) -> Tensor:
+        """Its rows, one below the other: (rows, columns), float32."""
+        return torch.cat([weights[name][part].float() for name, part in self.parts])
 
 
 class LayerSolver:
@@ -75,7 +69,7 @@ class LayerSolver:
     def _fit(
         self, batch: _Batch, weights: dict[str, Tensor], second_moment: Tensor, factor: Factor | None
     ) -> LayerFit:
-        weight = batch.weight(weights, second_moment)
+        weight = batch.weight(weights)
         fit = fit_layer(
             weight,
             batch.layer.grid,
@@ -96,7 +90,7 @@ class LayerSolver:
             rounds = 3 if batch.layer.bits < 4 else 1
         if rounds == 0:
             return fit
-        weight = batch.weight(weights, second_moment)
+        weight = batch.weight(weights)
         fit = replace(fit, codes=fit.codes.float())
         return refined(weight, fit, second_moment, order, rounds=rounds, threads=self.threads).compact()
 
@@ -131,7 +125,7 @@ def _batches(layers: dict[str, PackedLayer]) -> Iterator[_Batch]:
         alike.setdefault(replace(layer, module="", rows=0), []).append(name)
     for names in alike.values():
         parts: list[tuple[str, slice]] = []
-        room = limit = max(1, _WEIGHTS_AT_ONCE // layers[names[0]].columns)
+        room = limit = max(1, WEIGHTS_AT_ONCE // layers[names[0]].columns)
         for name in names:
             start, rows = 0, layers[name].rows
             while start < rows:
