@@ -16,6 +16,9 @@ from app.spec.base import Family, Step
 from app.spec.compression import Acceptance, CompressionSpec
 from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel, StudentFromPreviousStep
 from app.spec.facts import ModelFacts, TensorFact
+from app.spec.gguf import QuantizeGguf
+from app.spec.gguf_layout import ARCHITECTURES as GGUF_ARCHITECTURES
+from app.spec.gguf_layout import gguf_tensors
 from app.spec.layouts import inputs_of, limits_of_layout
 from app.spec.prune import PruneDepth, PruneMagnitude
 from app.spec.quantize import IntegerWeights
@@ -69,6 +72,8 @@ def check_spec(
             faults += _check_layers(step, shape, where)
         if isinstance(step, QuantizeOnnx):
             faults += _check_head(step, facts, where)
+        if isinstance(step, QuantizeGguf):
+            faults += _check_gguf(step, facts, shape, where)
         if isinstance(step, PruneDepth):
             faults += _check_depth(step, shape, where)
             shape = shape.without_blocks(min(step.blocks_to_drop(shape.blocks), shape.blocks - 1))
@@ -104,6 +109,33 @@ def _check_head(step: QuantizeOnnx, facts: ModelFacts, where: str) -> Iterator[F
         yield Fault(f"{where}/quantize_head", "This model has no language-model head; leave it out.")
 
 
+def _check_gguf(step: QuantizeGguf, facts: ModelFacts, shape: _Shape, where: str) -> Iterator[Fault]:
+    """Written is only what can be read back: by llama.cpp and, to verify the result, by transformers."""
+    architecture = GGUF_ARCHITECTURES.get(facts.architecture)
+    if architecture is None:
+        if facts.family is Family.CAUSAL_LM:
+            known = ", ".join(name.removesuffix("ForCausalLM") for name in GGUF_ARCHITECTURES)
+            yield Fault(
+                f"{where}/technique",
+                f"A GGUF of {facts.architecture} could not be read back; of {known} it can.",
+            )
+        return
+    yield from _check_floats(shape.layers, where)
+    try:
+        gguf_tensors(facts.tensors, architecture, step.mix)
+    except ValueError as error:
+        yield Fault(f"{where}/technique", f"{str(error)[:1].upper()}{str(error)[1:]}.")
+
+
+def _check_floats(layers: Iterable[TensorFact], where: str) -> Iterator[Fault]:
+    whole = next((t for t in layers if t.dtype not in _FLOATS), None)
+    if whole is not None:
+        yield Fault(
+            f"{where}/technique",
+            f"{module_name(whole)} is stored as {whole.dtype}: the model is already compressed. Upload the original.",
+        )
+
+
 def _check_layers(
     step: IntegerWeights | PruneMagnitude | QuantizeOnnx, shape: _Shape, where: str
 ) -> Iterator[Fault]:
@@ -116,12 +148,8 @@ def _check_layers(
             )
     ignored = set(matching_layers(step.ignore, shape.layers))
     layers = [t for t in shape.layers if t not in ignored]
-    whole = next((t for t in layers if t.dtype not in _FLOATS), None)
-    if whole is not None:
-        yield Fault(
-            f"{where}/technique",
-            f"{module_name(whole)} is stored as {whole.dtype}: the model is already compressed. Upload the original.",
-        )
+    if any(t.dtype not in _FLOATS for t in layers):
+        yield from _check_floats(layers, where)
     elif not layers:
         yield Fault(f"{where}/ignore", "Nothing is left to work on: every layer is ignored.")
     elif isinstance(step, IntegerWeights) and step.group_size is not None:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from app.spec.base import Format, Frozen
 from app.spec.distill import DistillLogits, StudentFromModel, StudentFromPreviousStep
 from app.spec.export import Export
+from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth, PruneMagnitude
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
@@ -18,6 +19,7 @@ AnyStep = Annotated[
     QuantizeWeights
     | QuantizeCalibrated
     | QuantizeOnnx
+    | QuantizeGguf
     | PruneMagnitude
     | PruneDepth
     | DistillLogits
@@ -29,6 +31,7 @@ STEP_CLASSES: tuple[type, ...] = (
     QuantizeWeights,
     QuantizeCalibrated,
     QuantizeOnnx,
+    QuantizeGguf,
     PruneMagnitude,
     PruneDepth,
     DistillLogits,

@@ -13,7 +13,7 @@ from app.spec.base import Format, Frozen
 class Export(Frozen):
     """The form of the result."""
 
-    format: Literal["auto", "safetensors", "compressed-tensors", "onnx"] = "auto"
+    format: Literal["auto", "safetensors", "compressed-tensors", "onnx", "gguf"] = "auto"
     """`auto`: what the last step writes. Anything else must be what the last step writes, or the job is refused."""
     max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
     """Weight files are split at this size."""
@@ -39,5 +39,9 @@ FORMATS: dict[Format, FormatFacts] = {
     "onnx": FormatFacts(
         "An ONNX graph with tokenizer and configuration beside it; weights of 8 or 4 bits where they were quantized",
         ("onnxruntime on CPUs, phones and in browsers", "OpenVINO", "TensorRT"),
+    ),
+    "gguf": FormatFacts(
+        "One file of llama.cpp's block formats, tokenizer and chat template inside",
+        ("llama.cpp", "Ollama", "LM Studio", "transformers with gguf, unpacked while loading"),
     ),
 }

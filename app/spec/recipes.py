@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from app.spec.base import Family
 from app.spec.compression import Acceptance, CompressionSpec
 from app.spec.distill import DistillLogits, StudentFromPreviousStep
+from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth, PruneMagnitude
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
@@ -42,6 +43,15 @@ _ALL = (
             steps=(QuantizeWeights(bits=4, group_size=32, symmetric=False),),
             acceptance=Acceptance(max_perplexity_increase=0.15, min_cosine=0.95),
         ),
+    ),
+    Recipe(
+        name="llama.cpp-q4",
+        summary="GGUF Q4_K_M for llama.cpp, Ollama and LM Studio",
+        reason="One file that runs on laptops, phones and Macs: the size of llama.cpp's own Q4_K_M, closer to the original.",
+        spec=CompressionSpec(
+            steps=(QuantizeGguf(mix="Q4_K_M"),), acceptance=Acceptance(max_perplexity_increase=0.1)
+        ),
+        families=frozenset({Family.CAUSAL_LM}),
     ),
     Recipe(
         name="sparse-2-4",

@@ -1,6 +1,7 @@
 """Bytes on disk that a spec leaves, computed from shapes before anything is read.
 
-Exact but for the order of names in a header, for everything that writes safetensors. ONNX is an estimate.
+Exact but for the order of names in a header, for everything that writes safetensors. ONNX is an estimate; of GGUF the
+tensors are exact, the tokenizer inside is estimated.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from app.spec.base import Step
 from app.spec.compatibility import blocks_cut, matching_layers, module_name
 from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel
 from app.spec.facts import ModelFacts, TensorFact
+from app.spec.gguf import QuantizeGguf
+from app.spec.gguf_layout import ARCHITECTURES, data_bytes, gguf_tensors, index_bytes
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth
 from app.spec.quantize import IntegerWeights
@@ -25,6 +28,8 @@ _PACKED_WORD_BITS = 32
 _ONNX_GRAPH_BYTES_PER_BLOCK = 35_000
 _HEAD = "lm_head.weight"
 _ONNX_HEAD_BLOCK = 32
+# Keys, and of each entry of the vocabulary its text, its kind, and its merge or score: measured 30 to 45 bytes.
+_GGUF_KEYS_BYTES, _GGUF_BYTES_PER_TOKEN = 4000, 36
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Shape:
     dense_parameters: int
     """Weights it has once loaded, where packed ones are unpacked."""
     onnx_bytes: int | None = None
+    gguf_bytes: int | None = None
 
     @classmethod
     def of(cls, tensors: tuple[TensorFact, ...]) -> Shape:
@@ -57,7 +63,8 @@ class Shape:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weight files."""
-        return safetensors_bytes(self.tensors) if self.onnx_bytes is None else self.onnx_bytes
+        one_file = self.gguf_bytes if self.onnx_bytes is None else self.onnx_bytes
+        return safetensors_bytes(self.tensors) if one_file is None else one_file
 
 
 def safetensors_bytes(tensors: Iterable[TensorFact]) -> int:
@@ -82,8 +89,8 @@ def after_step(step: Step, shape: Shape, facts: ModelFacts, students: dict[str, 
             return without_blocks(shape, blocks_cut(ratio, shape.blocks))
         case DistillLogits(student=StudentFromModel(model=model)) if model in students:
             return Shape.of(students[model].tensors)
-        case OptimizeOnnx() | QuantizeOnnx():
-            return _onnx(step, shape, facts)
+        case OptimizeOnnx() | QuantizeOnnx() | QuantizeGguf():
+            return _exported(step, shape, facts)
         case _:
             return shape
 
@@ -128,6 +135,11 @@ def _quantized(step: IntegerWeights, shape: Shape) -> Shape:
     for tensor in shape.tensors:
         tensors += packed_layer(tensor, step) if tensor.name in chosen else (tensor,)
     return Shape(tuple(tensors), shape.dense_parameters)
+
+
+def _exported(step: OptimizeOnnx | QuantizeOnnx | QuantizeGguf, shape: Shape, facts: ModelFacts) -> Shape:
+    """A model that leaves safetensors for a file of another format."""
+    return _gguf(step, shape, facts) if isinstance(step, QuantizeGguf) else _onnx(step, shape, facts)
 
 
 def _onnx(step: OptimizeOnnx | QuantizeOnnx, shape: Shape, facts: ModelFacts) -> Shape:
@@ -190,3 +202,10 @@ def _onnx_layer_bytes(step: QuantizeOnnx, tensor: TensorFact, facts: ModelFacts)
     blocks = -(-columns // step.block_size)
     zeros = 0 if step.symmetric else -(-blocks * step.bits // 8)
     return rows * (blocks * (step.block_size * step.bits // 8 + 4) + zeros)
+
+
+def _gguf(step: QuantizeGguf, shape: Shape, facts: ModelFacts) -> Shape:
+    """One file: header, tokenizer, and every tensor padded to the format's alignment."""
+    tensors = gguf_tensors(shape.tensors, ARCHITECTURES[facts.architecture], step.mix)
+    header = _GGUF_KEYS_BYTES + _GGUF_BYTES_PER_TOKEN * facts.vocab_size + index_bytes(tensors)
+    return Shape(shape.tensors, shape.dense_parameters, gguf_bytes=header + data_bytes(tensors))

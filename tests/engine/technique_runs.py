@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from tiny_models import facts_of
 from app.spec.architectures import ARCHITECTURES, Architecture
 from app.spec.base import Step
 from app.spec.compression import STEP_CLASSES
+from app.spec.gguf_layout import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.spec.layouts import limits_of_layout
 from workers.engine.technique import StepContext, StepOutcome, run_step
 
@@ -33,6 +34,12 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
         "int4-asymmetric": {"bits": 4, "symmetric": False, "block_size": 16, "calibration_tokens": 256},
         "qdq": {"method": "qdq", "smoothing": 0.5, "ranges": "mse", "calibration_tokens": 256},
     },
+    "quantize.gguf": {
+        "Q4_K_M": {"calibration_tokens": 512},
+        "Q4_0-nearest": {"mix": "Q4_0", "compensate": False, "calibration_tokens": 256},
+        "Q5_K_M": {"mix": "Q5_K_M", "calibration_tokens": 512},
+        "Q8_0": {"mix": "Q8_0", "calibration_tokens": 256},
+    },
     "prune.magnitude": {
         "half": {},
         "global": {"scope": "global", "sparsity": 0.3},
@@ -47,6 +54,8 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
     },
     "optimize.onnx": {"int8": {}},
 }  # fmt: skip
+# Techniques that some architectures of their families are refused to.
+ACCEPTED: dict[str, Collection[str]] = {"quantize.gguf": GGUF_ARCHITECTURES}
 # One of each family and kind of head. Settings after a technique's first run on these alone in the fast set.
 REPRESENTATIVE = ("LlamaForCausalLM", "BertModel", "DistilBertForSequenceClassification")
 # Built as others are, of the same kinds of layers: in the slow set alone.
@@ -102,7 +111,11 @@ def all_cases() -> list[Case]:
         name = step_class.model_fields["technique"].default
         for label, settings in SETTINGS.get(name, {"defaults": {}}).items():
             step = step_class(**settings)
-            cases += [Case(step, a.name, label) for a in ARCHITECTURES.values() if _is_possible(step, a)]
+            cases += [
+                Case(step, a.name, label)
+                for a in ARCHITECTURES.values()
+                if _is_possible(step, a) and a.name in ACCEPTED.get(name, ARCHITECTURES)
+            ]
     return cases
 
 

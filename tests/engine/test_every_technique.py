@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gguf
 import numpy as np
 import onnx
 import onnxruntime
@@ -27,11 +28,16 @@ from technique_runs import (
     tensors_of,
 )
 from tiny_models import BLOCKS, facts_of
+from transformers import AutoModelForCausalLM
 
 from app.spec.architectures import ARCHITECTURES, block_index, is_router
 from app.spec.compression import STEP_CLASSES
+from app.spec.gguf import QuantizeGguf
+from app.spec.gguf_layout import ARCHITECTURES as GGUF_ARCHITECTURES
+from app.spec.gguf_layout import gguf_tensors
 from app.spec.quantize import IntegerWeights
 from workers.engine.architectures.loading import load_model, load_tokenizer
+from workers.engine.export.gguf.reader import read_configuration
 from workers.engine.technique import implemented, run_step
 
 CASES = [
@@ -44,7 +50,7 @@ REPEATED = [
     if case.architecture in REPEATABLE.get(case.technique, REPRESENTATIVE) and not case.is_slow
 ]
 _WEIGHT_FILES = re.compile(
-    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|model\.onnx(_data)?"
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|model\.onnx(_data)?|model\.gguf"
 )
 _TOKENS = "The river runs past the old mill and under the bridge."
 
@@ -167,7 +173,24 @@ def _onnx_output(directory: Path, tokens: dict[str, torch.Tensor]) -> np.ndarray
     return session.run(None, {node.name: tokens[node.name].numpy() for node in session.get_inputs()})[0]
 
 
-_LOADERS = {"safetensors": _torch_output, "compressed-tensors": _torch_output, "onnx": _onnx_output}
+def _gguf_output(directory: Path, tokens: dict[str, torch.Tensor]) -> np.ndarray:
+    # Alone, transformers takes Qwen3's heads for 128 wide, whatever the file says.
+    model = AutoModelForCausalLM.from_pretrained(
+        directory,
+        gguf_file="model.gguf",
+        config=read_configuration(directory / "model.gguf"),
+        dtype=torch.float32,
+    )
+    with torch.inference_mode():
+        return model(**tokens)[0].numpy()
+
+
+_LOADERS = {
+    "safetensors": _torch_output,
+    "compressed-tensors": _torch_output,
+    "onnx": _onnx_output,
+    "gguf": _gguf_output,
+}
 
 
 def _promises_of_packed_integers(run: Run) -> None:
@@ -188,6 +211,22 @@ def _promises_of_packed_integers(run: Run) -> None:
         assert layer.name not in tensors
         assert layer.bits == pytest.approx(stored, rel=0.1)
         assert 0 < layer.relative_error < {8: 0.02, 4: 0.2, 3: 0.4, 2: 0.8}[step.bits]
+
+
+def _promises_of_gguf(run: Run) -> None:
+    step = run.case.step
+    assert isinstance(step, QuantizeGguf)
+    stored = {t.name: t for t in gguf.GGUFReader(run.target / "model.gguf").tensors}
+    expected = gguf_tensors(facts_of(run.source).tensors, GGUF_ARCHITECTURES[run.case.architecture], step.mix)
+    assert {t.name: (t.format.name, t.nbytes) for t in expected} == {
+        name: (t.tensor_type.name, t.n_bytes) for name, t in stored.items()
+    }
+    by_source = {t.source: stored[t.name] for t in expected}
+    for layer in run.outcome.layers:
+        tensor = by_source[layer.name]
+        assert layer.bits == 8 * tensor.n_bytes / tensor.n_elements
+        # These models' inputs are no multiple of 256: Q4_K and Q5_K give way to formats of five bits.
+        assert 0 < layer.relative_error < {"Q8_0": 0.01, "Q4_0": 0.12}.get(tensor.tensor_type.name, 0.08)
 
 
 def _promises_of_prune_magnitude(run: Run) -> None:
@@ -278,6 +317,7 @@ def _promises_of_quantize_onnx(run: Run) -> None:
 _PROMISES: dict[str, Callable[[Run], None]] = {
     "quantize.weights": _promises_of_packed_integers,
     "quantize.calibrated": _promises_of_packed_integers,
+    "quantize.gguf": _promises_of_gguf,
     "prune.magnitude": _promises_of_prune_magnitude,
     "prune.depth": _promises_of_prune_depth,
     "distill.logits": _promises_of_distill_logits,

@@ -185,12 +185,15 @@ def test_too_little_text_is_refused(tiny: Callable[[str], Path], tmp_path: Path)
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a.endswith("CausalLM")])
 @torch.inference_mode()
 def test_the_head_gives_the_models_own_logits(architecture: str, tmp_path: Path) -> None:
-    caps = {"final_logit_softcapping": 2.0} if architecture.startswith("Gemma2") else {}
-    model = load_model(tiny_model(architecture, tmp_path, **caps))
+    settings = {
+        "Gemma2ForCausalLM": {"final_logit_softcapping": 2.0},
+        "GraniteForCausalLM": {"logits_scaling": 8.0},
+    }
+    model = load_model(tiny_model(architecture, tmp_path, **settings.get(architecture, {})))
     ids = torch.arange(20)[None] * 7 % 300
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     head = head_of(model)
-    logits = hidden @ head.weight.T
+    logits = hidden @ head.weight.T * head.scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     torch.testing.assert_close(logits, model(input_ids=ids, use_cache=False).logits, atol=1e-5, rtol=1e-4)

@@ -41,7 +41,7 @@ def convert_gguf(gguf_file: Path, target: Path, *, max_shard_bytes: int, progres
     target.mkdir(parents=True, exist_ok=True)
     progress(0.0, "reading the GGUF header")
     source = read_gguf(gguf_file)
-    config = _config(source)
+    config = configuration_of(source)
     names, shapes, architecture = _skeleton(source, config)
     dtype = _stored_dtype(source.tensors)
     _write_side_files(source, config, target, architecture=architecture, dtype=dtype)
@@ -59,7 +59,7 @@ def convert_gguf(gguf_file: Path, target: Path, *, max_shard_bytes: int, progres
     progress(1.0, "converted")
 
 
-def _config(source: GgufFile) -> dict[str, Any]:
+def configuration_of(source: GgufFile) -> dict[str, Any]:
     """The configuration as transformers spells it, by its own table of GGUF keys."""
     from transformers.integrations import GGUF_CONFIG_MAPPING
 
@@ -116,9 +116,9 @@ def _llama3_scaling(source: GgufFile, factors: ReaderTensor) -> dict[str, Any]:
     factor = float(stored.max())
     theta = float(source.get("rope.freq_base") or 10_000.0)
     wavelength = 2 * math.pi * theta ** (np.arange(stored.size) / stored.size)
-    smooth = (context / wavelength - low) / (high - low)
-    expected = np.where(smooth < 0, factor, 1 / ((1 - smooth) / factor + smooth))
-    expected = np.where(smooth > 1, 1.0, expected)
+    # From 0, all of the factor, to 1, none of it.
+    smooth = np.clip((context / wavelength - low) / (high - low), 0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
     if not np.allclose(stored, expected, rtol=1e-3):
         raise refused("rotary frequency factors of its own")
     return {

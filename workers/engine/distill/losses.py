@@ -27,11 +27,12 @@ class Blend:
 
 @dataclass(frozen=True)
 class Head:
-    """The last linear layer of a language model: logits = cap·tanh(W·h / cap), or W·h without a cap."""
+    """The last layer of a language model: logits = cap·tanh(scale·W·h / cap), or scale·W·h without a cap."""
 
     weight: Tensor
     """(vocabulary, hidden)."""
     softcap: float | None = None
+    scale: float = 1.0
 
 
 def soft_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
@@ -69,7 +70,13 @@ def token_loss(
     """
     caps = (head.softcap, teacher_head.softcap)
     loss: Tensor = _TokenLoss.apply(
-        hidden, head.weight, teacher_hidden, teacher_head.weight, labels, blend, caps
+        hidden * head.scale,
+        head.weight,
+        teacher_hidden * teacher_head.scale,
+        teacher_head.weight,
+        labels,
+        blend,
+        caps,
     )  # type: ignore[no-untyped-call]
     return loss
 

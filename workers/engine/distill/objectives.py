@@ -160,8 +160,13 @@ class Embeddings(_Objective):
 
 
 def head_of(model: Any) -> Head:
-    """The output layer of a language model; the soft cap is Gemma 2's."""
-    return Head(model.get_output_embeddings().weight, getattr(model.config, "final_logit_softcapping", None))
+    """The output layer of a language model: Gemma 2 caps its logits, Cohere multiplies and Granite divides them."""
+    config = model.config
+    return Head(
+        model.get_output_embeddings().weight,
+        softcap=getattr(config, "final_logit_softcapping", None),
+        scale=getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0),
+    )
 
 
 def width_of(model: Any) -> int:

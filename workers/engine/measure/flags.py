@@ -128,6 +128,10 @@ def _no_speedup(facts: Facts) -> Iterator[Flag]:
     detail = f"{told}; 95 % interval {low:.2f} to {high:.2f})."
     if facts.evaluated.verification.result.format == "compressed-tensors":
         detail += " Here the weights are unpacked to float32; a runtime with kernels for them, such as vLLM, may be faster."
+    if facts.evaluated.verification.result.format == "gguf":
+        detail += (
+            " Here the weights are unpacked to float32; llama.cpp, which the file is for, was not measured."
+        )
     yield Flag(code="no_speedup", detail=detail)
 
 

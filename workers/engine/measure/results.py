@@ -46,7 +46,7 @@ class RunnerFacts(Frozen):
     """One loaded model, as its own process sees it."""
 
     runtime: str
-    format: Literal["safetensors", "compressed-tensors", "onnx"]
+    format: Literal["safetensors", "compressed-tensors", "onnx", "gguf"]
     loading: Loading
     tied: bool | None = None
     """Input and output embeddings are one tensor in memory; None where there are no two, or the runtime cannot tell."""

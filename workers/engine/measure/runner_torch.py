@@ -1,11 +1,11 @@
-"""A model directory run by transformers: plain safetensors and compressed-tensors."""
+"""A model directory run by transformers: plain safetensors, compressed-tensors and GGUF."""
 
 from __future__ import annotations
 
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,8 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from app.spec.base import Family
+from app.spec.gguf_layout import GGUF_FILE
 from workers.engine.architectures.loading import family_of, loader_of
+from workers.engine.export.gguf.reader import read_configuration
 from workers.engine.measure.results import Loading, RunnerFacts
+
+TorchFormat = Literal["safetensors", "compressed-tensors", "gguf"]
 
 
 class TorchRunner:
@@ -26,12 +30,12 @@ class TorchRunner:
         torch.set_num_threads(threads)
         self._device = device
         self._is_causal = family_of(directory) is Family.CAUSAL_LM
-        compressed = "quantization_config" in json.loads((directory / "config.json").read_text())
-        self._model, loading = _load(directory, device, compressed=compressed)
+        kind = _format_of(directory)
+        self._model, loading = _load(directory, device, kind)
         self._cache: Any = None
         self.facts = RunnerFacts(
-            runtime=_runtime(device, threads, compressed=compressed),
-            format="compressed-tensors" if compressed else "safetensors",
+            runtime=_runtime(device, threads, unpacked=kind != "safetensors"),
+            format=kind,
             loading=loading,
             tied=_is_tied(self._model),
             caches=self._is_causal,
@@ -93,13 +97,25 @@ class TorchRunner:
         return time.perf_counter()
 
 
-def _load(directory: Path, device: str, *, compressed: bool) -> tuple[Any, Loading]:
+def _format_of(directory: Path) -> TorchFormat:
+    """How the weights in a directory are stored."""
+    if (directory / GGUF_FILE).is_file():
+        return "gguf"
+    config = json.loads((directory / "config.json").read_text())
+    return "compressed-tensors" if "quantization_config" in config else "safetensors"
+
+
+def _load(directory: Path, device: str, kind: TorchFormat) -> tuple[Any, Loading]:
     import transformers
 
     arguments: dict[str, Any] = {}
-    if compressed:
+    if kind == "compressed-tensors":
         # Left compressed, every layer would be unpacked by its first call anyway: do it where it is not timed.
         arguments["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    if kind == "gguf":
+        # The configuration is the file's own: that of config.json would hide what its header says wrongly.
+        config = read_configuration(directory / GGUF_FILE)
+        arguments |= {"gguf_file": GGUF_FILE, "config": config}
     model, info = loader_of(directory).from_pretrained(
         str(directory),
         dtype=torch.float32,
@@ -123,9 +139,9 @@ def _is_tied(model: Any) -> bool | None:
     return bool(head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr())
 
 
-def _runtime(device: str, threads: int, *, compressed: bool) -> str:
+def _runtime(device: str, threads: int, *, unpacked: bool) -> str:
     import transformers
 
     where = f"{threads} threads" if device == "cpu" else torch.cuda.get_device_name(device)
     name = f"transformers {transformers.__version__}, torch {torch.__version__}, float32, {where}"
-    return f"{name}, weights decompressed while loading" if compressed else name
+    return f"{name}, weights decompressed while loading" if unpacked else name

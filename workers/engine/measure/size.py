@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from app.spec.gguf_layout import GGUF_FILE
 from app.spec.report import FileSize
 from workers.engine.checkpoint.reader import Checkpoint
 from workers.engine.checkpoint.streaming import Slab, row_slabs
+from workers.engine.measure.size_gguf import count_gguf
 from workers.engine.measure.size_onnx import count_onnx
 
-_WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".data", ".onnx_data")
+_WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".data", ".onnx_data", ".gguf")
 _PACKED = "weight_packed"
 # What a quantized layer stores beside its weights: bytes that count, numbers that are no weights.
 _AUXILIARY = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")
@@ -29,8 +31,8 @@ _COMPONENTS = tuple(
     for part, words in (
         ("scales", r"_scale$|_zero_point$|_shape$|_g_idx$|_scales$"),
         ("norms", r"norm|LayerNorm|layer_norm"),
-        ("embeddings", r"embed|wte|wpe"),
-        ("output head", r"lm_head|classifier|pooler|cls\."),
+        ("embeddings", r"embed|wte|wpe|token_embd"),
+        ("output head", r"lm_head|classifier|pooler|cls\.|^output\.weight"),
         ("attention", r"attn|attention"),
         ("feed-forward", r"mlp|ffn|intermediate|output\.dense|feed_forward"),
     )
@@ -57,7 +59,7 @@ class Size:
     components: dict[str, int]
     """Bytes by what they hold; they add up to `bytes`."""
     zero_share: float | None
-    """Share of the weights that are exactly zero; None for ONNX, whose graph may hold them in any form."""
+    """Share of the weights that are exactly zero; None for ONNX and GGUF, which may hold them in any form."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -66,16 +68,18 @@ class Size:
 
 
 def measure_size(directory: Path) -> Size:
-    """Measure a directory in Hugging Face layout, or one with `model.onnx`. Raises IntakeError if weights are damaged."""
+    """Measure a directory in Hugging Face layout, or one with an ONNX or GGUF file. Raises IntakeError if weights are damaged."""
     files = tuple(
         FileSize(path=str(path.relative_to(directory)), bytes=path.stat().st_size)
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     )
     weight_bytes = sum(file.bytes for file in files if file.path.endswith(_WEIGHT_SUFFIXES))
+    zeros: float | None = None
     if (directory / "model.onnx").is_file():
         parameters, low_bit, tensors = count_onnx(directory / "model.onnx")
-        zeros = None
+    elif (directory / GGUF_FILE).is_file():
+        parameters, low_bit, tensors = count_gguf(directory / GGUF_FILE)
     else:
         checkpoint = Checkpoint.open(directory)
         parameters, low_bit = _count_parameters(checkpoint)

@@ -1,0 +1,219 @@
+"""What each step takes, predicted from shapes: memory beyond the interpreter's, and time.
+
+One function per technique and quantity. Memory was measured on SmolLM2-135M and MiniLM with torch 2.13 on a two-core x86
+machine and is meant to be an upper bound; time is meant to be right to a factor of three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import singledispatch
+
+from app.spec.base import Step
+from app.spec.calibration_memory import calibrated_bytes
+from app.spec.distill import DistillLogits
+from app.spec.facts import ModelFacts
+from app.spec.gguf import QuantizeGguf
+from app.spec.optimize import OptimizeOnnx
+from app.spec.prune import PruneDepth
+from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
+from app.spec.quantize_onnx import QuantizeOnnx
+from app.spec.sizes import Shape, compressible
+
+_MIB = 2**20
+
+INTERPRETER_BYTES = 350 * _MIB
+"""A Python process with torch and transformers imported."""
+SLAB_BYTES = 128 * _MIB
+"""Rows in flight while a checkpoint is streamed: read buffer, float32 copies of a chunk per thread, result."""
+LOADING_FACTOR = 1.15
+"""A model in memory over its float32 weights: buffers, and the largest tensor twice while it is read."""
+TRAINING_BYTES_PER_PARAMETER = 16
+"""Float32 weight, gradient, and Adam's two moments."""
+TRAINING_LOGITS_COPIES = 5
+"""Teacher, student, both log-softmaxes, and the gradient."""
+ACTIVATION_FLOATS_PER_HIDDEN = 34
+"""Floats kept for the backward pass per token, block and hidden unit (Korthikanti et al. 2022, sec. 4)."""
+ONNX_COPIES = 7
+"""Float32 copies of the model while it is optimized: module, graph, variants, and onnxruntime's own of each in a contest."""
+ONNX_QUANTIZED_COPIES = 3
+"""Float32 copies of the model while it is exported, rewritten and checked; its graph shares the module's memory."""
+WINDOW_TOKENS = 512
+"""Tokens of a window of calibration text where a step does not choose."""
+
+FLOPS_PER_SECOND = 4e10
+"""Float32 matrix products on two cores."""
+STREAMED_BYTES_PER_SECOND = 150e6
+"""Reading and writing a checkpoint through the page cache, syncs included."""
+QUANTIZED_WEIGHTS_PER_SECOND = {"mse": 12e6, "absmax": 60e6}
+GPTQ_SECONDS_PER_WEIGHT = 1e-7
+"""Fitting scales, factoring the inputs' statistics and compensating, on SmolLM2-135M."""
+GGUF_SECONDS_PER_WEIGHT = {True: 1e-6, False: 2e-7}
+"""The same for the block formats of GGUF, with compensation and refinement or without."""
+PROCESS_SECONDS = 4.0
+"""Start of a process with torch."""
+ONNX_SECONDS_PER_PARAMETER = 2e-7
+"""Export, optimize and quantize."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a step works on: the model before and after it, the one that was uploaded, and the job's budget."""
+
+    before: Shape
+    after: Shape
+    original: Shape
+    facts: ModelFacts
+    """Of the original."""
+    budget: int | None
+    """Bytes; what can be done in less memory is, where the budget asks for it."""
+
+    @property
+    def forward_flops(self) -> float:
+        """Of one token through the model before the step; of a mixture, the experts it meets."""
+        return 2 * self.facts.active_share() * self.before.dense_parameters
+
+
+def loaded_bytes(shape: Shape) -> int:
+    """Bytes of a model in memory; a quantized one is unpacked when it is loaded."""
+    return int(LOADING_FACTOR * 4 * shape.dense_parameters)
+
+
+def outputs_per_token(facts: ModelFacts) -> int:
+    """Numbers a model puts out per token: logits of a language model, the embedding of an encoder."""
+    return facts.vocab_size if facts.family == "causal_lm" else facts.hidden_size
+
+
+def streaming_seconds(nbytes: int) -> float:
+    """Reading or writing so many bytes of weights."""
+    return nbytes / STREAMED_BYTES_PER_SECOND
+
+
+def calibration_memory(
+    step: QuantizeCalibrated, before: Shape, facts: ModelFacts, *, one_site_at_a_time: bool
+) -> int:
+    """Bytes beyond the interpreter's while a model is calibrated and quantized."""
+    return calibrated_bytes(
+        before.tensors,
+        facts,
+        tokens=step.calibration_tokens,
+        window=min(step.sequence_length, facts.max_positions),
+        one_site_at_a_time=one_site_at_a_time,
+    )
+
+
+@singledispatch
+def step_memory(_step: Step, _on: Surroundings) -> int:
+    """Bytes beyond the interpreter's at the step's peak. By default, those of a step that streams the checkpoint."""
+    return SLAB_BYTES
+
+
+@step_memory.register
+def _(step: PruneDepth, on: Surroundings) -> int:
+    states = 2 * 4 * step.calibration_tokens * on.facts.hidden_size
+    return 4 * on.before.largest_block + 4 * on.facts.vocab_size * on.facts.hidden_size + states
+
+
+@step_memory.register
+def _(step: QuantizeCalibrated, on: Surroundings) -> int:
+    whole = calibration_memory(step, on.before, on.facts, one_site_at_a_time=False)
+    if on.budget is None or INTERPRETER_BYTES + whole <= on.budget:
+        return whole
+    return calibration_memory(step, on.before, on.facts, one_site_at_a_time=True)
+
+
+@step_memory.register
+def _(step: QuantizeOnnx, on: Surroundings) -> int:
+    exporting = ONNX_QUANTIZED_COPIES * 4 * on.before.dense_parameters
+    calibrating = calibrated_bytes(
+        on.before.tensors,
+        on.facts,
+        tokens=step.calibration_tokens,
+        window=min(WINDOW_TOKENS, on.facts.max_positions),
+        one_site_at_a_time=False,
+    )
+    return max(calibrating, exporting) + on.after.weight_bytes
+
+
+@step_memory.register
+def _(step: QuantizeGguf, on: Surroundings) -> int:
+    calibrating = calibrated_bytes(
+        on.before.tensors,
+        on.facts,
+        tokens=step.calibration_tokens,
+        window=min(WINDOW_TOKENS, on.facts.max_positions),
+        one_site_at_a_time=False,
+    )
+    # A damped copy of the widest statistics is held beside them.
+    widest = max((tensor.shape[1] for tensor in compressible(on.before)), default=0)
+    return calibrating + 4 * widest**2 + SLAB_BYTES
+
+
+@step_memory.register
+def _(step: DistillLogits, on: Surroundings) -> int:
+    tokens = step.batch_size * step.sequence_length
+    activations = 4 * tokens * on.facts.hidden_size * ACTIVATION_FLOATS_PER_HIDDEN * on.after.blocks
+    logits = TRAINING_LOGITS_COPIES * 4 * tokens * outputs_per_token(on.facts)
+    student = TRAINING_BYTES_PER_PARAMETER * on.after.dense_parameters
+    return loaded_bytes(on.original) + student + activations + logits
+
+
+@step_memory.register
+def _(_step: OptimizeOnnx, on: Surroundings) -> int:
+    return ONNX_COPIES * 4 * on.before.dense_parameters
+
+
+def step_seconds(step: Step, on: Surroundings) -> float:
+    """Seconds on two cores: reading the checkpoint, writing the result, and the work in between."""
+    return streaming_seconds(on.before.weight_bytes + on.after.weight_bytes) + working_seconds(step, on)
+
+
+@singledispatch
+def working_seconds(_step: Step, _on: Surroundings) -> float:
+    """Seconds that a step computes; by default, none worth counting beside the reading and writing."""
+    return 0.0
+
+
+@working_seconds.register
+def _(step: QuantizeWeights, on: Surroundings) -> float:
+    return on.before.dense_parameters / QUANTIZED_WEIGHTS_PER_SECOND[step.scale_search]
+
+
+@working_seconds.register
+def _(step: QuantizeCalibrated, on: Surroundings) -> float:
+    # Once to see the inputs, once more for the outputs of what was quantized.
+    forwards = 2 * on.forward_flops * step.calibration_tokens / FLOPS_PER_SECOND
+    return forwards + on.before.dense_parameters * GPTQ_SECONDS_PER_WEIGHT
+
+
+@working_seconds.register
+def _(step: QuantizeGguf, on: Surroundings) -> float:
+    forwards = 2 * on.forward_flops * step.calibration_tokens / FLOPS_PER_SECOND
+    return forwards + on.before.dense_parameters * GGUF_SECONDS_PER_WEIGHT[step.compensate]
+
+
+@working_seconds.register
+def _(step: QuantizeOnnx, on: Surroundings) -> float:
+    # QDQ counts histograms in between.
+    runs = 2 if step.method == "matmul_nbits" else 3
+    forwards = runs * 2 * on.before.dense_parameters * step.calibration_tokens / FLOPS_PER_SECOND
+    per_weight = GPTQ_SECONDS_PER_WEIGHT + ONNX_SECONDS_PER_PARAMETER
+    return forwards + on.before.dense_parameters * per_weight + PROCESS_SECONDS
+
+
+@working_seconds.register
+def _(step: PruneDepth, on: Surroundings) -> float:
+    return on.forward_flops * step.calibration_tokens / FLOPS_PER_SECOND
+
+
+@working_seconds.register
+def _(step: DistillLogits, on: Surroundings) -> float:
+    tokens = step.max_steps * step.batch_size * step.sequence_length
+    products = 6 * on.after.dense_parameters + 2 * on.original.dense_parameters
+    training = on.facts.active_share() * products * tokens / FLOPS_PER_SECOND
+    return min(training, step.max_seconds or training)
+
+
+@working_seconds.register
+def _(_step: OptimizeOnnx, on: Surroundings) -> float:
+    return PROCESS_SECONDS + ONNX_SECONDS_PER_PARAMETER * on.before.dense_parameters
