@@ -17,7 +17,7 @@ from app.spec.compression import Acceptance, CompressionSpec
 from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel, StudentFromPreviousStep
 from app.spec.facts import ModelFacts, TensorFact
 from app.spec.prune import PruneDepth, PruneMagnitude
-from app.spec.quantize import IntegerWeights
+from app.spec.quantize import QuantizedWeights
 
 _NAMED_LAYERS = 3
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -52,7 +52,7 @@ def check_spec(
     for number, step in enumerate(spec.steps):
         where = f"/steps/{number}"
         faults += _check_family(step, facts, where)
-        if isinstance(step, IntegerWeights | PruneMagnitude):
+        if isinstance(step, QuantizedWeights | PruneMagnitude):
             faults += _check_layers(step, shape, where)
         if isinstance(step, PruneDepth):
             faults += _check_depth(step, shape, where)
@@ -84,7 +84,7 @@ def _check_family(step: Step, facts: ModelFacts, where: str) -> Iterator[Fault]:
         yield Fault(f"{where}/technique", f"Works on {known} models; this one is {facts.family}.")
 
 
-def _check_layers(step: IntegerWeights | PruneMagnitude, shape: _Shape, where: str) -> Iterator[Fault]:
+def _check_layers(step: QuantizedWeights | PruneMagnitude, shape: _Shape, where: str) -> Iterator[Fault]:
     for number, pattern in enumerate(step.ignore):
         if not matching_layers([pattern], shape.layers):
             example = module_name(shape.layers[0]) if shape.layers else "none"
@@ -102,24 +102,53 @@ def _check_layers(step: IntegerWeights | PruneMagnitude, shape: _Shape, where: s
         )
     elif not layers:
         yield Fault(f"{where}/ignore", "Nothing is left to work on: every layer is ignored.")
-    elif isinstance(step, IntegerWeights) and step.group_size is not None:
-        yield from _check_group_size(step.group_size, layers, f"{where}/group_size")
+    elif isinstance(step, QuantizedWeights):
+        yield from _check_settings(step, layers, where)
     elif isinstance(step, PruneMagnitude) and step.pattern == "2:4":
         yield from _check_multiple_of_four(layers, f"{where}/pattern")
 
 
-def _check_group_size(group_size: int, layers: Sequence[TensorFact], pointer: str) -> Iterator[Fault]:
-    misfits = [t for t in layers if t.shape[1] % group_size]
-    if not misfits:
+def _check_settings(step: QuantizedWeights, layers: Sequence[TensorFact], where: str) -> Iterator[Fault]:
+    """Do groups divide the inputs of the layers they are meant for, and can different settings be mixed?"""
+    for number, override in enumerate(step.overrides):
+        if not matching_layers([override.layers], layers):
+            yield Fault(
+                f"{where}/overrides/{number}/layers",
+                f"{override.layers!r} matches none of the {len(layers)} layers; "
+                f"they are named like {module_name(layers[0])}.",
+            )
+    definite = step.with_group_size_for(t.shape[1] for t in layers)
+    settings = {t: definite.settings_of(module_name(t)) for t in layers}
+    if len(set(settings.values())) > 1 and not all(found.symmetric for found in settings.values()):
+        yield Fault(
+            f"{where}/overrides", "Different settings can only be mixed with symmetric true for all layers."
+        )
+    misfits = [t for t in layers if t.shape[1] % settings[t].divisor]
+    for divisor in dict.fromkeys(settings[t].divisor for t in misfits):
+        found = [t for t in layers if settings[t].divisor == divisor]
+        yield from _check_divisor(step, divisor, found, where)
+
+
+def _check_divisor(
+    step: QuantizedWeights, divisor: int, layers: Sequence[TensorFact], where: str
+) -> Iterator[Fault]:
+    misfits = _some([t for t in layers if t.shape[1] % divisor])
+    if step.number_format != "int":
+        pointer = "group_size" if step.number_format == "fp8" else "number_format"
+        yield Fault(
+            f"{where}/{pointer}",
+            f"Needs inputs divisible by {divisor}, unlike {misfits}; add them to ignore.",
+        )
         return
     common = math.gcd(*(t.shape[1] for t in layers))
     sizes = [size for size in range(8, min(common, 4096) + 1, 8) if common % size == 0]
-    nearest = min(sizes, key=lambda size: abs(math.log(size / group_size)), default=None)
+    nearest = min(sizes, key=lambda size: abs(math.log(size / divisor)), default=None)
     works = (
         f"{nearest} works" if nearest else "no group size fits all; leave it out for one scale per channel"
     )
+    pointer = "group_size" if divisor == step.group_size else "overrides"
     yield Fault(
-        pointer, f"{group_size} does not divide the inputs of {_some(misfits)}. For this model {works}."
+        f"{where}/{pointer}", f"{divisor} does not divide the inputs of {misfits}. For this model {works}."
     )
 
 

@@ -30,7 +30,7 @@ from tiny_models import BLOCKS, facts_of
 
 from app.spec.architectures import block_index
 from app.spec.compression import STEP_CLASSES
-from app.spec.quantize import IntegerWeights
+from app.spec.quantize import QuantizedWeights
 from workers.engine.architectures.loading import load_model, load_tokenizer
 from workers.engine.technique import implemented, run_step
 
@@ -172,7 +172,7 @@ _LOADERS = {"safetensors": _torch_output, "compressed-tensors": _torch_output, "
 
 def _promises_of_packed_integers(run: Run) -> None:
     step = run.case.step
-    assert isinstance(step, IntegerWeights)
+    assert isinstance(step, QuantizedWeights)
     tensors = tensors_of(run.target)
     for layer in run.outcome.layers:
         stem = layer.name.removesuffix(".weight")

@@ -25,11 +25,12 @@ class TorchRunner:
         torch.set_num_threads(threads)
         self._device = device
         self._is_causal = architecture_of(directory).endswith("ForCausalLM")
-        compressed = "quantization_config" in json.loads((directory / "config.json").read_text())
-        self._model, loading = _load(directory, device, compressed=compressed)
+        declared = json.loads((directory / "config.json").read_text()).get("quantization_config")
+        compressed = declared is not None
+        self._model, loading = _load(directory, device, declared)
         self._cache: Any = None
         self.facts = RunnerFacts(
-            runtime=_runtime(device, threads, compressed=compressed),
+            runtime=_runtime(device, threads, declared),
             format="compressed-tensors" if compressed else "safetensors",
             loading=loading,
             tied=_is_tied(self._model),
@@ -92,13 +93,15 @@ class TorchRunner:
         return time.perf_counter()
 
 
-def _load(directory: Path, device: str, *, compressed: bool) -> tuple[Any, Loading]:
+def _load(directory: Path, device: str, declared: dict[str, Any] | None) -> tuple[Any, Loading]:
     import transformers
 
     arguments: dict[str, Any] = {}
-    if compressed:
+    whole = declared is None or (len(declared["config_groups"]) == 1 and not _rounds_inputs(declared))
+    if declared is not None:
         # Left compressed, every layer would be unpacked by its first call anyway: do it where it is not timed.
-        arguments["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+        # transformers 5.23 does that while loading for one scheme alone, and then rounds no inputs.
+        arguments["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=whole)
     model, info = loader_of(directory).from_pretrained(
         str(directory),
         dtype=torch.float32,
@@ -112,7 +115,15 @@ def _load(directory: Path, device: str, *, compressed: bool) -> tuple[Any, Loadi
         unexpected=tuple(sorted(info["unexpected_keys"])),
         mismatched=tuple(sorted(key[0] for key in info["mismatched_keys"])),
     )
+    if not whole:
+        model.hf_quantizer.compressor.decompress_model(model)
+        # E2M1 is unpacked to bfloat16; transformers' own `float` refuses a model that was quantized.
+        torch.nn.Module.float(model)
     return model.to(device).eval(), loading
+
+
+def _rounds_inputs(declared: dict[str, Any]) -> bool:
+    return any(group["input_activations"] is not None for group in declared["config_groups"].values())
 
 
 def _is_tied(model: Any) -> bool | None:
@@ -122,9 +133,12 @@ def _is_tied(model: Any) -> bool | None:
     return bool(head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr())
 
 
-def _runtime(device: str, threads: int, *, compressed: bool) -> str:
+def _runtime(device: str, threads: int, declared: dict[str, Any] | None) -> str:
     import transformers
 
     where = f"{threads} threads" if device == "cpu" else torch.cuda.get_device_name(device)
     name = f"transformers {transformers.__version__}, torch {torch.__version__}, float32, {where}"
-    return f"{name}, weights decompressed while loading" if compressed else name
+    if declared is None:
+        return name
+    simulated = ", the rounding of inputs simulated" if _rounds_inputs(declared) else ""
+    return f"{name}, weights decompressed while loading{simulated}"

@@ -1,4 +1,4 @@
-"""quantize.calibrated: integer weights chosen by what they do to each layer's outputs, on inputs from calibration text.
+"""quantize.calibrated: few-bit weights chosen by what they do to each layer's outputs, on inputs from calibration text.
 
 Idea: with the second moments H of a layer's inputs, the error of its outputs is tr(ΔW H ΔWᵀ). Scales are searched with
 diag H as importance; the columns are rounded one after the other, and what one loses is corrected by those that follow
@@ -31,7 +31,7 @@ from workers.engine.checkpoint import (
     write_config,
 )
 from workers.engine.checkpoint.selection import module_name, non_finite, select_layers
-from workers.engine.export.pack_quantized import PackedLayer
+from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.quantize.compensation import output_error
 from workers.engine.quantize.layer_solver import LayerSolver
 from workers.engine.quantize.packed_layers import (
@@ -80,7 +80,7 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
             stream_blocks(calibration, prepare=blocks.solve)
         _copy_others(checkpoint, layers, writer, context)
     copy_side_files(context.source, context.target)
-    write_config(context.target, config_with_quantization(checkpoint, step, selection))
+    write_config(context.target, config_with_quantization(checkpoint, layers, selection))
     lost, had = (sum(values) for values in zip(*solved.output_errors, strict=True))
     return StepOutcome(
         layers=layer_outcomes(layers, solved.errors, selection),
@@ -97,7 +97,7 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
 class _Blocks:
     """Quantizes block after block and writes what it finds."""
 
-    layers: dict[str, PackedLayer]
+    layers: dict[str, StoredLayer]
     """By the name of the weight."""
     solver: LayerSolver
     writer: CheckpointWriter
@@ -138,7 +138,7 @@ class _Blocks:
         for name, weight in stored.items():
             restored = fits[weight].restored()
             self._note(weight, weights[weight], restored, second_moment)
-            for tensor, content in self.layers[weight].tensors(fits[weight]).items():
+            for tensor, content in self.layers[weight].tensors(fits[weight], site.peak()).items():
                 self.writer.write(tensor, content)
             # What a loader makes of the file, so that the next block is calibrated on what it will be given.
             target = block.module.get_parameter(f"{name}.weight")
@@ -157,7 +157,7 @@ def _squared_norm(weight: Tensor) -> float:
 
 
 def _copy_others(
-    checkpoint: Checkpoint, layers: dict[str, PackedLayer], writer: CheckpointWriter, context: StepContext
+    checkpoint: Checkpoint, layers: dict[str, StoredLayer], writer: CheckpointWriter, context: StepContext
 ) -> None:
     """Everything that is not quantized, slab by slab."""
     slabs = [

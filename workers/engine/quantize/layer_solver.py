@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor
 
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.checkpoint.layout import TORCH_DTYPES
-from workers.engine.export.pack_quantized import PackedLayer
+from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.quantize.compensation import Factor, NotPositiveDefinite, compensated, factorize
-from workers.engine.quantize.layer_fit import LayerFit, fit_layer
-from workers.engine.quantize.refinement import refined
+from workers.engine.quantize.layer_fit import LayerFit, fit_blocks, fit_layer
+from workers.engine.quantize.refinement import descended, refined
 
 
 class LayerSolver:
@@ -23,7 +23,7 @@ class LayerSolver:
         self.warnings: list[str] = []
 
     def solve(
-        self, weights: dict[str, Tensor], layers: dict[str, PackedLayer], second_moment: Tensor
+        self, weights: dict[str, Tensor], layers: Mapping[str, StoredLayer], second_moment: Tensor
     ) -> dict[str, LayerFit]:
         """Fit weights (rows, columns), float32, that share inputs of second moment H (columns, columns), by name.
 
@@ -41,27 +41,37 @@ class LayerSolver:
         return fits
 
     def _solve(
-        self, weight: Tensor, layer: PackedLayer, second_moment: Tensor, factor: Factor | None
+        self, weight: Tensor, layer: StoredLayer, second_moment: Tensor, factor: Factor | None
     ) -> LayerFit:
         # What multiplies an input that is always zero need not be kept, and would only be compensated for.
         weight = weight * (second_moment.diagonal() != 0)
-        fit = fit_layer(
-            weight,
-            layer.grid,
-            group_size=layer.group_size,
-            dtype=TORCH_DTYPES[layer.dtype],
-            importance=second_moment.diagonal(),
-            threads=self.threads,
-        )
+        fit = self._nearest(weight, layer, second_moment.diagonal())
         if factor is None:
             return fit
         fit = compensated(weight, factor, fit, threads=self.threads)
-        return refined(
-            weight, fit, _damped(second_moment, factor.damping), factor.order,
-            rounds=self._refinements(layer), threads=self.threads,
-        )  # fmt: skip
+        damped, rounds = _damped(second_moment, factor.damping), self._refinements(layer)
+        if layer.block_rows == 1:
+            return refined(weight, fit, damped, factor.order, rounds=rounds, threads=self.threads)
+        # Rows that share scales cannot each have them refitted.
+        for _ in range(rounds):
+            fit = descended(weight, fit, damped, factor.order, threads=self.threads)
+        return fit
 
-    def _refinements(self, layer: PackedLayer) -> int:
+    def _nearest(self, weight: Tensor, layer: StoredLayer, importance: Tensor) -> LayerFit:
+        """Scales searched with the importance of each input (columns,), and the nearest codes."""
+        grid, dtype = layer.grid(float(weight.abs().max())), TORCH_DTYPES[layer.dtype]
+        if layer.block_rows > 1:
+            return fit_blocks(weight, grid, size=layer.block_rows, dtype=dtype, importance=importance)
+        return fit_layer(
+            weight,
+            grid,
+            group_size=layer.group_size,
+            dtype=dtype,
+            importance=importance,
+            threads=self.threads,
+        )
+
+    def _refinements(self, layer: StoredLayer) -> int:
         if self.step.refinements is not None:
             return self.step.refinements
         return 3 if layer.bits < 4 else 1
@@ -88,9 +98,9 @@ def _damped(second_moment: Tensor, damping: float) -> Tensor:
     return damped
 
 
-def _stored_alike(layers: dict[str, PackedLayer]) -> list[list[str]]:
+def _stored_alike(layers: Mapping[str, StoredLayer]) -> list[list[str]]:
     """Names of layers whose weights may be stacked, since all that matters of how they are stored is the same."""
-    alike: dict[PackedLayer, list[str]] = {}
+    alike: dict[Hashable, list[str]] = {}
     for name, layer in layers.items():
-        alike.setdefault(replace(layer, module="", rows=0), []).append(name)
+        alike.setdefault(layer.alike, []).append(name)
     return list(alike.values())
