@@ -52,9 +52,11 @@ class Skeleton:
     blocks: nn.ModuleList
     blocks_name: str
     device: str
+    dtype: torch.dtype
+    """What its parameters are in, and so what is computed in."""
 
     @classmethod
-    def open(cls, directory: Path, windows: Tensor, device: str) -> Skeleton:
+    def open(cls, directory: Path, windows: Tensor, device: str, dtype: torch.dtype) -> Skeleton:
         """Build the base model on the meta device and read what lies outside its blocks."""
         import transformers
         from accelerate import init_empty_weights
@@ -72,12 +74,12 @@ class Skeleton:
         name, blocks = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList))
         checkpoint = Checkpoint.open(directory)
         names = {name_within_base(stored, whole.base_model_prefix): stored for stored in checkpoint.tensors}
-        skeleton = cls(checkpoint, names, model, blocks, name, device)
+        skeleton = cls(checkpoint, names, model, blocks, name, device, dtype)
         skeleton._read_outside_blocks(windows)
         return skeleton
 
     def materialise(self, module: nn.Module, *, prefix: str) -> dict[str, str]:
-        """Read the weights of a module in fp32 from the checkpoint. Returns their names there by those in the module."""
+        """Read the weights of a module from the checkpoint. Returns their names there by those in the module."""
         names: dict[str, str] = {}
         for name, _ in list(module.named_parameters()):
             stored = self.names.get(prefix + name)
@@ -88,7 +90,7 @@ class Skeleton:
                     hint="Save the model again with save_pretrained() and upload all of its files.",
                 )
             names[name] = stored
-            _set_parameter(module, name, self.checkpoint.read(stored).to(self.device, torch.float32))
+            _set_parameter(module, name, self.checkpoint.read(stored).to(self.device, self.dtype))
         return names
 
     def record_calls(self, window: Tensor) -> list[BlockCall]:
@@ -143,14 +145,14 @@ class Skeleton:
                 weight = self._rows_of(stored, torch.unique(windows).tolist())
             else:
                 weight = self.checkpoint.read(stored)
-            _set_parameter(self.model, name, weight.to(self.device, torch.float32))
+            _set_parameter(self.model, name, weight.to(self.device, self.dtype))
 
     def _rows_of(self, stored: str, tokens: list[int]) -> Tensor:
         """The embedding table with only these rows filled: the pages of the others are never touched."""
         entry = self.checkpoint.tensors[stored]
-        table = torch.empty(entry.shape, dtype=torch.float32)
+        table = torch.empty(entry.shape, dtype=self.dtype)
         for token in tokens:
-            table[token] = self.checkpoint.read_rows(stored, token, token + 1)[0].float()
+            table[token] = self.checkpoint.read_rows(stored, token, token + 1)[0].to(self.dtype)
         return table
 
 

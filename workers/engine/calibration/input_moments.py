@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from workers.engine.calibration.block_stream import EnoughSeen, LiveBlock
+
+Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 
 # Blocks of columns of the symmetric product: those below the diagonal need not be computed.
 _GRAM_BLOCKS = 4
@@ -68,30 +73,52 @@ def _spans(features: int) -> list[tuple[int, int]]:
     return [(start, min(features, start + size)) for start in range(0, features, size)]
 
 
-def input_moments(block: nn.Module, names: Iterable[str], run: Callable[[], None]) -> list[InputSite]:
-    """Run the block and gather H for every input of the named layers; a layer that is never called is in no site."""
-    sites: dict[str, InputSite] = {}
-    last: list[tuple[Tensor, InputSite]] = []
+def input_sites(block: LiveBlock, names: Iterable[str]) -> list[InputSite]:
+    """The distinct inputs of the named layers, in the order they are called, from the first window alone.
 
-    def look(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    Layers called with the very same tensor share a site; a layer that is never called is in none.
+    """
+    sites: list[tuple[Tensor, InputSite]] = []
+
+    def look(name: str) -> Hook:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             (given,) = inputs
-            site = sites.get(name)
+            # The tensors are held, so that their identities stay their own.
+            site = next((known for tensor, known in sites if tensor is given), None)
             if site is None:
-                # Layers called with the very same tensor share its moments; the tensor is held, so its id is its own.
-                site = next((known for tensor, known in last if tensor is given), None) or InputSite()
-                sites[name] = site
-                site.layers.append(name)
-                last.append((given, site))
-            if site.layers[0] == name:
-                site.add(given)
+                site = InputSite()
+                sites.append((given, site))
+            site.layers.append(name)
 
         return hook
 
-    handles = [block.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
+    with _hooked(block, {name: look(name) for name in names}):
+        block.run(windows=1)
+    return [site for _, site in sites]
+
+
+def gather_moments(block: LiveBlock, sites: Sequence[InputSite]) -> None:
+    """Run the block on every window as far as the last of the sites, and add up what each is given."""
+
+    def add(site: InputSite) -> Hook:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            site.add(inputs[0])
+            if site is sites[-1]:
+                raise EnoughSeen
+
+        return hook
+
+    with _hooked(block, {site.layers[0]: add(site) for site in sites}):
+        block.run()
+
+
+@contextmanager
+def _hooked(block: LiveBlock, hooks: dict[str, Hook]) -> Iterator[None]:
+    handles = [
+        block.module.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()
+    ]
     try:
-        run()
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return list({id(site): site for site in sites.values()}.values())

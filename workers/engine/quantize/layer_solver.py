@@ -1,8 +1,14 @@
-"""Quantize the layers of one input: the same solver for every grid, whichever algorithm a step asks for."""
+"""Quantize the layers of one input: the same solver for every grid, whichever algorithm a step asks for.
+
+Rows do not depend on each other. Small layers that are stored alike are stacked, so that a pass over their columns is
+made once; large ones are taken some rows at a time, so that what is beside the weights stays small.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,8 +17,29 @@ from app.spec.quantize import QuantizeCalibrated
 from workers.engine.checkpoint.layout import TORCH_DTYPES
 from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.quantize.compensation import Factor, NotPositiveDefinite, compensated, factorize
-from workers.engine.quantize.layer_fit import LayerFit, fit_blocks, fit_layer
+from workers.engine.quantize.grid import WeightGrid
+from workers.engine.quantize.layer_fit import LayerFit, fit_blocks, fit_layer, joined
 from workers.engine.quantize.refinement import descended, refined
+
+# Six float32 copies of them are alive while their scales and codes are refined.
+_WEIGHTS_AT_ONCE = 2**23
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of layers that are stored alike."""
+
+    layer: StoredLayer
+    grid: WeightGrid
+    parts: tuple[tuple[str, slice], ...]
+
+    def weight(self, weights: dict[str, Tensor], second_moment: Tensor) -> Tensor:
+        """Its rows, one below the other: (rows, columns), float32.
+
+        What multiplies an input that is always zero need not be kept, and would only be compensated for.
+        """
+        rows = torch.cat([weights[name][part].float() for name, part in self.parts])
+        return rows.mul_(second_moment.diagonal() != 0)
 
 
 class LayerSolver:
@@ -25,56 +52,67 @@ class LayerSolver:
     def solve(
         self, weights: dict[str, Tensor], layers: Mapping[str, StoredLayer], second_moment: Tensor
     ) -> dict[str, LayerFit]:
-        """Fit weights (rows, columns), float32, that share inputs of second moment H (columns, columns), by name.
-
-        Layers stored alike are solved together, row below row.
-        """
+        """Fit weights (rows, columns) that share inputs of second moment H (columns, columns), by name."""
+        batches = list(_batches(weights, layers))
         factor = self._factor(second_moment, list(weights)) if self.step.solver == "gptq" else None
-        fits: dict[str, LayerFit] = {}
-        for names in _stored_alike(layers):
-            together = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
-            fit = self._solve(together, layers[names[0]], second_moment, factor)
+        fits = [self._fit(batch, weights, second_moment, factor) for batch in batches]
+        if factor is not None:
+            order, damping = factor.order, factor.damping
+            # Refining needs H, and no longer its factor, which is as large.
+            del factor
+            with _damped(second_moment, damping):
+                fits = [
+                    self._refine(batch, fit, weights, second_moment, order)
+                    for batch, fit in zip(batches, fits, strict=True)
+                ]
+        found: dict[str, list[LayerFit]] = {name: [] for name in layers}
+        for batch, fit in zip(batches, fits, strict=True):
             start = 0
-            for name in names:
-                rows = slice(start, start + len(weights[name]))
-                fits[name], start = fit.of_rows(rows), rows.stop
-        return fits
+            for name, rows in batch.parts:
+                stop = start + rows.stop - rows.start
+                found[name].append(fit.of_rows(slice(start, stop)))
+                start = stop
+        return {name: joined(parts) for name, parts in found.items()}
 
-    def _solve(
-        self, weight: Tensor, layer: StoredLayer, second_moment: Tensor, factor: Factor | None
+    def _fit(
+        self, batch: _Batch, weights: dict[str, Tensor], second_moment: Tensor, factor: Factor | None
     ) -> LayerFit:
-        # What multiplies an input that is always zero need not be kept, and would only be compensated for.
-        weight = weight * (second_moment.diagonal() != 0)
-        fit = self._nearest(weight, layer, second_moment.diagonal())
-        if factor is None:
-            return fit
-        fit = compensated(weight, factor, fit, threads=self.threads)
-        damped, rounds = _damped(second_moment, factor.damping), self._refinements(layer)
-        if layer.block_rows == 1:
-            return refined(weight, fit, damped, factor.order, rounds=rounds, threads=self.threads)
-        # Rows that share scales cannot each have them refitted.
-        for _ in range(rounds):
-            fit = descended(weight, fit, damped, factor.order, threads=self.threads)
-        return fit
+        weight = batch.weight(weights, second_moment)
+        fit = self._nearest(weight, batch, second_moment.diagonal())
+        if factor is not None:
+            fit = compensated(weight, factor, fit, threads=self.threads)
+        return fit.compact()
 
-    def _nearest(self, weight: Tensor, layer: StoredLayer, importance: Tensor) -> LayerFit:
+    def _nearest(self, weight: Tensor, batch: _Batch, importance: Tensor) -> LayerFit:
         """Scales searched with the importance of each input (columns,), and the nearest codes."""
-        grid, dtype = layer.grid(float(weight.abs().max())), TORCH_DTYPES[layer.dtype]
+        layer, dtype = batch.layer, TORCH_DTYPES[batch.layer.dtype]
         if layer.block_rows > 1:
-            return fit_blocks(weight, grid, size=layer.block_rows, dtype=dtype, importance=importance)
+            return fit_blocks(weight, batch.grid, size=layer.block_rows, dtype=dtype, importance=importance)
         return fit_layer(
             weight,
-            grid,
+            batch.grid,
             group_size=layer.group_size,
             dtype=dtype,
             importance=importance,
             threads=self.threads,
         )
 
-    def _refinements(self, layer: StoredLayer) -> int:
-        if self.step.refinements is not None:
-            return self.step.refinements
-        return 3 if layer.bits < 4 else 1
+    def _refine(
+        self, batch: _Batch, fit: LayerFit, weights: dict[str, Tensor], second_moment: Tensor, order: Tensor
+    ) -> LayerFit:
+        rounds = self.step.refinements
+        if rounds is None:
+            rounds = 3 if batch.layer.bits < 4 else 1
+        if rounds == 0:
+            return fit
+        weight = batch.weight(weights, second_moment)
+        fit = replace(fit, codes=fit.codes.float())
+        if batch.layer.block_rows > 1:
+            # Rows that share scales cannot each have them refitted.
+            for _ in range(rounds):
+                fit = descended(weight, fit, second_moment, order, threads=self.threads)
+            return fit.compact()
+        return refined(weight, fit, second_moment, order, rounds=rounds, threads=self.threads).compact()
 
     def _factor(self, second_moment: Tensor, stored: list[str]) -> Factor | None:
         """What all layers of an input share; None, with a warning that names them, where there is no factor."""
@@ -89,18 +127,45 @@ class LayerSolver:
         return factor
 
 
-def _damped(second_moment: Tensor, damping: float) -> Tensor:
-    """H as it was factored: with a moment for inputs that were always zero, and damping on the diagonal."""
-    damped = second_moment.clone()
-    diagonal = damped.diagonal()
+@contextmanager
+def _damped(second_moment: Tensor, damping: float) -> Iterator[None]:
+    """H as it was factored, for as long as it is refined with: see `factorize`."""
+    diagonal = second_moment.diagonal()
+    before = diagonal.clone()
     diagonal[diagonal == 0] = 1.0
     diagonal.add_(damping * diagonal.mean())
-    return damped
+    yield
+    diagonal.copy_(before)
 
 
-def _stored_alike(layers: Mapping[str, StoredLayer]) -> list[list[str]]:
-    """Names of layers whose weights may be stacked, since all that matters of how they are stored is the same."""
+def _batches(weights: Mapping[str, Tensor], layers: Mapping[str, StoredLayer]) -> Iterator[_Batch]:
+    """Layers whose weights may be stacked, since all that matters of how they are stored is the same."""
     alike: dict[Hashable, list[str]] = {}
     for name, layer in layers.items():
         alike.setdefault(layer.alike, []).append(name)
-    return list(alike.values())
+    for names in alike.values():
+        layer = layers[names[0]]
+        # Layers that are served as one share their input, and so a scale of the whole.
+        grid = layer.grid(
+            max(float(weights[name].abs().max()) for name in names) if layer.needs_peak else 0.0
+        )
+        for parts in _parts([(name, layers[name].rows) for name in names], layer):
+            yield _Batch(layer, grid, tuple(parts))
+
+
+def _parts(rows_of: list[tuple[str, int]], layer: StoredLayer) -> Iterator[list[tuple[str, slice]]]:
+    """Cut layers of so many rows into lists of a bounded number of weights; blocks of rows are not cut."""
+    parts: list[tuple[str, slice]] = []
+    most = _WEIGHTS_AT_ONCE // layer.columns // layer.block_rows * layer.block_rows
+    room = limit = max(layer.block_rows, most)
+    for name, rows in rows_of:
+        start = 0
+        while start < rows:
+            stop = min(rows, start + room)
+            parts.append((name, slice(start, stop)))
+            room, start = room - (stop - start), stop
+            if room == 0:
+                yield parts
+                parts, room = [], limit
+    if parts:
+        yield parts
