@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from app.spec.architectures import block_index, is_compressible
+from app.spec.architectures import block_index, is_compressible, is_router
 from app.spec.base import Step
 from app.spec.compatibility import blocks_cut, matching_layers, module_name
 from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel
@@ -109,7 +109,7 @@ def compressible(shape: Shape) -> tuple[TensorFact, ...]:
 def _quantized(step: QuantizedWeights, shape: Shape) -> Shape:
     layers = compressible(shape)
     ignored = {t.name for t in matching_layers(step.ignore, layers)}
-    chosen = {t.name: t for t in layers if t.name not in ignored}
+    chosen = {t.name: t for t in layers if t.name not in ignored and not is_router(t.name)}
     definite = step.with_group_size_for(t.shape[1] for t in chosen.values())
     tensors: list[TensorFact] = []
     for tensor in shape.tensors:

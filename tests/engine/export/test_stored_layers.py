@@ -18,13 +18,12 @@ from app.spec.facts import TensorFact
 from app.spec.quantize import QuantizeCalibrated
 from app.spec.stored import stored_tensors
 from workers.engine.checkpoint.layout import DTYPE_NAMES, TensorEntry
-from workers.engine.checkpoint.selection import Selection
 from workers.engine.export.compressed_tensors import read_dequantized
 from workers.engine.export.fp4_packed import pack_e2m1
 from workers.engine.export.pack_quantized import PackedLayer
 from workers.engine.export.stored_layer import StoredLayer, quantization_config
 from workers.engine.quantize.layer_fit import LayerFit, fit_blocks, fit_layer
-from workers.engine.quantize.packed_layers import fused_layers, plan_layers
+from workers.engine.quantize.packed_layers import fused_layers, planned_layer
 
 ROWS, COLUMNS = 200, 256
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -46,8 +45,7 @@ STEPS: dict[str, dict[str, Any]] = {
 
 def layer_of(step: QuantizeCalibrated) -> StoredLayer:
     entry = TensorEntry(NAME, torch.bfloat16, (ROWS, COLUMNS), Path(), 0, 2 * ROWS * COLUMNS)
-    (layer,) = plan_layers(Selection({NAME: entry}, (), ()), step).values()
-    return layer
+    return planned_layer(entry, step.settings_of("x"))
 
 
 def fit_of(layer: StoredLayer) -> LayerFit:

@@ -94,12 +94,17 @@ class StoredLayer(ABC):
 
 
 def quantization_config(
-    layers: Sequence[StoredLayer], ignored: Sequence[str], *, target: Callable[[str], str]
+    layers: Sequence[StoredLayer],
+    ignored: Sequence[str],
+    *,
+    target: Callable[[str], str],
+    unpack_to_load: bool = False,
 ) -> dict[str, Any]:
     """What `quantization_config` in config.json says, for compressed-tensors, transformers and vLLM.
 
     `ignored`: modules inside blocks that are left as they were; `target` gives the entry that stands for a module.
     Everything outside the blocks (heads, poolers, classifiers) is left out by pattern, whatever its prefix.
+    `unpack_to_load` asks transformers to dequantize while loading.
     """
     groups = _groups(layers, target)
     only_format = groups["group_0"]["format"]
@@ -108,12 +113,14 @@ def quantization_config(
         "format": only_format,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head", r"re:^(?!.*\blayers?\.\d+\.).*", *map(target, ignored)],
+        "ignore": ["lm_head", r"re:^(?!.*\b(?:layers?|h)\.\d+\.).*", *map(target, ignored)],
     }
     # transformers 5.23 makes room for unpacked zero points when it keeps weights packed, and then refuses packed ones;
     # and it unpacks E2M1 to bfloat16 whatever the model's dtype. Asked to dequantize while loading, it does both right.
     # vLLM ignores the key.
-    loads_packed = all(g["weights"]["symmetric"] and g["format"] not in _FP4_FORMATS for g in groups.values())
+    loads_packed = not unpack_to_load and all(
+        g["weights"]["symmetric"] and g["format"] not in _FP4_FORMATS for g in groups.values()
+    )
     return declared if loads_packed else declared | {"dequantize": True}
 
 

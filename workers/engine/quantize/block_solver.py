@@ -11,7 +11,7 @@ from torch import Tensor
 from app.errors import JobFailed
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.calibration.block_stream import LiveBlock
-from workers.engine.calibration.input_moments import InputSite, gather_moments, input_sites
+from workers.engine.calibration.input_moments import InputSite, expert_of, gather_moments, input_sites
 from workers.engine.checkpoint.selection import module_name, non_finite
 from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.quantize.compensation import row_errors
@@ -34,6 +34,8 @@ class SolvedBlock:
     outputs_had: float = 0.0
     """The same of tr(W H Wᵀ)."""
     warnings: list[str] = field(default_factory=list)
+    seldom_used: dict[str, int] = field(default_factory=dict)
+    """Tokens seen by the experts that saw too few."""
 
     def record(self) -> dict[str, Any]:
         """What is to be reported, fit for JSON."""
@@ -42,6 +44,7 @@ class SolvedBlock:
             "outputs_lost": self.outputs_lost,
             "outputs_had": self.outputs_had,
             "warnings": self.warnings,
+            "seldom_used": self.seldom_used,
         }
 
 
@@ -90,6 +93,8 @@ class BlockSolver:
         done: SolvedBlock,
     ) -> None:
         """Quantize the layers that share an input; `stored` are their weights' names by theirs in the block."""
+        if site.is_guess:
+            done.seldom_used |= {expert_of(name): site.tokens for name in stored.values()}
         second_moment = site.second_moment()
         if not torch.isfinite(second_moment.diagonal()).all():
             raise JobFailed(

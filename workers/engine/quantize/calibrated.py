@@ -20,6 +20,7 @@ from torch import Tensor
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.calibration.block_journal import BlockJournal, open_journal
 from workers.engine.calibration.block_stream import LiveBlock, compute_dtype, stream_blocks
+from workers.engine.calibration.input_moments import warning_of_seldom_used
 from workers.engine.calibration.step_calibration import calibration_in, calibration_windows
 from workers.engine.checkpoint import (
     Checkpoint,
@@ -56,7 +57,7 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
     """
     checkpoint = Checkpoint.open(context.source)
     selection = select_layers(checkpoint, step.ignore)
-    layers = plan_layers(selection, step)
+    layers = plan_layers(checkpoint, selection, step)
     windows = calibration_windows(context, tokens=step.calibration_tokens, length=step.sequence_length)
     with open_journal(context.journal, context.target.parent, _key(step, context, windows)) as journal:
         _solve(step, context, layers, windows, journal)
@@ -75,8 +76,13 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
             "relative_output_error": (lost / had) ** 0.5 if had else 0.0,
             "calibration_tokens": windows.numel(),
         },
-        warnings=warnings_of(layers, selection)
-        + tuple(warning for record in records for warning in record["warnings"]),
+        warnings=(
+            *warnings_of(layers, selection, checkpoint),
+            *(warning for record in records for warning in record["warnings"]),
+            *warning_of_seldom_used(
+                {name: tokens for record in records for name, tokens in record["seldom_used"].items()}
+            ),
+        ),
     )
 
 

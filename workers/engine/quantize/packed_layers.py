@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from app.errors import InvalidRequest
-from app.spec.architectures import ARCHITECTURES, block_index
+from app.errors import InvalidRequest, UnsupportedForModel
+from app.spec.architectures import architecture_in, block_index, is_compressible
 from app.spec.base import Family
+from app.spec.layouts import limits_of_layout
 from app.spec.quantize import QuantizedWeights, WeightSettings
 from app.spec.report import LayerOutcome
 from workers.engine.checkpoint import DTYPE_NAMES, Checkpoint
@@ -27,6 +28,10 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "k
 _FEW_BITS_WARNING = (
     "vLLM runs packed integers of 4 and 8 bits only; transformers loads these and computes in floating point"
 )
+_TRANSPOSED_WARNING = (
+    "scales run along outputs, one set for each input, as the architecture stores its weights; transformers 5.23 loads "
+    "these and computes in floating point, vLLM does not load them"
+)
 
 
 @dataclass(frozen=True)
@@ -37,14 +42,20 @@ class WeightError:
     of_weights: float = 0.0
 
 
-def plan_layers(selection: Selection, step: QuantizedWeights) -> dict[str, StoredLayer]:
+def plan_layers(
+    checkpoint: Checkpoint, selection: Selection, step: QuantizedWeights
+) -> dict[str, StoredLayer]:
     """What each chosen weight becomes, by its name.
 
-    Raises InvalidRequest if the group size does not divide a layer's inputs, or the settings cannot be mixed.
+    Raises UnsupportedForModel for a layout that no runtime would read packed, InvalidRequest if the group size does not
+    divide a layer's inputs, or the settings cannot be mixed.
     """
+    compressible = [fact for fact in checkpoint.facts() if is_compressible(fact.name, fact.shape)]
+    for _, why in limits_of_layout(step, architecture_in(checkpoint.config), compressible):
+        raise UnsupportedForModel(why, hint="Submitting the job anew says the same before it starts.")
     step = step.with_group_size_for(entry.shape[1] for entry in selection.chosen.values())
     settings = {name: step.settings_of(module_name(name)) for name in selection.chosen}
-    layers = {name: _planned(selection.chosen[name], found) for name, found in settings.items()}
+    layers = {name: planned_layer(selection.chosen[name], found) for name, found in settings.items()}
     _check_group_sizes(list(layers.values()))
     if len(set(settings.values())) > 1 and not all(found.symmetric for found in settings.values()):
         raise InvalidRequest(
@@ -55,7 +66,8 @@ def plan_layers(selection: Selection, step: QuantizedWeights) -> dict[str, Store
     return layers
 
 
-def _planned(entry: TensorEntry, settings: WeightSettings) -> StoredLayer:
+def planned_layer(entry: TensorEntry, settings: WeightSettings) -> StoredLayer:
+    """What a weight becomes that is to be stored so."""
     module, dtype = module_name(entry.name), DTYPE_NAMES[entry.dtype]
     rows, columns = entry.shape
     bits, size, activations = settings.bits, settings.group_size, settings.activations
@@ -76,11 +88,14 @@ def config_with_quantization(
     checkpoint: Checkpoint, layers: Mapping[str, StoredLayer], selection: Selection
 ) -> dict[str, Any]:
     """The model's config.json with the entry that loaders of compressed-tensors go by."""
-    architecture = ARCHITECTURES.get((checkpoint.config.get("architectures") or ["?"])[0])
-    by_pattern = architecture is not None and architecture.family is Family.ENCODER
+    architecture = architecture_in(checkpoint.config)
+    by_pattern = architecture.family is Family.ENCODER
     left = [module_name(layer.name) for layer in selection.untouched]
     declared = quantization_config(
-        list(layers.values()), left, target=partial(_target, by_pattern=by_pattern)
+        list(layers.values()),
+        left,
+        target=partial(_target, by_pattern=by_pattern),
+        unpack_to_load=architecture.unpack_to_load,
     )
     return checkpoint.config | {"quantization_config": declared}
 
@@ -99,7 +114,7 @@ def _target(module: str, *, by_pattern: bool) -> str:
     if not by_pattern:
         return module
     tail = module[module.index(f".{block_index(module)}.") :].replace(".", r"\.")
-    return rf"re:.*\blayer{tail}$"
+    return rf"re:.*\blayers?{tail}$"
 
 
 def layer_outcomes(
@@ -132,11 +147,15 @@ def totals(
     }
 
 
-def warnings_of(layers: Mapping[str, StoredLayer], selection: Selection) -> tuple[str, ...]:
-    """What a user should know about the layers chosen and the bits."""
+def warnings_of(
+    layers: Mapping[str, StoredLayer], selection: Selection, checkpoint: Checkpoint
+) -> tuple[str, ...]:
+    """What a user should know about the layers chosen, the bits and the layout."""
     found = list(selection.warnings)
     if any(layer.bits < 4 for layer in layers.values()):
         found.append(_FEW_BITS_WARNING)
+    if architecture_in(checkpoint.config).inputs_first:
+        found.append(_TRANSPOSED_WARNING)
     schemes = {layer.module: repr(layer.scheme()) for layer in layers.values()}
     left = {module_name(layer.name): "as it was" for layer in selection.untouched}
     unlike = [
