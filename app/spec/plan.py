@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from app.spec.base import Frozen, Step
+from app.spec.calibration_memory import calibrated_bytes
 from app.spec.compression import CompressionSpec, Evaluation
 from app.spec.distill import DistillLogits
 from app.spec.facts import ModelFacts
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
+from app.spec.quantize_onnx import QuantizeOnnx
 from app.spec.sizes import Shape, after_step
 
 _MIB = 2**20
@@ -37,10 +39,10 @@ TRAINING_LOGITS_COPIES = 5
 """Teacher, student, both log-softmaxes, and the gradient."""
 ACTIVATION_FLOATS_PER_HIDDEN = 34
 """Floats kept for the backward pass per token, block and hidden unit (Korthikanti et al. 2022, sec. 4)."""
-GPTQ_COPIES = 3
-"""Float32 matrices of the widest layer's inputs squared: its statistics, their factor and the inverse of it."""
 ONNX_COPIES = 7
 """Float32 copies of the model while it is optimized: module, graph, variants, and onnxruntime's own of each in a contest."""
+ONNX_QUANTIZED_COPIES = 3
+"""Float32 copies of the model while it is exported, rewritten and checked; its graph shares the module's memory."""
 
 FLOPS_PER_SECOND = 4e10
 """Float32 matrix products on two cores."""
@@ -108,7 +110,7 @@ def plan_job(
     """
     limits = [n for n in (spec.resources.memory_budget, worker_memory) if n is not None]
     budget = min(limits, default=None)
-    stages = tuple(_stages(spec, facts, students or {}))
+    stages = tuple(_stages(spec, facts, students or {}, budget))
     output = next(s.output_bytes or 0 for s in reversed(stages) if s.name == "export") + side_file_bytes
     peak = max(stage.peak_memory_bytes for stage in stages)
     uploaded = facts.weight_bytes + side_file_bytes
@@ -146,7 +148,9 @@ def nearest_spec(
     return None
 
 
-def _stages(spec: CompressionSpec, facts: ModelFacts, students: dict[str, ModelFacts]) -> Iterator[StagePlan]:
+def _stages(
+    spec: CompressionSpec, facts: ModelFacts, students: dict[str, ModelFacts], budget: int | None
+) -> Iterator[StagePlan]:
     original = Shape.of(facts.tensors)
     converted = original.weight_bytes if facts.format == "gguf" else 0
     yield _stage("load", SLAB_BYTES if converted else 0, converted, _streaming(converted))
@@ -154,7 +158,7 @@ def _stages(spec: CompressionSpec, facts: ModelFacts, students: dict[str, ModelF
     shape, names = original, spec.stage_names()
     for number, step in enumerate(spec.steps):
         result = after_step(step, shape, facts, students)
-        memory = _step_memory(step, shape, result, original, facts)
+        memory = _step_memory(step, shape, result, original, facts, budget=budget)
         seconds = _step_seconds(step, shape, result, original, facts.active_share())
         yield _stage(names[2 + number], memory, result.weight_bytes, seconds, result.weight_bytes)
         shape = result
@@ -200,16 +204,36 @@ def _loaded(shape: Shape) -> int:
     return int(LOADING_FACTOR * 4 * shape.dense_parameters)
 
 
-def _step_memory(step: Step, before: Shape, after: Shape, original: Shape, facts: ModelFacts) -> int:
-    """Bytes beyond the interpreter's."""
+def calibration_memory(
+    step: QuantizeCalibrated | QuantizeOnnx, before: Shape, facts: ModelFacts, *, one_site_at_a_time: bool
+) -> int:
+    """Bytes beyond the interpreter's while a model is calibrated and quantized."""
+    return calibrated_bytes(
+        before.tensors,
+        facts,
+        tokens=step.calibration_tokens,
+        window=min(step.sequence_length, facts.max_positions),
+        one_site_at_a_time=one_site_at_a_time,
+    )
+
+
+def _step_memory(
+    step: Step, before: Shape, after: Shape, original: Shape, facts: ModelFacts, *, budget: int | None
+) -> int:
+    """Bytes beyond the interpreter's; what can be done in less memory is, where the budget asks for it."""
     match step:
         case PruneDepth():
             states = 2 * 4 * step.calibration_tokens * facts.hidden_size
             return 4 * before.largest_block + 4 * facts.vocab_size * facts.hidden_size + states
         case QuantizeCalibrated():
-            widths = before.largest_block_widths
-            hessians = 4 * (sum(n * n for n in widths) + GPTQ_COPIES * max(widths, default=0) ** 2)
-            return 4 * before.largest_block + 4 * facts.vocab_size * facts.hidden_size + hessians + SLAB_BYTES
+            whole = calibration_memory(step, before, facts, one_site_at_a_time=False)
+            if budget is None or INTERPRETER_BYTES + whole <= budget:
+                return whole
+            return calibration_memory(step, before, facts, one_site_at_a_time=True)
+        case QuantizeOnnx():
+            exporting = ONNX_QUANTIZED_COPIES * 4 * before.dense_parameters
+            calibrating = calibration_memory(step, before, facts, one_site_at_a_time=False)
+            return max(calibrating, exporting) + after.weight_bytes
         case DistillLogits():
             tokens = step.batch_size * step.sequence_length
             activations = 4 * tokens * facts.hidden_size * ACTIVATION_FLOATS_PER_HIDDEN * after.blocks
@@ -232,6 +256,8 @@ def _step_seconds(step: Step, before: Shape, after: Shape, original: Shape, acti
     match step:
         case QuantizeWeights():
             return streaming + before.dense_parameters / QUANTIZED_WEIGHTS_PER_SECOND[step.scale_search]
+        case QuantizeOnnx():
+            return streaming + _onnx_seconds(step, before)
         case QuantizeCalibrated():
             forwards = 4 * active * before.dense_parameters * step.calibration_tokens
             solving = before.dense_parameters * GPTQ_SECONDS_PER_WEIGHT
@@ -248,6 +274,14 @@ def _step_seconds(step: Step, before: Shape, after: Shape, original: Shape, acti
             return streaming + PROCESS_SECONDS + ONNX_SECONDS_PER_PARAMETER * before.dense_parameters
         case _:
             return streaming
+
+
+def _onnx_seconds(step: QuantizeOnnx, before: Shape) -> float:
+    """Blocks are run once to see their inputs and once more for their outputs; QDQ counts histograms in between."""
+    runs = 2 if step.method == "matmul_nbits" else 3
+    forwards = 2 * runs * before.dense_parameters * step.calibration_tokens / FLOPS_PER_SECOND
+    solving = before.dense_parameters * (GPTQ_SECONDS_PER_WEIGHT + ONNX_SECONDS_PER_PARAMETER)
+    return forwards + solving + PROCESS_SECONDS
 
 
 def _streaming(nbytes: int) -> float:

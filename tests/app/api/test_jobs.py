@@ -64,7 +64,7 @@ def test_the_spec_of_a_job_has_every_default_written_out(client: TestClient, add
     job = submit(client, add_model(), recipe=None, spec=INT8)
     assert job["spec"]["steps"][0] == {
         "technique": "quantize.weights", "bits": 8, "group_size": None, "symmetric": True, "scale_search": "mse",
-        "ignore": [],
+        "ignore": [], "overrides": [],
     }  # fmt: skip
     assert job["spec"]["evaluation"]["tokens"] == 4096
 
@@ -158,6 +158,15 @@ def test_a_model_that_is_already_quantized_is_refused(client: TestClient, add_mo
     packed = TensorFact(name="model.layers.0.mlp.weight", dtype="I32", shape=(8, 8))
     found = refused(client, add_model(tensors=(packed,)), one_step("quantize.weights"))
     assert "already compressed" in found["/spec/steps/0/technique"]
+
+
+def test_onnx_quantization_of_an_encoder_has_no_head_and_ignores_layers_by_name(
+    client: TestClient, add_model: AddModel
+) -> None:
+    encoder = add_model(Family.ENCODER)
+    found = refused(client, encoder, one_step("quantize.onnx", quantize_head=True, ignore=["*nothing"]))
+    assert set(found) == {"/spec/steps/0/quantize_head", "/spec/steps/0/ignore/0"}
+    submit(client, encoder, recipe=None, spec=one_step("quantize.onnx", block_size=256))
 
 
 def test_longer_sequences_than_the_model_takes_are_refused(client: TestClient, add_model: AddModel) -> None:

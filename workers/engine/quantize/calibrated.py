@@ -17,7 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
+from app.spec.plan import INTERPRETER_BYTES, calibration_memory
 from app.spec.quantize import QuantizeCalibrated
+from app.spec.sizes import Shape
 from workers.engine.calibration.block_journal import BlockJournal, open_journal
 from workers.engine.calibration.block_stream import LiveBlock, compute_dtype, stream_blocks
 from workers.engine.calibration.input_moments import warning_of_seldom_used
@@ -109,7 +111,9 @@ def _solve(
     calibration = calibration_in(
         journal.directory, context, windows, share=_SOLVING, dtype=compute_dtype(stored, context.device)
     )
-    solver = BlockSolver(step, layers, context.threads, one_site_at_a_time=False)
+    solver = BlockSolver(
+        step, layers, context.threads, one_site_at_a_time=_is_short_of_memory(step, context, checkpoint)
+    )
     records: dict[int, dict[str, Any]] = {}
 
     def prepare(block: LiveBlock) -> None:
@@ -123,6 +127,15 @@ def _solve(
         finished=lambda index: journal.commit(index, records.pop(index)),
         first_block=journal.blocks_done,
     )
+
+
+def _is_short_of_memory(step: QuantizeCalibrated, context: StepContext, checkpoint: Checkpoint) -> bool:
+    """Whether the statistics of a whole block would go over the budget, by the plan's own figures."""
+    if context.memory_budget is None:
+        return False
+    shape = Shape.of(tuple(checkpoint.facts()))
+    needed = calibration_memory(step, shape, context.facts, one_site_at_a_time=False)
+    return INTERPRETER_BYTES + needed > context.memory_budget
 
 
 def _write(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from app.spec.calibration_memory import WEIGHTS_AT_ONCE
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.checkpoint.layout import TORCH_DTYPES
 from workers.engine.export.stored_layer import StoredLayer
@@ -20,9 +21,6 @@ from workers.engine.quantize.compensation import Factor, NotPositiveDefinite, co
 from workers.engine.quantize.grid import WeightGrid
 from workers.engine.quantize.layer_fit import LayerFit, fit_blocks, fit_layer, joined
 from workers.engine.quantize.refinement import descended, refined
-
-# Six float32 copies of them are alive while their scales and codes are refined.
-_WEIGHTS_AT_ONCE = 2**23
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,9 @@ class _Batch:
     grid: WeightGrid
     parts: tuple[tuple[str, slice], ...]
 
-    def weight(self, weights: dict[str, Tensor], second_moment: Tensor) -> Tensor:
-        """Its rows, one below the other: (rows, columns), float32.
-
-        What multiplies an input that is always zero need not be kept, and would only be compensated for.
-        """
-        rows = torch.cat([weights[name][part].float() for name, part in self.parts])
-        return rows.mul_(second_moment.diagonal() != 0)
+    def weight(self, weights: dict[str, Tensor]) -> Tensor:
+        """Its rows, one below the other: (rows, columns), float32."""
+        return torch.cat([weights[name][part].float() for name, part in self.parts])
 
 
 class LayerSolver:
@@ -77,7 +71,7 @@ class LayerSolver:
     def _fit(
         self, batch: _Batch, weights: dict[str, Tensor], second_moment: Tensor, factor: Factor | None
     ) -> LayerFit:
-        weight = batch.weight(weights, second_moment)
+        weight = batch.weight(weights)
         fit = self._nearest(weight, batch, second_moment.diagonal())
         if factor is not None:
             fit = compensated(weight, factor, fit, threads=self.threads)
@@ -105,7 +99,7 @@ class LayerSolver:
             rounds = 3 if batch.layer.bits < 4 else 1
         if rounds == 0:
             return fit
-        weight = batch.weight(weights, second_moment)
+        weight = batch.weight(weights)
         fit = replace(fit, codes=fit.codes.float())
         if batch.layer.block_rows > 1:
             # Rows that share scales cannot each have them refitted.
@@ -156,7 +150,7 @@ def _batches(weights: Mapping[str, Tensor], layers: Mapping[str, StoredLayer]) -
 def _parts(rows_of: list[tuple[str, int]], layer: StoredLayer) -> Iterator[list[tuple[str, slice]]]:
     """Cut layers of so many rows into lists of a bounded number of weights; blocks of rows are not cut."""
     parts: list[tuple[str, slice]] = []
-    most = _WEIGHTS_AT_ONCE // layer.columns // layer.block_rows * layer.block_rows
+    most = WEIGHTS_AT_ONCE // layer.columns // layer.block_rows * layer.block_rows
     room = limit = max(layer.block_rows, most)
     for name, rows in rows_of:
         start = 0
