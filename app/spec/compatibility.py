@@ -21,7 +21,7 @@ from app.spec.gguf_layout import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.spec.gguf_layout import gguf_tensors
 from app.spec.layouts import inputs_of, limits_of_layout
 from app.spec.prune import PruneDepth, PruneMagnitude
-from app.spec.quantize import IntegerWeights
+from app.spec.quantize import QuantizedWeights
 from app.spec.quantize_onnx import QuantizeOnnx
 
 _NAMED_LAYERS = 3
@@ -68,7 +68,7 @@ def check_spec(
         faults += [
             Fault(where + at, why) for at, why in limits_of_layout(step, shape.architecture, shape.layers)
         ]
-        if isinstance(step, IntegerWeights | PruneMagnitude | QuantizeOnnx):
+        if isinstance(step, QuantizedWeights | PruneMagnitude | QuantizeOnnx):
             faults += _check_layers(step, shape, where)
         if isinstance(step, QuantizeOnnx):
             faults += _check_head(step, facts, where)
@@ -137,7 +137,7 @@ def _check_floats(layers: Iterable[TensorFact], where: str) -> Iterator[Fault]:
 
 
 def _check_layers(
-    step: IntegerWeights | PruneMagnitude | QuantizeOnnx, shape: _Shape, where: str
+    step: QuantizedWeights | PruneMagnitude | QuantizeOnnx, shape: _Shape, where: str
 ) -> Iterator[Fault]:
     for number, pattern in enumerate(step.ignore):
         if not matching_layers([pattern], shape.layers):
@@ -152,24 +152,53 @@ def _check_layers(
         yield from _check_floats(layers, where)
     elif not layers:
         yield Fault(f"{where}/ignore", "Nothing is left to work on: every layer is ignored.")
-    elif isinstance(step, IntegerWeights) and step.group_size is not None:
-        yield from _check_group_size(step.group_size, layers, f"{where}/group_size")
+    elif isinstance(step, QuantizedWeights):
+        yield from _check_settings(step, layers, where)
     elif isinstance(step, PruneMagnitude) and step.pattern == "2:4":
         yield from _check_multiple_of_four(layers, shape.architecture, f"{where}/pattern")
 
 
-def _check_group_size(group_size: int, layers: Sequence[TensorFact], pointer: str) -> Iterator[Fault]:
-    misfits = [t for t in layers if t.shape[1] % group_size]
-    if not misfits:
+def _check_settings(step: QuantizedWeights, layers: Sequence[TensorFact], where: str) -> Iterator[Fault]:
+    """Do groups divide the inputs of the layers they are meant for, and can different settings be mixed?"""
+    for number, override in enumerate(step.overrides):
+        if not matching_layers([override.layers], layers):
+            yield Fault(
+                f"{where}/overrides/{number}/layers",
+                f"{override.layers!r} matches none of the {len(layers)} layers; "
+                f"they are named like {module_name(layers[0])}.",
+            )
+    definite = step.with_group_size_for(t.shape[1] for t in layers)
+    settings = {t: definite.settings_of(module_name(t)) for t in layers}
+    if len(set(settings.values())) > 1 and not all(found.symmetric for found in settings.values()):
+        yield Fault(
+            f"{where}/overrides", "Different settings can only be mixed with symmetric true for all layers."
+        )
+    misfits = [t for t in layers if t.shape[1] % settings[t].divisor]
+    for divisor in dict.fromkeys(settings[t].divisor for t in misfits):
+        found = [t for t in layers if settings[t].divisor == divisor]
+        yield from _check_divisor(step, divisor, found, where)
+
+
+def _check_divisor(
+    step: QuantizedWeights, divisor: int, layers: Sequence[TensorFact], where: str
+) -> Iterator[Fault]:
+    misfits = _some([t for t in layers if t.shape[1] % divisor])
+    if step.number_format != "int":
+        pointer = "group_size" if step.number_format == "fp8" else "number_format"
+        yield Fault(
+            f"{where}/{pointer}",
+            f"Needs inputs divisible by {divisor}, unlike {misfits}; add them to ignore.",
+        )
         return
     common = math.gcd(*(t.shape[1] for t in layers))
     sizes = [size for size in range(8, min(common, 4096) + 1, 8) if common % size == 0]
-    nearest = min(sizes, key=lambda size: abs(math.log(size / group_size)), default=None)
+    nearest = min(sizes, key=lambda size: abs(math.log(size / divisor)), default=None)
     works = (
         f"{nearest} works" if nearest else "no group size fits all; leave it out for one scale per channel"
     )
+    pointer = "group_size" if divisor == step.group_size else "overrides"
     yield Fault(
-        pointer, f"{group_size} does not divide the inputs of {_some(misfits)}. For this model {works}."
+        f"{where}/{pointer}", f"{divisor} does not divide the inputs of {misfits}. For this model {works}."
     )
 
 

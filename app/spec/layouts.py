@@ -13,7 +13,7 @@ from app.spec.architectures import Architecture, is_expert
 from app.spec.base import Step
 from app.spec.facts import TensorFact
 from app.spec.optimize import OptimizeOnnx
-from app.spec.quantize import IntegerWeights, QuantizeWeights
+from app.spec.quantize import QuantizedWeights, QuantizeWeights
 
 _TRANSPOSED = (
     "{name} keeps its weights as (in, out), and packed integers are read with scales along the last dimension: columns"
@@ -29,6 +29,9 @@ _OTHER_EXPERTS = (
     "layers, e.g. *.self_attn.*"
 )
 _ONNX_EXPERTS = "In an ONNX graph every token would run through every expert of {name}: use quantize.weights or quantize.calibrated."
+_ALIKE = "{name} is unpacked while it is loaded, which transformers does in one way for all layers and without rounding inputs."
+_EXPERT_FORMATS = "Experts of {name} are read as int, or as fp8 with group_size null."
+_EXPERT_INPUTS = "transformers does not round the inputs of experts, so {name} could not be measured: set activations to none."
 
 
 def inputs_of(shape: tuple[int, ...], architecture: Architecture) -> int:
@@ -41,19 +44,33 @@ def limits_of_layout(
 ) -> Iterator[tuple[str, str]]:
     """What of a step cannot be done to such weights: pointers into the step, and why with what would work."""
     has_experts, name = architecture.expert_layers is not None, architecture.name
-    if isinstance(step, IntegerWeights):
+    if isinstance(step, QuantizedWeights):
         if architecture.inputs_first and not isinstance(step, QuantizeWeights):
             yield "/technique", _TRANSPOSED.format(name=name)
-        if has_experts and not step.symmetric:
-            yield "/symmetric", _ASYMMETRIC_EXPERTS.format(name=name)
+        if architecture.unpack_to_load and step.overrides:
+            yield "/overrides", _ALIKE.format(name=name)
+        if architecture.unpack_to_load and step.activations != "none":
+            yield "/activations", _ALIKE.format(name=name)
         if has_experts:
-            experts = [t.name.removesuffix(".weight") for t in layers if is_expert(t.name)]
-            ignored = [(f"/ignore/{n}", pattern) for n, pattern in enumerate(step.ignore)]
-            other = [(f"/overrides/{n}", override.layers) for n, override in enumerate(step.overrides)]
-            yield from _matching(ignored, experts, _SOME_EXPERTS)
-            yield from _matching(other, experts, _OTHER_EXPERTS)
+            yield from _limits_of_experts(step, name, layers)
     if isinstance(step, OptimizeOnnx) and has_experts:
         yield "/technique", _ONNX_EXPERTS.format(name=name)
+
+
+def _limits_of_experts(
+    step: QuantizedWeights, name: str, layers: Iterable[TensorFact]
+) -> Iterator[tuple[str, str]]:
+    if not step.symmetric:
+        yield "/symmetric", _ASYMMETRIC_EXPERTS.format(name=name)
+    if step.number_format not in ("int", "fp8") or step.group_size in ("tensor", "block"):
+        yield "/number_format", _EXPERT_FORMATS.format(name=name)
+    if step.activations != "none":
+        yield "/activations", _EXPERT_INPUTS.format(name=name)
+    experts = [t.name.removesuffix(".weight") for t in layers if is_expert(t.name)]
+    ignored = [(f"/ignore/{n}", pattern) for n, pattern in enumerate(step.ignore)]
+    other = [(f"/overrides/{n}", override.layers) for n, override in enumerate(step.overrides)]
+    yield from _matching(ignored, experts, _SOME_EXPERTS)
+    yield from _matching(other, experts, _OTHER_EXPERTS)
 
 
 def _matching(patterns: list[tuple[str, str]], modules: list[str], why: str) -> Iterator[tuple[str, str]]:

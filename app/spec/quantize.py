@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from app.spec.base import Format, Frozen, Step
 
@@ -14,6 +16,16 @@ GlobPatterns = Annotated[tuple[str, ...], Field(max_length=1000)]
 
 
 Bits = Literal[8, 4, 3, 2]
+NumberFormat = Literal["int", "fp8", "mxfp4", "nvfp4"]
+Activations = Literal["none", "dynamic", "static"]
+GroupSize = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
+
+FP8_BLOCK = 128
+"""Rows and columns of the blocks that share a scale with `group_size: "block"`."""
+# What follows from the format, and need not be said: bits, and inputs that share a scale.
+_IMPLIED: dict[NumberFormat, tuple[int, int | None]] = {"fp8": (8, None), "mxfp4": (4, 32), "nvfp4": (4, 16)}
+# The largest that divides is taken; all have kernels in vLLM.
+_AUTO_SIZES = (128, 64, 32)
 
 
 class LayerOverride(Frozen):
@@ -23,31 +35,67 @@ class LayerOverride(Frozen):
     """Shell pattern on module names, e.g. `*down_proj`. Where several match a layer, the last one counts."""
     bits: Bits | None = None
     """Bits per weight."""
-    group_size: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] | Literal["channel"] | None = None
+    group_size: GroupSize | Literal["channel"] | None = None
     """Input features that share one scale; `channel`: one scale per output channel."""
     symmetric: bool | None = None
     """Whether there is no zero point."""
 
 
-class IntegerWeights(Step):
-    """What all techniques share that store the weights of linear layers as integers."""
+class QuantizedWeights(Step):
+    """What all techniques share that store the weights of linear layers in few bits."""
 
     produces: ClassVar[Format] = "compressed-tensors"
 
     technique: str
+    number_format: NumberFormat = "int"
+    """`int`: integers. `fp8`: E4M3, for GPUs from Ada and Hopper on. `mxfp4`: E2M1 in groups of 32 with a power of two as
+    scale. `nvfp4`: E2M1 in groups of 16 with an E4M3 scale, for Blackwell GPUs. The last three imply bits and groups."""
     bits: Bits = 4
     """Bits per weight, scales not counted. 8 is nearly lossless; 4 is the usual trade; 3 and 2 cost quality."""
-    group_size: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] | None = None
-    """Input features that share one scale. Null: one scale per output channel. Must divide every layer's inputs."""
+    group_size: GroupSize | Literal["auto", "tensor", "block"] | None = None
+    """Input features that share one scale. Null: one scale per output channel. Must divide every layer's inputs.
+    `auto`: the largest of 128, 64 and 32 that does, or else null. With fp8 also `tensor`: one scale per weight, shared by
+    those that are served fused; `block`: one per 128 x 128 weights."""
     symmetric: bool = True
     """True: zero maps to zero and no zero point is stored. False: one zero point per scale, better at few bits."""
+    activations: Activations = "none"
+    """How the layers' inputs are rounded when the result is served, to the weights' format (8 bits for `int`). `none`:
+    not. `dynamic`: scales found anew for each token. `static`: one scale per layer, from calibration text."""
     ignore: GlobPatterns = ()
     """Layers left as they are: shell patterns on module names, e.g. `*.layers.0.*`, `*down_proj`."""
     overrides: Annotated[tuple[LayerOverride, ...], Field(max_length=100)] = ()
-    """Other settings for some layers, e.g. 8 bits for `*down_proj`."""
+    """Other settings for some layers, e.g. 8 bits for `*down_proj`. Integers without activations only."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_what_the_format_implies(cls, given: Any) -> Any:
+        chosen = given.get("number_format") if isinstance(given, dict) else None
+        if chosen not in ("fp8", "mxfp4", "nvfp4"):
+            return given
+        bits, group_size = _IMPLIED[chosen]
+        return {"bits": bits, "group_size": group_size} | given
+
+    @model_validator(mode="after")
+    def _settings_fit_together(self) -> Self:
+        problem = (
+            _integer_problem(self) if self.number_format == "int" else _float_problem(self)
+        ) or self._activation_problem()
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    def _activation_problem(self) -> str | None:
+        """What is wrong with `activations`, if anything."""
+        if self.activations != "none" and self.overrides:
+            return "overrides: with activations all layers are stored alike; use ignore, or activations none"
+        if self.activations == "static" and (
+            self.number_format not in ("int", "fp8") or self.group_size == "block"
+        ):
+            return "activations: static needs int, or fp8 with group_size null or tensor; use dynamic"
+        return None
 
     def settings_of(self, module: str) -> WeightSettings:
-        """How the weight of a module is stored, overrides applied."""
+        """How the weight of a module is stored, overrides applied; `auto` must have been resolved."""
         bits, group_size, symmetric = self.bits, self.group_size, self.symmetric
         for override in self.overrides:
             if not fnmatchcase(module, override.layers):
@@ -57,32 +105,85 @@ class IntegerWeights(Step):
                 group_size = None if override.group_size == "channel" else override.group_size
             if override.symmetric is not None:
                 symmetric = override.symmetric
-        return WeightSettings(bits, group_size, symmetric)
+        if group_size == "auto":
+            raise ValueError("group_size auto is resolved by with_group_size_for")
+        return WeightSettings(self.number_format, bits, group_size, symmetric, self.activations)
+
+    def with_group_size_for(self, inputs: Iterable[int]) -> Self:
+        """The same with `auto` made definite for layers with so many inputs."""
+        if self.group_size != "auto":
+            return self
+        common = math.gcd(*inputs)
+        size = next((size for size in _AUTO_SIZES if common % size == 0), None)
+        return self.model_copy(update={"group_size": size})
+
+
+def _integer_problem(step: QuantizedWeights) -> str | None:
+    if step.group_size in ("tensor", "block"):
+        return f"group_size: {step.group_size} is for fp8; give a number, auto or null"
+    if step.activations != "none" and (step.bits, step.group_size, step.symmetric) != (8, None, True):
+        return "activations: with integers, runtimes take 8 bits, symmetric, one scale per output channel (group_size null)"
+    return None
+
+
+def _float_problem(step: QuantizedWeights) -> str | None:
+    bits, group_size = _IMPLIED[step.number_format]
+    if step.bits != bits:
+        return f"bits: {step.number_format} has {bits}; leave bits out"
+    allowed = (None, "tensor", "block") if step.number_format == "fp8" else (group_size,)
+    if step.group_size not in allowed:
+        known = ", ".join("null" if size is None else str(size) for size in allowed)
+        return f"group_size: {step.number_format} takes {known}"
+    if not step.symmetric:
+        return f"symmetric: {step.number_format} has no zero points"
+    return "overrides: they change integers only; use ignore" if step.overrides else None
 
 
 @dataclass(frozen=True)
 class WeightSettings:
     """How one weight is stored."""
 
+    number_format: NumberFormat
     bits: int
-    group_size: int | None
+    group_size: int | Literal["tensor", "block"] | None
     """Input features that share a scale; None: all of an output channel."""
     symmetric: bool
+    activations: Activations
+
+    @property
+    def divisor(self) -> int:
+        """What must divide the layer's inputs."""
+        return (
+            FP8_BLOCK
+            if self.group_size == "block"
+            else self.group_size
+            if isinstance(self.group_size, int)
+            else 1
+        )
 
 
-class QuantizeWeights(IntegerWeights):
-    """Store the weights of linear layers as integers with searched scales; activations stay in floating point.
+class QuantizeWeights(QuantizedWeights):
+    """Store the weights of linear layers in few bits with searched scales.
 
     Round to nearest, no calibration data. Streams tensor by tensor: memory does not grow with the model.
-    Written as compressed-tensors `pack-quantized`, which transformers and vLLM load.
+    Written as compressed-tensors, which transformers and vLLM load.
     """
 
     technique: Literal["quantize.weights"] = "quantize.weights"
     scale_search: Literal["mse", "absmax"] = "mse"
     """`mse`: search the scale with the least squared error. `absmax`: scale to the largest weight; faster, worse."""
 
+    @model_validator(mode="after")
+    def _needs_no_calibration(self) -> Self:
+        if self.activations == "static" or (self.activations == "dynamic" and self.number_format == "nvfp4"):
+            raise ValueError(
+                f"activations: {self.activations} for {self.number_format} needs a range from calibration text; "
+                "use quantize.calibrated"
+            )
+        return self
 
-class QuantizeCalibrated(IntegerWeights):
+
+class QuantizeCalibrated(QuantizedWeights):
     """The same grids and files, with codes and scales chosen by what calibration text does to each layer's outputs.
 
     Runs the model over calibration text block by block, with one block in memory; each block is calibrated on what the

@@ -54,6 +54,43 @@ _ALL = (
         families=frozenset({Family.CAUSAL_LM}),
     ),
     Recipe(
+        name="vllm-int4",
+        summary="4-bit weights for vLLM, calibrated, in the largest groups it has kernels for that divide the model's inputs",
+        reason="The least memory at good quality on any GPU that vLLM runs on; quickest where few requests run at once.",
+        spec=CompressionSpec(
+            steps=(QuantizeCalibrated(bits=4, group_size="auto"),),
+            acceptance=Acceptance(max_perplexity_increase=0.15, min_cosine=0.95),
+        ),
+    ),
+    Recipe(
+        name="vllm-w8a8",
+        summary="8-bit integer weights and activations for vLLM, calibrated; scales of activations found per token",
+        reason="Integer arithmetic, for throughput on GPUs from Turing and Ampere on, which have no FP8.",
+        spec=CompressionSpec(
+            steps=(QuantizeCalibrated(bits=8, activations="dynamic"),),
+            acceptance=Acceptance(max_perplexity_increase=0.03, min_cosine=0.98),
+        ),
+    ),
+    Recipe(
+        name="vllm-fp8",
+        summary="FP8 weights per output channel and FP8 activations per token for vLLM",
+        reason="Throughput on GPUs from Ada and Hopper on, without calibration data. Nearly lossless.",
+        spec=CompressionSpec(
+            steps=(QuantizeWeights(number_format="fp8", activations="dynamic"),),
+            acceptance=Acceptance(max_perplexity_increase=0.03, min_cosine=0.98),
+        ),
+    ),
+    Recipe(
+        name="smallest",
+        summary="3-bit weights with zero points, calibrated, in large groups",
+        reason="The fewest bytes that leave most models usable. Give it your own calibration text, and read the report.",
+        spec=CompressionSpec(
+            steps=(
+                QuantizeCalibrated(bits=3, group_size="auto", symmetric=False, calibration_tokens=32_768),
+            ),
+        ),
+    ),
+    Recipe(
         name="sparse-2-4",
         summary="2:4 sparsity by magnitude",
         reason="For hardware that skips two of four weights. Without training afterwards the quality loss is large.",

@@ -20,10 +20,10 @@ from app.spec.gguf import QuantizeGguf
 from app.spec.gguf_layout import ARCHITECTURES, data_bytes, gguf_tensors, index_bytes
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth
-from app.spec.quantize import IntegerWeights
+from app.spec.quantize import QuantizedWeights
 from app.spec.quantize_onnx import QuantizeOnnx
+from app.spec.stored import stored_tensors
 
-_PACKED_WORD_BITS = 32
 # Nodes, names and shapes of the graph: measured 0.3 to 1 MB for 6 to 30 blocks.
 _ONNX_GRAPH_BYTES_PER_BLOCK = 35_000
 _HEAD = "lm_head.weight"
@@ -81,7 +81,7 @@ def safetensors_bytes(tensors: Iterable[TensorFact]) -> int:
 def after_step(step: Step, shape: Shape, facts: ModelFacts, students: dict[str, ModelFacts]) -> Shape:
     """The model that a step leaves; `facts` are those of the original."""
     match step:
-        case IntegerWeights():
+        case QuantizedWeights():
             return _quantized(step, shape)
         case PruneDepth():
             return without_blocks(shape, step.blocks_to_drop(shape.blocks))
@@ -107,33 +107,17 @@ def compressible(shape: Shape) -> tuple[TensorFact, ...]:
     return tuple(t for t in shape.tensors if is_compressible(t.name, t.shape))
 
 
-def packed_layer(tensor: TensorFact, step: IntegerWeights) -> tuple[TensorFact, ...]:
-    """The tensors of compressed-tensors' `pack-quantized` that stand for one weight of (rows, columns)."""
-    rows, columns = tensor.shape
-    groups = columns // step.group_size if step.group_size else 1
-    module = module_name(tensor)
-    packed = (
-        TensorFact(name=f"{module}.weight_packed", dtype="I32", shape=(rows, _words(columns, step.bits))),
-        TensorFact(name=f"{module}.weight_scale", dtype=tensor.dtype, shape=(rows, groups)),
-        TensorFact(name=f"{module}.weight_shape", dtype="I64", shape=(2,)),
-    )
-    if step.symmetric:
-        return packed
-    zero_points = (_words(rows, step.bits), groups)
-    return (*packed, TensorFact(name=f"{module}.weight_zero_point", dtype="I32", shape=zero_points))
-
-
-def _words(codes: int, bits: int) -> int:
-    return -(-codes * bits // _PACKED_WORD_BITS)
-
-
-def _quantized(step: IntegerWeights, shape: Shape) -> Shape:
+def _quantized(step: QuantizedWeights, shape: Shape) -> Shape:
     layers = compressible(shape)
-    chosen = {t.name for t in layers if not is_router(t.name)}
-    chosen -= {t.name for t in matching_layers(step.ignore, layers)}
+    ignored = {t.name for t in matching_layers(step.ignore, layers)}
+    chosen = {t.name: t for t in layers if t.name not in ignored and not is_router(t.name)}
+    definite = step.with_group_size_for(t.shape[1] for t in chosen.values())
     tensors: list[TensorFact] = []
     for tensor in shape.tensors:
-        tensors += packed_layer(tensor, step) if tensor.name in chosen else (tensor,)
+        if tensor.name in chosen:
+            tensors += stored_tensors(tensor, definite.settings_of(module_name(tensor)))
+        else:
+            tensors.append(tensor)
     return Shape(tuple(tensors), shape.dense_parameters)
 
 

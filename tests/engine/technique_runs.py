@@ -24,11 +24,15 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
         "int4": {"group_size": 32},
         "int8": {"bits": 8, "scale_search": "absmax"},
         "int3-asymmetric": {"bits": 3, "symmetric": False, "group_size": 16},
+        "fp8-tensor": {"number_format": "fp8", "group_size": "tensor", "activations": "dynamic"},
+        "nvfp4": {"number_format": "nvfp4"},
     },
     "quantize.calibrated": {
         "int4": {"group_size": 32, "calibration_tokens": 1024},
         "int8-asymmetric": {"bits": 8, "symmetric": False, "calibration_tokens": 256},
         "int2": {"bits": 2, "group_size": 16, "calibration_tokens": 1024},
+        "w8a8-static": {"bits": 8, "activations": "static", "calibration_tokens": 256},
+        "mxfp4": {"number_format": "mxfp4", "calibration_tokens": 256},
     },
     "quantize.onnx": {
         "int4-asymmetric": {"bits": 4, "symmetric": False, "block_size": 16, "calibration_tokens": 256},

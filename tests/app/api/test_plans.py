@@ -20,7 +20,7 @@ from app.spec.distill import DistillLogits
 from app.spec.optimize import OptimizeOnnx
 from app.spec.plan import nearest_spec, plan_job
 from app.spec.prune import PruneDepth, PruneMagnitude
-from app.spec.quantize import QuantizeWeights
+from app.spec.quantize import LayerOverride, QuantizeWeights
 from app.spec.quantize_onnx import QuantizeOnnx
 from app.spec.step_costs import INTERPRETER_BYTES
 
@@ -81,6 +81,9 @@ def test_the_largest_worker_caps_the_budget(client: TestClient, add_model: Calla
         QuantizeWeights(bits=8),
         QuantizeWeights(bits=4, group_size=8, symmetric=False),
         QuantizeWeights(bits=3, ignore=("*down_proj",)),
+        QuantizeWeights(group_size="auto", overrides=(LayerOverride(layers="*q_proj", bits=8),)),
+        QuantizeWeights(number_format="fp8", activations="dynamic"),
+        QuantizeWeights(number_format="nvfp4", ignore=("*down_proj",)),
         PruneMagnitude(),
     ],
     ids=lambda step: f"{step.technique}-{getattr(step, 'bits', '')}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from app.spec.architectures import ARCHITECTURES
@@ -123,3 +125,23 @@ def test_routers_keep_their_size() -> None:
     routers = 4 * 2 * EXPERTS * HIDDEN
     plan = plan_job(spec, model)
     assert plan.output_bytes > sum(t.elements for t in layers) + routers
+
+
+@pytest.mark.parametrize(
+    ("given", "pointer"),
+    [
+        ({"number_format": "nvfp4"}, "/steps/0/number_format"),
+        ({"number_format": "fp8", "group_size": "tensor"}, "/steps/0/number_format"),
+        ({"bits": 8, "activations": "dynamic"}, "/steps/0/activations"),
+    ],
+)
+def test_experts_are_stored_as_transformers_reads_them(given: dict[str, Any], pointer: str) -> None:
+    assert list(faults(QuantizeWeights(**given), mixture())) == [pointer]
+    assert not faults(QuantizeWeights(number_format="fp8"), mixture())
+
+
+def test_what_is_unpacked_while_it_is_loaded_has_one_setting_and_no_rounded_inputs() -> None:
+    mixed = QuantizeWeights.model_validate({"overrides": [{"layers": "*c_attn", "bits": 8}]})
+    assert list(faults(mixed, gpt2())) == ["/steps/0/overrides"]
+    assert list(faults(QuantizeWeights(bits=8, activations="dynamic"), gpt2())) == ["/steps/0/activations"]
+    assert not faults(QuantizeWeights(number_format="fp8"), gpt2())

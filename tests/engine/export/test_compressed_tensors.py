@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +13,16 @@ from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import save_file
 
 from app.errors import VerificationFailed
-from workers.engine.export.compressed_tensors import read_dequantized, read_scheme
-from workers.engine.export.pack_quantized import (
-    PackedLayer,
-    pack_columns,
-    pack_rows,
-    quantization_config,
-)
+from workers.engine.export.compressed_tensors import read_dequantized, read_schemes
+from workers.engine.export.pack_quantized import PackedLayer, pack_columns, pack_rows
+from workers.engine.export.stored_layer import quantization_config
 
 BITS = (8, 4, 3, 2)
+
+
+def config_of(bits: int, group_size: int | None, *, symmetric: bool = False) -> dict[str, Any]:
+    layer = PackedLayer("a", 37, 40, "BF16", bits, group_size, symmetric)
+    return quantization_config([layer], ["model.layers.0.x"], target=str)
 
 
 def random_codes(rows: int, columns: int, bits: int) -> torch.Tensor:
@@ -55,7 +57,7 @@ def test_zero_points_of_slabs_join_to_those_of_the_whole(bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_announced_shapes_are_those_packed(bits: int, symmetric: bool) -> None:
-    layer = PackedLayer("m", 50, 96, "BF16", bits, symmetric, 32)
+    layer = PackedLayer("m", 50, 96, "BF16", bits, 32, symmetric)
     codes = random_codes(50, 96, bits)
     assert pack_rows(codes, bits).shape == layer.packed.shape
     assert pack_columns(codes[:, :3], bits).shape == layer.zero_point.shape
@@ -63,7 +65,7 @@ def test_the_announced_shapes_are_those_packed(bits: int, symmetric: bool) -> No
 
 
 def test_stored_bits_count_scales_zero_points_and_shape() -> None:
-    layer = PackedLayer("m", 64, 128, "BF16", 4, False, 32)
+    layer = PackedLayer("m", 64, 128, "BF16", 4, 32, False)
     codes, scales, zeros, shape = 64 * 128 // 2, 64 * 4 * 2, 64 * 4 // 2, 16
     assert layer.stored_bits() == 8 * (codes + scales + zeros + shape) / (64 * 128)
 
@@ -71,10 +73,7 @@ def test_stored_bits_count_scales_zero_points_and_shape() -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", [None, 8])
 def test_the_library_reads_the_config(bits: int, group_size: int | None) -> None:
-    written = quantization_config(
-        bits=bits, symmetric=False, group_size=group_size, ignored_modules=["model.layers.0.x"]
-    )
-    weights = QuantizationConfig.model_validate(written).config_groups["group_0"].weights
+    weights = QuantizationConfig.model_validate(config_of(bits, group_size)).config_groups["group_0"].weights
     assert (weights.num_bits, weights.symmetric, weights.group_size) == (bits, False, group_size)
 
 
@@ -94,7 +93,7 @@ def test_our_reader_gives_scale_times_code_less_zero_point(
         "b.weight": torch.rand(3),
     }
     save_file(stored, tmp_path / "model.safetensors")
-    config = quantization_config(bits=bits, symmetric=False, group_size=group_size, ignored_modules=[])
+    config = config_of(bits, group_size)
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
     wide = (t.double().repeat_interleave(columns // groups, dim=1) for t in (scales, zeros))
     scale, zero = wide
@@ -107,12 +106,13 @@ def test_our_reader_gives_scale_times_code_less_zero_point(
 def test_a_plain_checkpoint_reads_as_it_is(tmp_path: Path) -> None:
     save_file({"b.weight_scale": torch.rand(3)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    assert read_scheme(tmp_path) is None
+    assert read_schemes(tmp_path) is None
     assert list(dict(read_dequantized(tmp_path))) == ["b.weight_scale"]
 
 
 def test_another_format_is_refused_and_not_guessed_at(tmp_path: Path) -> None:
-    config = quantization_config(bits=4, symmetric=True, group_size=None, ignored_modules=[])
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config | {"format": "dense"}}))
-    with pytest.raises(VerificationFailed, match="pack-quantized"):
-        read_scheme(tmp_path)
+    config = config_of(4, None)
+    config["config_groups"]["group_0"]["format"] = "dense"
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    with pytest.raises(VerificationFailed, match="dense"):
+        read_schemes(tmp_path)

@@ -55,6 +55,23 @@ def test_packed_weights_count_as_the_weights_they_stand_for(tmp_path: Path, bits
     assert size.components["scales"] == 24 * 4 + 16
 
 
+def test_weights_of_half_a_byte_and_of_one_count_as_weights(tmp_path: Path) -> None:
+    halves = torch.tensor([[0x10, 0x08, 0x22], [0x88, 0x31, 0x00]], dtype=torch.uint8)
+    octets = torch.tensor([[0.0, 1.0], [2.0, -3.0]])
+    tensors = {
+        "a.weight_packed": halves,
+        "a.weight_scale": torch.ones(2, 1).to(torch.float8_e4m3fn),
+        "a.weight_global_scale": torch.ones(1),
+        "a.input_global_scale": torch.ones(1),
+        "b.weight": octets.to(torch.float8_e4m3fn),
+        "b.weight_scale": torch.ones(2, 1),
+        "b.input_scale": torch.ones(1),
+    }
+    size = measure_size(_write(tmp_path, tensors))
+    assert (size.parameters, size.low_bit_parameters) == (12 + 4, 12 + 4)
+    assert size.zero_share == pytest.approx((7 + 1) / 16)
+
+
 def test_zero_points_decide_which_code_is_zero(tmp_path: Path) -> None:
     codes = torch.randint(-8, 8, (16, 64), dtype=torch.int8)
     points = torch.randint(-8, 8, (16, 2), dtype=torch.int8)

@@ -14,7 +14,7 @@ from tiny_models import BLOCKS, HIDDEN, facts_of, tiny_model
 from app.errors import InvalidRequest, UnsupportedForModel
 from app.spec.quantize import QuantizeWeights
 from workers.engine.architectures.loading import load_model
-from workers.engine.export.compressed_tensors import read_dequantized, read_scheme
+from workers.engine.export.compressed_tensors import read_dequantized, read_schemes
 from workers.engine.technique import StepContext, StepOutcome, run_step
 
 Tiny = Callable[[str], Path]
@@ -63,17 +63,26 @@ def parameter_of(model: torch.nn.Module, name: str) -> torch.nn.Parameter | None
 
 
 def assert_computes_with_dequantized_weights(source: Path, quantized: Path) -> None:
-    scheme = read_scheme(quantized)
-    assert scheme is not None
-    weights = dict(read_dequantized(quantized))
-    if not scheme.symmetric:
-        # Asked to dequantize while loading, transformers rounds to the dtype of the scales.
-        stored = load_dtype(quantized)
-        weights = {name: weight.to(stored).float() for name, weight in weights.items()}
+    rounded, stored = loaded_as(quantized), load_file(quantized / "model.safetensors")
+    weights = {
+        name: weight.to(rounded).float() if f"{name}_scale" in stored else weight
+        for name, weight in read_dequantized(quantized)
+    }
     expected = outputs(source, weights)
     torch.testing.assert_close(outputs(quantized), expected, rtol=1e-4, atol=1e-5)
     # Both would agree as well if nothing had been replaced.
     assert not torch.equal(expected, outputs(source))
+
+
+def loaded_as(quantized: Path) -> torch.dtype:
+    """The dtype that transformers makes of quantized weights, before that of the model."""
+    schemes = read_schemes(quantized)
+    assert schemes is not None
+    if any("fp4" in scheme.format for scheme in schemes.by_target.values()):
+        return torch.bfloat16
+    # Asked to dequantize while loading, it rounds to the dtype of the scales.
+    symmetric = all(scheme.symmetric for scheme in schemes.by_target.values())
+    return torch.float32 if symmetric else load_dtype(quantized)
 
 
 def load_dtype(quantized: Path) -> torch.dtype:

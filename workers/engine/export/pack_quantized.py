@@ -1,4 +1,4 @@
-"""Write the compressed-tensors format `pack-quantized`: its tensors, its bit packing and its entry in config.json.
+"""Write the compressed-tensors format `pack-quantized`: integers of 2 to 8 bits, packed; inputs are not rounded.
 
 Codes are stored as q + 2^(bits − 1), densely, least significant bits first, in int32 words: along each row for
 `weight_packed`, along each column for `weight_zero_point`. `weight_scale` keeps the checkpoint's own dtype.
@@ -6,7 +6,8 @@ Codes are stored as q + 2^(bits − 1), densely, least significant bits first, i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from app.spec.facts import TensorFact
-from workers.engine.checkpoint.layout import TORCH_DTYPES
+from workers.engine.export.stored_layer import Parts, StoredLayer
 from workers.engine.quantize.grid import Grid
 from workers.engine.quantize.layer_fit import LayerFit
 
@@ -24,17 +25,20 @@ ROWS_PER_WORD_GROUP = 32
 
 
 @dataclass(frozen=True)
-class PackedLayer:
-    """The tensors one quantized weight (rows, columns) becomes; `module` is its name without `.weight`."""
+class PackedLayer(StoredLayer):
+    """Integers in words, scales in the checkpoint's dtype, and the shape."""
 
-    module: str
-    rows: int
-    columns: int
-    dtype: str
-    """Of the scales, in safetensors' spelling."""
-    bits: int
     symmetric: bool
-    group_size: int | None
+
+    @property
+    def row_multiple(self) -> int:
+        """Zero points of this many rows fill whole words."""
+        return ROWS_PER_WORD_GROUP
+
+    @property
+    def alike(self) -> Hashable:
+        """All but name and rows."""
+        return replace(self, module="", rows=0)
 
     @property
     def groups(self) -> int:
@@ -44,50 +48,56 @@ class PackedLayer:
     @property
     def packed(self) -> TensorFact:
         """(rows, words): the codes."""
-        return self._fact("packed", "I32", (self.rows, words(self.columns, self.bits)))
+        return self._fact("weight_packed", "I32", (self.rows, words(self.columns, self.bits)))
 
     @property
     def scale(self) -> TensorFact:
         """(rows, groups)."""
-        return self._fact("scale", self.dtype, (self.rows, self.groups))
+        return self._fact("weight_scale", self.dtype, (self.rows, self.groups))
 
     @property
     def shape(self) -> TensorFact:
         """(2,): rows and columns."""
-        return self._fact("shape", "I64", (2,))
+        return self._fact("weight_shape", "I64", (2,))
 
     @property
     def zero_point(self) -> TensorFact:
         """(words, groups), asymmetric only."""
-        return self._fact("zero_point", "I32", (words(self.rows, self.bits), self.groups))
+        return self._fact("weight_zero_point", "I32", (words(self.rows, self.bits), self.groups))
 
     def facts(self) -> list[TensorFact]:
         """All its tensors."""
         always = [self.packed, self.scale, self.shape]
         return always if self.symmetric else [*always, self.zero_point]
 
-    @property
-    def grid(self) -> Grid:
+    def grid(self, peak: float) -> Grid:  # noqa: ARG002 - the same for all weights
         """What its codes may be."""
         return Grid(self.bits, self.symmetric)
 
-    def tensors(self, fit: LayerFit) -> dict[str, Tensor]:
-        """All its tensors, by name."""
-        found = {
-            self.packed.name: pack_rows(fit.codes.to(torch.int8).cpu(), self.bits),
-            self.scale.name: fit.scale.to(TORCH_DTYPES[self.dtype]).cpu(),
-            self.shape.name: torch.tensor([self.rows, self.columns]),
+    def parts(self, fit: LayerFit, start: int) -> Parts:
+        """What some rows, from `start` on, become."""
+        found: Parts = {
+            self.packed.name: (start, pack_rows(fit.codes.to(torch.int8).cpu(), self.bits)),
+            self.scale.name: (start, self._in_dtype(fit.scale)),
         }
+        if start == 0:
+            found[self.shape.name] = (0, torch.tensor([self.rows, self.columns]))
         if not self.symmetric:
-            found[self.zero_point.name] = pack_columns(fit.zero.to(torch.int8).cpu(), self.bits)
+            zeros = pack_columns(fit.zero.to(torch.int8).cpu(), self.bits)
+            found[self.zero_point.name] = (start * self.bits // 32, zeros)
         return found
 
-    def stored_bits(self) -> float:
-        """Bits per weight, scales, zero points and shape included."""
-        return 8 * sum(fact.nbytes for fact in self.facts()) / (self.rows * self.columns)
-
-    def _fact(self, what: str, dtype: str, shape: tuple[int, ...]) -> TensorFact:
-        return TensorFact(name=f"{self.module}.weight_{what}", dtype=dtype, shape=shape)
+    def scheme(self) -> dict[str, Any]:
+        """Its entry in `config_groups`, without the targets."""
+        weights = {
+            "num_bits": self.bits,
+            "type": "int",
+            "symmetric": self.symmetric,
+            "strategy": "group" if self.group_size else "channel",
+            "group_size": self.group_size,
+            "dynamic": False,
+        }
+        return {"weights": weights, "input_activations": None, "format": FORMAT}
 
 
 def words(codes: int, bits: int) -> int:
@@ -121,45 +131,3 @@ def _squeeze(octets: Tensor, bits: int) -> Tensor:
 def pack_columns(zeros: Tensor, bits: int) -> Tensor:
     """Pack zero points along dim 0: (rows, groups) -> (words, groups), int32."""
     return pack_rows(zeros.t(), bits).t().contiguous()
-
-
-def quantization_config(
-    *,
-    bits: int,
-    symmetric: bool,
-    group_size: int | None,
-    ignored_modules: list[str],
-    unpack_to_load: bool = False,
-) -> dict[str, Any]:
-    """What `quantization_config` in config.json says, for compressed-tensors, transformers and vLLM.
-
-    `ignored_modules` are the linear layers inside blocks left as they were; everything outside the blocks (heads,
-    poolers, classifiers) is left out by pattern, under whatever prefix the loading class gives it. `unpack_to_load` asks
-    transformers to dequantize while loading.
-    """
-    weights = {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": symmetric,
-        "strategy": "group" if group_size else "channel",
-        "group_size": group_size,
-        "dynamic": False,
-    }
-    declared = {
-        "quant_method": "compressed-tensors",
-        "format": FORMAT,
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": None,
-                "output_activations": None,
-                "format": FORMAT,
-            }
-        },
-        "ignore": ["lm_head", r"re:^(?!.*\b(?:layers?|h)\.\d+\.).*", *ignored_modules],
-    }
-    # transformers 5.23 makes room for unpacked zero points when it keeps weights packed, and then refuses packed ones;
-    # asked to dequantize while loading, it reads them rightly. vLLM ignores the key.
-    return declared | ({"dequantize": True} if unpack_to_load or not symmetric else {})

@@ -30,11 +30,15 @@ class TorchRunner:
         torch.set_num_threads(threads)
         self._device = device
         self._is_causal = family_of(directory) is Family.CAUSAL_LM
-        kind = _format_of(directory)
-        self._model, loading = _load(directory, device, kind)
+        is_gguf = (directory / GGUF_FILE).is_file()
+        declared = None if is_gguf else _declared(directory)
+        self._model, loading = _load_gguf(directory) if is_gguf else _load(directory, declared)
+        self._model.to(device).eval()
         self._cache: Any = None
+        unpacked: TorchFormat = "gguf" if is_gguf else "compressed-tensors"
+        kind: TorchFormat = "safetensors" if declared is None and not is_gguf else unpacked
         self.facts = RunnerFacts(
-            runtime=_runtime(device, threads, unpacked=kind != "safetensors"),
+            runtime=_runtime(device, threads, declared, unpacked=kind != "safetensors"),
             format=kind,
             loading=loading,
             tied=_is_tied(self._model),
@@ -97,25 +101,38 @@ class TorchRunner:
         return time.perf_counter()
 
 
-def _format_of(directory: Path) -> TorchFormat:
-    """How the weights in a directory are stored."""
-    if (directory / GGUF_FILE).is_file():
-        return "gguf"
-    config = json.loads((directory / "config.json").read_text())
-    return "compressed-tensors" if "quantization_config" in config else "safetensors"
+def _declared(directory: Path) -> dict[str, Any] | None:
+    """How the weights are quantized, if they are."""
+    declared: dict[str, Any] | None = json.loads((directory / "config.json").read_text()).get(
+        "quantization_config"
+    )
+    return declared
 
 
-def _load(directory: Path, device: str, kind: TorchFormat) -> tuple[Any, Loading]:
+def _load_gguf(directory: Path) -> tuple[Any, Loading]:
+    # The configuration is the file's own: that of config.json would hide what its header says wrongly.
+    return _from_pretrained(directory, gguf_file=GGUF_FILE, config=read_configuration(directory / GGUF_FILE))
+
+
+def _load(directory: Path, declared: dict[str, Any] | None) -> tuple[Any, Loading]:
     import transformers
 
-    arguments: dict[str, Any] = {}
-    if kind == "compressed-tensors":
-        # Left compressed, every layer would be unpacked by its first call anyway: do it where it is not timed.
-        arguments["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-    if kind == "gguf":
-        # The configuration is the file's own: that of config.json would hide what its header says wrongly.
-        config = read_configuration(directory / GGUF_FILE)
-        arguments |= {"gguf_file": GGUF_FILE, "config": config}
+    if declared is None:
+        return _from_pretrained(directory)
+    # Left compressed, every layer would be unpacked by its first call anyway: do it where it is not timed.
+    # transformers 5.23 does that while loading for one scheme alone, and then rounds no inputs.
+    whole = len(declared["config_groups"]) == 1 and not _rounds_inputs(declared)
+    model, loading = _from_pretrained(
+        directory, quantization_config=transformers.CompressedTensorsConfig(dequantize=whole)
+    )
+    if not whole:
+        model.hf_quantizer.compressor.decompress_model(model)
+        # E2M1 is unpacked to bfloat16; transformers' own `float` refuses a model that was quantized.
+        torch.nn.Module.float(model)
+    return model, loading
+
+
+def _from_pretrained(directory: Path, **arguments: Any) -> tuple[Any, Loading]:
     model, info = loader_of(directory).from_pretrained(
         str(directory),
         dtype=torch.float32,
@@ -129,7 +146,11 @@ def _load(directory: Path, device: str, kind: TorchFormat) -> tuple[Any, Loading
         unexpected=tuple(sorted(info["unexpected_keys"])),
         mismatched=tuple(sorted(key[0] for key in info["mismatched_keys"])),
     )
-    return model.to(device).eval(), loading
+    return model, loading
+
+
+def _rounds_inputs(declared: dict[str, Any]) -> bool:
+    return any(group["input_activations"] is not None for group in declared["config_groups"].values())
 
 
 def _is_tied(model: Any) -> bool | None:
@@ -139,9 +160,12 @@ def _is_tied(model: Any) -> bool | None:
     return bool(head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr())
 
 
-def _runtime(device: str, threads: int, *, unpacked: bool) -> str:
+def _runtime(device: str, threads: int, declared: dict[str, Any] | None, *, unpacked: bool) -> str:
     import transformers
 
     where = f"{threads} threads" if device == "cpu" else torch.cuda.get_device_name(device)
     name = f"transformers {transformers.__version__}, torch {torch.__version__}, float32, {where}"
-    return f"{name}, weights decompressed while loading" if unpacked else name
+    if not unpacked:
+        return name
+    simulated = ", the rounding of inputs simulated" if declared and _rounds_inputs(declared) else ""
+    return f"{name}, weights decompressed while loading{simulated}"

@@ -23,7 +23,10 @@ from workers.engine.measure.size_onnx import count_onnx
 _WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".data", ".onnx_data", ".gguf")
 _PACKED = "weight_packed"
 # What a quantized layer stores beside its weights: bytes that count, numbers that are no weights.
-_AUXILIARY = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")
+_AUXILIARY = (
+    "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale",
+    "input_scale", "input_global_scale",
+)  # fmt: skip
 _SLAB_BYTES = 32 * 2**20
 # The first that matches: attention.output.dense is attention's, output.dense alone the feed-forward's.
 _COMPONENTS = tuple(
@@ -122,6 +125,10 @@ def _count_parameters(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def _logical_shape(checkpoint: Checkpoint, packed: str) -> tuple[int, int]:
+    entry = checkpoint.tensors[packed]
+    if entry.dtype is torch.uint8:
+        # Two E2M1 numbers a byte.
+        return entry.shape[0], 2 * entry.shape[1]
     rows, columns = checkpoint.read(packed.removesuffix(_PACKED) + "weight_shape").tolist()
     return rows, columns
 
@@ -142,7 +149,9 @@ def _count_zeros(checkpoint: Checkpoint) -> Iterator[int]:
 
 
 def _packed_zeros(checkpoint: Checkpoint, slab: Slab, words: Tensor) -> int:
-    """Codes that stand for zero in a slab: words (rows, words per row) int32."""
+    """Codes that stand for zero in a slab: words (rows, words per row) int32, or E2M1 halves of bytes, uint8."""
+    if words.dtype is torch.uint8:
+        return sum(words.numel() - int(torch.count_nonzero(words & half)) for half in (0x07, 0x70))
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     name = slab.entry.name

@@ -13,7 +13,7 @@ from app.spec.quantize import QuantizeCalibrated
 from workers.engine.calibration.block_stream import LiveBlock
 from workers.engine.calibration.input_moments import InputSite, expert_of, gather_moments, input_sites
 from workers.engine.checkpoint.selection import module_name, non_finite
-from workers.engine.export.pack_quantized import PackedLayer
+from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.quantize.compensation import row_errors
 from workers.engine.quantize.layer_fit import LayerFit
 from workers.engine.quantize.layer_solver import LayerSolver
@@ -53,7 +53,7 @@ class BlockSolver:
     """Quantizes block after block."""
 
     step: QuantizeCalibrated
-    layers: dict[str, PackedLayer]
+    layers: dict[str, StoredLayer]
     """By the name of the weight."""
     threads: int
     one_site_at_a_time: bool
@@ -111,7 +111,7 @@ class BlockSolver:
         fits = solver.solve(weights, {name: self.layers[name] for name in weights}, second_moment)
         for name, fit in fits.items():
             self._settle(name, weights[name], fit, second_moment, done)
-            done.tensors |= self.layers[name].tensors(fit)
+            done.tensors |= self.layers[name].tensors(fit, site.peak())
 
     def _settle(
         self, name: str, weight: Tensor, fit: LayerFit, second_moment: Tensor, done: SolvedBlock

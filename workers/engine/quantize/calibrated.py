@@ -1,4 +1,4 @@
-"""quantize.calibrated: integer weights chosen by what they do to each layer's outputs, on inputs from calibration text.
+"""quantize.calibrated: few-bit weights chosen by what they do to each layer's outputs, on inputs from calibration text.
 
 Idea: with the second moments H of a layer's inputs, the error of its outputs is tr(ΔW H ΔWᵀ). Scales are searched with
 diag H as importance; the columns are rounded one after the other, and what one loses is corrected by those that follow
@@ -34,7 +34,7 @@ from workers.engine.checkpoint import (
 )
 from workers.engine.checkpoint.layout import TensorEntry, weight_files
 from workers.engine.checkpoint.selection import select_layers
-from workers.engine.export.pack_quantized import PackedLayer
+from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.quantize.block_solver import BlockSolver
 from workers.engine.quantize.packed_layers import (
     WeightError,
@@ -66,7 +66,7 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
         records = journal.records()
         _write(checkpoint, layers, journal, context)
     copy_side_files(context.source, context.target)
-    write_config(context.target, config_with_quantization(checkpoint, step, selection))
+    write_config(context.target, config_with_quantization(checkpoint, layers, selection))
     errors = {
         name: [WeightError(*found)] for record in records for name, found in record["weight_errors"].items()
     }
@@ -101,7 +101,7 @@ def _key(step: QuantizeCalibrated, context: StepContext, windows: Tensor) -> str
 def _solve(
     step: QuantizeCalibrated,
     context: StepContext,
-    layers: dict[str, PackedLayer],
+    layers: dict[str, StoredLayer],
     windows: Tensor,
     journal: BlockJournal,
 ) -> None:
@@ -139,7 +139,7 @@ def _is_short_of_memory(step: QuantizeCalibrated, context: StepContext, checkpoi
 
 
 def _write(
-    checkpoint: Checkpoint, layers: dict[str, PackedLayer], journal: BlockJournal, context: StepContext
+    checkpoint: Checkpoint, layers: dict[str, StoredLayer], journal: BlockJournal, context: StepContext
 ) -> None:
     """Put what the blocks became where their weights were, and copy everything else, slab by slab."""
     found = {entry.name: entry for entry in journal.entries()}

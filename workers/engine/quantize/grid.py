@@ -31,15 +31,16 @@ class Schedule:
     refits: int
 
 
-def _evenly(first: float, last: float, count: int) -> tuple[float, ...]:
+def evenly(first: float, last: float, count: int) -> tuple[float, ...]:
+    """`count` numbers from `first` to `last`, both included."""
     return tuple(first + k * (last - first) / (count - 1) for k in range(count))
 
 
 # Measured on SmolLM2, stories15m and MiniLM: within 0.5 % of the error of 200 candidates at a tenth of their time.
 # At 8 bits clipping hardly pays and the optimum is narrow; a moved zero point changes nothing.
-_FEW_BITS = Schedule(_evenly(0.5, 1.15, 14), (-0.05, 0.0, 0.05), (-0.017, 0.017), refits=2)
+_FEW_BITS = Schedule(evenly(0.5, 1.15, 14), (-0.05, 0.0, 0.05), (-0.017, 0.017), refits=2)
 _EIGHT_BITS = Schedule(
-    _evenly(0.79, 1.03, 9), (), (-0.016, -0.012, -0.008, -0.004, 0.004, 0.008, 0.012, 0.016), refits=1
+    evenly(0.79, 1.03, 9), (), (-0.016, -0.012, -0.008, -0.004, 0.004, 0.008, 0.012, 0.016), refits=1
 )
 
 

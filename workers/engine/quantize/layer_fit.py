@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from workers.engine.checkpoint.streaming import one_torch_thread
 from workers.engine.quantize.grid import Fit, WeightGrid, fit_groups
@@ -64,18 +65,20 @@ class LayerFit:
         return values.reshape(len(values), -1, self.group_size)
 
 
-def fit_layer(
+def fit_layer(  # noqa: PLR0913 - all but the weight and its grid are choices with a default
     weight: Tensor,
     grid: WeightGrid,
     *,
     group_size: int | None,
     dtype: torch.dtype,
     importance: Tensor | None = None,
+    search: bool = True,
     threads: int = 1,
 ) -> LayerFit:
     """Search scales group by group and round to the nearest codes: (rows, columns), float32.
 
-    `importance`: (columns,), weighs the errors. `group_size` None: one scale per row.
+    `importance`: (columns,), weighs the errors. `group_size` None: one scale per row. Without `search` the largest
+    weight of a group decides.
     """
     rows, columns = weight.shape
     size = group_size or columns
@@ -83,7 +86,7 @@ def fit_layer(
 
     def fit(part: Tensor) -> Fit:
         groups = part.reshape(len(part), -1, size)
-        return fit_groups(groups, grid, dtype, search=True, importance=weights)
+        return fit_groups(groups, grid, dtype, search=search, importance=weights)
 
     parts = by_chunks(fit, weight, threads=threads)
     return LayerFit(
@@ -93,6 +96,29 @@ def fit_layer(
         zero=torch.cat([part.zero for part in parts]).view(rows, -1),
         codes=torch.cat([part.codes for part in parts]).view(rows, columns),
     )
+
+
+def fit_blocks(
+    weight: Tensor,
+    grid: WeightGrid,
+    *,
+    size: int,
+    dtype: torch.dtype,
+    importance: Tensor | None = None,
+    search: bool = True,
+) -> LayerFit:
+    """As `fit_layer`, with one scale for each block of `size` x `size` weights; the last rows may be fewer."""
+    weights = None if importance is None else importance.view(-1, 1, size).expand(-1, size, size).flatten(1)
+
+    def fit(band: Tensor) -> LayerFit:
+        rows, columns = band.shape
+        full = functional.pad(band, (0, 0, 0, size - rows)).view(size, -1, size).transpose(0, 1)
+        found = fit_groups(full.flatten(1), grid, dtype, search=search, importance=weights)
+        codes = found.codes.view(-1, size, size).transpose(0, 1).reshape(size, columns)[:rows]
+        scale, zero = (t.view(1, -1).expand(rows, -1) for t in (found.scale, found.zero))
+        return LayerFit(grid, dtype, scale, zero, codes)
+
+    return joined([fit(band) for band in torch.split(weight, size)])
 
 
 def joined(parts: Sequence[LayerFit]) -> LayerFit:

@@ -6,7 +6,7 @@ made once; large ones are taken some rows at a time, so that what is beside the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -16,17 +16,19 @@ from torch import Tensor
 from app.spec.calibration_memory import WEIGHTS_AT_ONCE
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.checkpoint.layout import TORCH_DTYPES
-from workers.engine.export.pack_quantized import PackedLayer
+from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.quantize.compensation import Factor, NotPositiveDefinite, compensated, factorize
-from workers.engine.quantize.layer_fit import LayerFit, fit_layer, joined
-from workers.engine.quantize.refinement import refined
+from workers.engine.quantize.grid import WeightGrid
+from workers.engine.quantize.layer_fit import LayerFit, fit_blocks, fit_layer, joined
+from workers.engine.quantize.refinement import descended, refined
 
 
 @dataclass(frozen=True)
 class _Batch:
     """Rows of layers that are stored alike."""
 
-    layer: PackedLayer
+    layer: StoredLayer
+    grid: WeightGrid
     parts: tuple[tuple[str, slice], ...]
 
     def weight(self, weights: dict[str, Tensor]) -> Tensor:
@@ -42,10 +44,10 @@ class LayerSolver:
         self.warnings: list[str] = []
 
     def solve(
-        self, weights: dict[str, Tensor], layers: dict[str, PackedLayer], second_moment: Tensor
+        self, weights: dict[str, Tensor], layers: Mapping[str, StoredLayer], second_moment: Tensor
     ) -> dict[str, LayerFit]:
         """Fit weights (rows, columns) that share inputs of second moment H (columns, columns), by name."""
-        batches = list(_batches(layers))
+        batches = list(_batches(weights, layers))
         factor = self._factor(second_moment, list(weights)) if self.step.solver == "gptq" else None
         fits = [self._fit(batch, weights, second_moment, factor) for batch in batches]
         if factor is not None:
@@ -70,17 +72,24 @@ class LayerSolver:
         self, batch: _Batch, weights: dict[str, Tensor], second_moment: Tensor, factor: Factor | None
     ) -> LayerFit:
         weight = batch.weight(weights)
-        fit = fit_layer(
-            weight,
-            batch.layer.grid,
-            group_size=batch.layer.group_size,
-            dtype=TORCH_DTYPES[batch.layer.dtype],
-            importance=second_moment.diagonal(),
-            threads=self.threads,
-        )
+        fit = self._nearest(weight, batch, second_moment.diagonal())
         if factor is not None:
             fit = compensated(weight, factor, fit, threads=self.threads)
         return fit.compact()
+
+    def _nearest(self, weight: Tensor, batch: _Batch, importance: Tensor) -> LayerFit:
+        """Scales searched with the importance of each input (columns,), and the nearest codes."""
+        layer, dtype = batch.layer, TORCH_DTYPES[batch.layer.dtype]
+        if layer.block_rows > 1:
+            return fit_blocks(weight, batch.grid, size=layer.block_rows, dtype=dtype, importance=importance)
+        return fit_layer(
+            weight,
+            batch.grid,
+            group_size=layer.group_size,
+            dtype=dtype,
+            importance=importance,
+            threads=self.threads,
+        )
 
     def _refine(
         self, batch: _Batch, fit: LayerFit, weights: dict[str, Tensor], second_moment: Tensor, order: Tensor
@@ -92,6 +101,11 @@ class LayerSolver:
             return fit
         weight = batch.weight(weights)
         fit = replace(fit, codes=fit.codes.float())
+        if batch.layer.block_rows > 1:
+            # Rows that share scales cannot each have them refitted.
+            for _ in range(rounds):
+                fit = descended(weight, fit, second_moment, order, threads=self.threads)
+            return fit.compact()
         return refined(weight, fit, second_moment, order, rounds=rounds, threads=self.threads).compact()
 
     def _factor(self, second_moment: Tensor, stored: list[str]) -> Factor | None:
@@ -118,22 +132,34 @@ def _damped(second_moment: Tensor, damping: float) -> Iterator[None]:
     diagonal.copy_(before)
 
 
-def _batches(layers: dict[str, PackedLayer]) -> Iterator[_Batch]:
+def _batches(weights: Mapping[str, Tensor], layers: Mapping[str, StoredLayer]) -> Iterator[_Batch]:
     """Layers whose weights may be stacked, since all that matters of how they are stored is the same."""
-    alike: dict[PackedLayer, list[str]] = {}
+    alike: dict[Hashable, list[str]] = {}
     for name, layer in layers.items():
-        alike.setdefault(replace(layer, module="", rows=0), []).append(name)
+        alike.setdefault(layer.alike, []).append(name)
     for names in alike.values():
-        parts: list[tuple[str, slice]] = []
-        room = limit = max(1, WEIGHTS_AT_ONCE // layers[names[0]].columns)
-        for name in names:
-            start, rows = 0, layers[name].rows
-            while start < rows:
-                stop = min(rows, start + room)
-                parts.append((name, slice(start, stop)))
-                room, start = room - (stop - start), stop
-                if room == 0:
-                    yield _Batch(layers[names[0]], tuple(parts))
-                    parts, room = [], limit
-        if parts:
-            yield _Batch(layers[names[0]], tuple(parts))
+        layer = layers[names[0]]
+        # Layers that are served as one share their input, and so a scale of the whole.
+        grid = layer.grid(
+            max(float(weights[name].abs().max()) for name in names) if layer.needs_peak else 0.0
+        )
+        for parts in _parts([(name, layers[name].rows) for name in names], layer):
+            yield _Batch(layer, grid, tuple(parts))
+
+
+def _parts(rows_of: list[tuple[str, int]], layer: StoredLayer) -> Iterator[list[tuple[str, slice]]]:
+    """Cut layers of so many rows into lists of a bounded number of weights; blocks of rows are not cut."""
+    parts: list[tuple[str, slice]] = []
+    most = WEIGHTS_AT_ONCE // layer.columns // layer.block_rows * layer.block_rows
+    room = limit = max(layer.block_rows, most)
+    for name, rows in rows_of:
+        start = 0
+        while start < rows:
+            stop = min(rows, start + room)
+            parts.append((name, slice(start, stop)))
+            room, start = room - (stop - start), stop
+            if room == 0:
+                yield parts
+                parts, room = [], limit
+    if parts:
+        yield parts

@@ -56,7 +56,7 @@ class NBitsSolver:
 
     def _layer(self, name: str, weight: Tensor) -> PackedLayer:
         rows, columns = weight.shape
-        return PackedLayer(name, rows, columns, "F32", self.grid.bits, self.grid.symmetric, self.block_size)
+        return PackedLayer(name, rows, columns, "F32", self.grid.bits, self.block_size, self.grid.symmetric)
 
 
 def round_to_nearest(weight: Tensor, grid: Grid, block_size: int, *, threads: int) -> PackedMatrix:

@@ -1,22 +1,30 @@
-"""What all techniques that write packed integers share: which layer becomes what, the config, and what they report."""
+"""What all techniques that write compressed-tensors share: which layer becomes what, the config, and what they report."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from app.errors import InvalidRequest, UnsupportedForModel
 from app.spec.architectures import architecture_in, block_index, is_compressible
 from app.spec.base import Family
 from app.spec.layouts import limits_of_layout
-from app.spec.quantize import IntegerWeights
+from app.spec.quantize import QuantizedWeights, WeightSettings
 from app.spec.report import LayerOutcome
 from workers.engine.checkpoint import DTYPE_NAMES, Checkpoint
 from workers.engine.checkpoint.layout import TensorEntry
 from workers.engine.checkpoint.selection import Selection, module_name
-from workers.engine.export.pack_quantized import PackedLayer, quantization_config
+from workers.engine.export.fp4_packed import Fp4Layer
+from workers.engine.export.pack_quantized import PackedLayer
+from workers.engine.export.plain_quantized import PlainLayer
+from workers.engine.export.stored_layer import StoredLayer, quantization_config
 
+# Layers that vLLM runs as one: their scheme must be the same, and so must a scale of the whole weight.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 _FEW_BITS_WARNING = (
     "vLLM runs packed integers of 4 and 8 bits only; transformers loads these and computes in floating point"
 )
@@ -34,52 +42,74 @@ class WeightError:
     of_weights: float = 0.0
 
 
-def plan_layers(checkpoint: Checkpoint, selection: Selection, step: IntegerWeights) -> dict[str, PackedLayer]:
-    """What each chosen weight becomes.
+def plan_layers(
+    checkpoint: Checkpoint, selection: Selection, step: QuantizedWeights
+) -> dict[str, StoredLayer]:
+    """What each chosen weight becomes, by its name.
 
     Raises UnsupportedForModel for a layout that no runtime would read packed, InvalidRequest if the group size does not
-    divide a layer's inputs.
+    divide a layer's inputs, or the settings cannot be mixed.
     """
     compressible = [fact for fact in checkpoint.facts() if is_compressible(fact.name, fact.shape)]
     for _, why in limits_of_layout(step, architecture_in(checkpoint.config), compressible):
         raise UnsupportedForModel(why, hint="Submitting the job anew says the same before it starts.")
-    layers = {name: _planned(entry, step) for name, entry in selection.chosen.items()}
+    step = step.with_group_size_for(entry.shape[1] for entry in selection.chosen.values())
+    settings = {name: step.settings_of(module_name(name)) for name in selection.chosen}
+    layers = {name: planned_layer(selection.chosen[name], found) for name, found in settings.items()}
     _check_group_sizes(list(layers.values()))
+    if len(set(settings.values())) > 1 and not all(found.symmetric for found in settings.values()):
+        raise InvalidRequest(
+            "Layers are stored in different ways, some of them with zero points: transformers cannot load such a model.",
+            code="mixed_zero_points",
+            hint="Set symmetric to true, in the step and in its overrides.",
+        )
     return layers
 
 
-def _planned(entry: TensorEntry, step: IntegerWeights) -> PackedLayer:
-    settings = step.settings_of(module_name(entry.name))
-    return PackedLayer(
-        module=module_name(entry.name),
-        rows=entry.shape[0],
-        columns=entry.shape[1],
-        dtype=DTYPE_NAMES[entry.dtype],
-        bits=settings.bits,
-        symmetric=settings.symmetric,
-        group_size=settings.group_size,
-    )
+def planned_layer(entry: TensorEntry, settings: WeightSettings) -> StoredLayer:
+    """What a weight becomes that is to be stored so."""
+    module, dtype = module_name(entry.name), DTYPE_NAMES[entry.dtype]
+    rows, columns = entry.shape
+    bits, size, activations = settings.bits, settings.group_size, settings.activations
+    if settings.number_format in ("mxfp4", "nvfp4"):
+        divisor = settings.divisor
+        return Fp4Layer(module, rows, columns, dtype, bits, divisor, settings.number_format, activations)
+    if settings.number_format == "fp8":
+        strategy = size if isinstance(size, str) else "channel"
+        group = settings.divisor if strategy == "block" else None
+        return PlainLayer(module, rows, columns, dtype, bits, group, "float", strategy, activations)
+    if activations != "none":
+        return PlainLayer(module, rows, columns, dtype, bits, None, "int", "channel", activations)
+    group = size if isinstance(size, int) else None
+    return PackedLayer(module, rows, columns, dtype, bits, group, settings.symmetric)
 
 
 def config_with_quantization(
-    checkpoint: Checkpoint, step: IntegerWeights, selection: Selection
+    checkpoint: Checkpoint, layers: Mapping[str, StoredLayer], selection: Selection
 ) -> dict[str, Any]:
     """The model's config.json with the entry that loaders of compressed-tensors go by."""
     architecture = architecture_in(checkpoint.config)
     by_pattern = architecture.family is Family.ENCODER
     left = [module_name(layer.name) for layer in selection.untouched]
-    return checkpoint.config | {
-        "quantization_config": quantization_config(
-            bits=step.bits,
-            symmetric=step.symmetric,
-            group_size=step.group_size,
-            ignored_modules=[_ignore_entry(module, by_pattern=by_pattern) for module in left],
-            unpack_to_load=architecture.unpack_to_load,
-        )
-    }
+    declared = quantization_config(
+        list(layers.values()),
+        left,
+        target=partial(_target, by_pattern=by_pattern),
+        unpack_to_load=architecture.unpack_to_load,
+    )
+    return checkpoint.config | {"quantization_config": declared}
 
 
-def _ignore_entry(module: str, *, by_pattern: bool) -> str:
+def fused_layers(modules: Iterable[str]) -> list[list[str]]:
+    """Modules by those that are served as one, in order; most stand alone."""
+    together: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for module in modules:
+        parent, _, name = module.rpartition(".")
+        together[parent, next((parts[0] for parts in _FUSED if name in parts), name)].append(module)
+    return list(together.values())
+
+
+def _target(module: str, *, by_pattern: bool) -> str:
     """The module's name, or a pattern for it: an encoder's prefix depends on the class that loads it."""
     if not by_pattern:
         return module
@@ -88,7 +118,7 @@ def _ignore_entry(module: str, *, by_pattern: bool) -> str:
 
 
 def layer_outcomes(
-    layers: dict[str, PackedLayer], errors: dict[str, list[WeightError]], selection: Selection
+    layers: Mapping[str, StoredLayer], errors: dict[str, list[WeightError]], selection: Selection
 ) -> tuple[LayerOutcome, ...]:
     """Every compressible layer, quantized or not; `errors` by the names of the weights."""
     quantized = (
@@ -105,7 +135,7 @@ def layer_outcomes(
 
 
 def totals(
-    layers: dict[str, PackedLayer], errors: dict[str, list[WeightError]]
+    layers: Mapping[str, StoredLayer], errors: dict[str, list[WeightError]]
 ) -> dict[str, float | int | str | None]:
     """Figures over all quantized layers: weights, stored bits per weight, ‖W' − W‖ / ‖W‖."""
     weights = sum(layer.rows * layer.columns for layer in layers.values())
@@ -118,18 +148,28 @@ def totals(
 
 
 def warnings_of(
-    layers: dict[str, PackedLayer], selection: Selection, checkpoint: Checkpoint
+    layers: Mapping[str, StoredLayer], selection: Selection, checkpoint: Checkpoint
 ) -> tuple[str, ...]:
     """What a user should know about the layers chosen, the bits and the layout."""
-    few = any(layer.bits < 4 for layer in layers.values())
-    return (
-        *selection.warnings,
-        *((_FEW_BITS_WARNING,) if few else ()),
-        *((_TRANSPOSED_WARNING,) if architecture_in(checkpoint.config).inputs_first else ()),
-    )
+    found = list(selection.warnings)
+    if any(layer.bits < 4 for layer in layers.values()):
+        found.append(_FEW_BITS_WARNING)
+    if architecture_in(checkpoint.config).inputs_first:
+        found.append(_TRANSPOSED_WARNING)
+    schemes = {layer.module: repr(layer.scheme()) for layer in layers.values()}
+    left = {module_name(layer.name): "as it was" for layer in selection.untouched}
+    unlike = [
+        names for names in fused_layers(schemes | left) if len({(schemes | left)[n] for n in names}) > 1
+    ]
+    if unlike:
+        more = f" and {len(unlike) - 1} more" if len(unlike) > 1 else ""
+        found.append(
+            f"vLLM runs {', '.join(unlike[0])}{more} as one and cannot load them stored in different ways"
+        )
+    return tuple(found)
 
 
-def _check_group_sizes(layers: list[PackedLayer]) -> None:
+def _check_group_sizes(layers: list[StoredLayer]) -> None:
     wrong = [layer for layer in layers if layer.columns % (layer.group_size or 1)]
     if not wrong:
         return
@@ -137,12 +177,15 @@ def _check_group_sizes(layers: list[PackedLayer]) -> None:
     fitting = math.gcd(*(layer.columns for layer in layers))
     sizes = [size for size in range(8, group_size, 8) if fitting % size == 0]
     names = ", ".join(f"{layer.module} ({layer.columns} inputs)" for layer in wrong[:5])
+    hint = "Put these layers on the ignore list"
+    if isinstance(wrong[0], PackedLayer):
+        fits = f"group_size {sizes[-1]} divides all layers. " if sizes else ""
+        hint = f"{fits}Null gives one scale per output channel and always fits. {hint}"
     raise InvalidRequest(
         f"Groups of {group_size} do not divide the inputs of {len(wrong)} layers: {names}"
         + (", …." if len(wrong) > 5 else "."),
         code="group_size_does_not_divide",
-        hint=(f"group_size {sizes[-1]} divides all layers. " if sizes else "")
-        + "Null gives one scale per output channel and always fits; or put these layers on the ignore list.",
+        hint=f"{hint}, or choose another number_format.",
     )
 
 

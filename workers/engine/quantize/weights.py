@@ -1,9 +1,10 @@
-"""quantize.weights: round every linear layer's weights to an integer grid, one slab of rows at a time.
+"""quantize.weights: round every linear layer's weights to a grid of few numbers, one slab of rows at a time.
 
 Idea: weights of trained layers are nearly Gaussian within a group, so a grid whose scale trades clipping against
 rounding loses least (absmax of Dettmers et al. 2022; searched as in OmniQuant, Shao et al. 2023, and llama.cpp's
 quantizers, without importance). Leaves out: calibration data, error compensation (GPTQ) and equalisation (AWQ).
-A slab is read, fitted, packed and written by one thread and forgotten: memory does not grow with the model.
+A slab is read, fitted, packed and written by one thread and forgotten: memory does not grow with the model. Grids whose
+scale depends on the whole weight (fp8 with one scale, nvfp4) take a pass over the weights before that.
 """
 
 from __future__ import annotations
@@ -25,16 +26,13 @@ from workers.engine.checkpoint import (
     write_config,
 )
 from workers.engine.checkpoint.selection import non_finite, select_layers
-from workers.engine.export.pack_quantized import (
-    ROWS_PER_WORD_GROUP,
-    PackedLayer,
-    pack_columns,
-    pack_rows,
-)
-from workers.engine.quantize.grid import fit_groups
+from workers.engine.export.stored_layer import StoredLayer
+from workers.engine.quantize.grid import WeightGrid
+from workers.engine.quantize.layer_fit import fit_blocks, fit_layer
 from workers.engine.quantize.packed_layers import (
     WeightError,
     config_with_quantization,
+    fused_layers,
     layer_outcomes,
     plan_layers,
     totals,
@@ -42,8 +40,8 @@ from workers.engine.quantize.packed_layers import (
 )
 from workers.engine.technique import StepContext, StepOutcome, implements
 
-# Weights fitted at once: three float32 buffers of this size stay in a core's own cache.
-_CHUNK_WEIGHTS = 2**17
+# The pass that looks for the largest weights only reads.
+_LOOKING = 0.1
 
 
 @implements(QuantizeWeights)
@@ -57,8 +55,9 @@ def quantize_weights(step: QuantizeWeights, context: StepContext) -> StepOutcome
     for name, entry in checkpoint.tensors.items():
         layer = layers.get(name)
         facts += layer.facts() if layer else [entry.fact]
-        slabs += row_slabs(entry, multiple=ROWS_PER_WORD_GROUP if layer else 1)
+        slabs += row_slabs(entry, multiple=layer.row_multiple if layer else 1)
 
+    grids, looked = _grids(checkpoint, layers, context)
     errors: dict[str, list[WeightError]] = {name: [] for name in layers}
     with CheckpointWriter(context.target, facts, context.max_shard_bytes) as writer:
 
@@ -67,16 +66,16 @@ def quantize_weights(step: QuantizeWeights, context: StepContext) -> StepOutcome
             if layer is None:
                 writer.write_rows(slab.entry.name, slab.start, rows)
                 return WeightError()
-            return _quantize_slab(slab, rows, layer, step, writer)
+            return _quantize_slab(slab, rows, layer, grids[slab.entry.name], step, writer)
 
         def progress(share: float) -> None:
-            context.progress(share, f"quantizing to {step.bits} bits")
+            context.progress(looked + (1 - looked) * share, f"quantizing to {step.bits} bits")
 
         for slab, error in map_slabs(checkpoint, slabs, work, threads=context.threads, progress=progress):
             if slab.entry.name in layers:
                 errors[slab.entry.name].append(error)
     copy_side_files(context.source, context.target)
-    write_config(context.target, config_with_quantization(checkpoint, step, selection))
+    write_config(context.target, config_with_quantization(checkpoint, layers, selection))
     return StepOutcome(
         layers=layer_outcomes(layers, errors, selection),
         metrics=totals(layers, errors),
@@ -84,33 +83,58 @@ def quantize_weights(step: QuantizeWeights, context: StepContext) -> StepOutcome
     )
 
 
+def _grids(
+    checkpoint: Checkpoint, layers: dict[str, StoredLayer], context: StepContext
+) -> tuple[dict[str, WeightGrid], float]:
+    """The grid of each weight, by its name, and the share of the work that finding them was."""
+    needing = {layer.module: name for name, layer in layers.items() if layer.needs_peak}
+    slabs = [slab for name in needing.values() for slab in row_slabs(checkpoint.tensors[name])]
+    peaks = dict.fromkeys(layers, 0.0)
+    for slab, peak in map_slabs(
+        checkpoint,
+        slabs,
+        lambda slab, rows: _peak(rows, slab.entry.name),
+        threads=context.threads,
+        progress=lambda share: context.progress(_LOOKING * share, "looking for the largest weights"),
+    ):
+        peaks[slab.entry.name] = max(peaks[slab.entry.name], peak)
+    for modules in fused_layers(needing):
+        names = [needing[module] for module in modules]
+        peaks |= dict.fromkeys(names, max(peaks[name] for name in names))
+    return {name: layer.grid(peaks[name]) for name, layer in layers.items()}, _LOOKING if needing else 0.0
+
+
+def _peak(rows: Tensor, name: str) -> float:
+    """The largest magnitude. Raises InvalidRequest when one is not finite."""
+    peak = float(rows.abs().max())
+    if not math.isfinite(peak):
+        raise non_finite(name)
+    return peak
+
+
 def _quantize_slab(
-    slab: Slab, rows: Tensor, layer: PackedLayer, step: QuantizeWeights, writer: CheckpointWriter
+    slab: Slab,
+    rows: Tensor,
+    layer: StoredLayer,
+    grid: WeightGrid,
+    step: QuantizeWeights,
+    writer: CheckpointWriter,
 ) -> WeightError:
-    """Quantize rows (n, columns) of one layer and write codes, scales and zero points where they belong."""
-    codes = torch.empty(rows.shape, dtype=torch.int8)
-    scales = torch.empty(rows.shape[0], layer.groups, dtype=rows.dtype)
-    zeros = torch.empty(rows.shape[0], layer.groups, dtype=torch.int8)
-    error = weights = 0.0
-    size = max(1, _CHUNK_WEIGHTS // layer.columns)
-    for start in range(0, rows.shape[0], size):
-        part = slice(start, min(start + size, rows.shape[0]))
-        groups = rows[part].float().reshape(-1, layer.group_size or layer.columns)
-        norm = _finite_norm(groups, slab.entry.name)
-        fit = fit_groups(groups, layer.grid, rows.dtype, search=step.scale_search == "mse")
-        codes[part] = fit.codes.view(-1, layer.columns)
-        scales[part] = fit.scale.view(-1, layer.groups)
-        zeros[part] = fit.zero.view(-1, layer.groups)
-        error += fit.squared_error.sum(dtype=torch.float64).item()
-        weights += norm
-    writer.write_rows(layer.packed.name, slab.start, pack_rows(codes, layer.bits))
-    writer.write_rows(layer.scale.name, slab.start, scales)
-    if not layer.symmetric:
-        zero_row = slab.start * layer.bits // 32
-        writer.write_rows(layer.zero_point.name, zero_row, pack_columns(zeros, layer.bits))
+    """Quantize rows (n, columns) of one layer and write what they become where it belongs."""
+    weight = rows.float()
+    norm = _finite_norm(weight, slab.entry.name)
+    search = step.scale_search == "mse"
+    if layer.block_rows > 1:
+        fit = fit_blocks(weight, grid, size=layer.block_rows, dtype=rows.dtype, search=search)
+    else:
+        fit = fit_layer(weight, grid, group_size=layer.group_size, dtype=rows.dtype, search=search)
+    for name, (start, content) in layer.parts(fit, slab.start).items():
+        writer.write_rows(name, start, content)
     if slab.start == 0:
-        writer.write(layer.shape.name, torch.tensor([layer.rows, layer.columns]))
-    return WeightError(error, weights)
+        for name, content in layer.input_parts(None).items():
+            writer.write(name, content)
+    error = fit.restored().sub_(weight).square_().sum(dtype=torch.float64).item()
+    return WeightError(error, norm)
 
 
 def _finite_norm(groups: Tensor, name: str) -> float:
