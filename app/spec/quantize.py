@@ -92,9 +92,13 @@ class QuantizeCalibrated(IntegerWeights):
     needs_calibration: ClassVar[bool] = True
 
     technique: Literal["quantize.calibrated"] = "quantize.calibrated"
-    solver: Literal["gptq", "nearest"] = "gptq"
+    solver: Literal["gptq", "signround", "nearest"] = "gptq"
     """`gptq`: what rounding one weight loses, those not yet rounded make up for (Frantar et al. 2022), then scales and
-    codes are refined together. `nearest`: round to nearest, with scales searched where inputs are large (imatrix)."""
+    codes are refined together. `signround`: from there, each block is trained to give what the original block gave
+    (Cheng et al. 2023); the slow, better setting. `nearest`: round to nearest, with scales searched where inputs are
+    large (imatrix)."""
+    tuning_steps: Annotated[int, Field(ge=1, le=10_000)] = 50
+    """Steps of training for each block with `signround`; 200 is better and takes four times as long."""
     refinements: Annotated[int, Field(ge=0, le=20)] | None = None
     """Rounds of refitting scales and descending on codes after `gptq`. Null: 1 at 8 and 4 bits, 3 at fewer."""
     calibration_tokens: Annotated[int, Field(ge=128, le=10_000_000)] = 16_384

@@ -11,12 +11,15 @@ from torch import Tensor
 from app.errors import JobFailed
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.calibration.block_stream import LiveBlock
+from workers.engine.calibration.hidden_states import HiddenStates
 from workers.engine.calibration.input_moments import InputSite, gather_moments, input_sites
 from workers.engine.checkpoint.selection import module_name, non_finite
 from workers.engine.export.pack_quantized import PackedLayer
+from workers.engine.quantize.block_tuning import Untuned, original_outputs, tune_block
 from workers.engine.quantize.compensation import row_errors
 from workers.engine.quantize.layer_fit import LayerFit
 from workers.engine.quantize.layer_solver import LayerSolver
+from workers.engine.quantize.sign_rounding import best_alone, doubts
 
 _ROWS_AT_ONCE = 1024
 
@@ -34,6 +37,10 @@ class SolvedBlock:
     outputs_had: float = 0.0
     """The same of tr(W H Wᵀ)."""
     warnings: list[str] = field(default_factory=list)
+    tuning: tuple[float, float] | None = None
+    """Mean squared error of the block's outputs before and after it was tuned."""
+    untuned: dict[str, Untuned] = field(default_factory=dict)
+    """The layers by their names in the block, while they wait to be tuned."""
 
     def record(self) -> dict[str, Any]:
         """What is to be reported, fit for JSON."""
@@ -42,6 +49,7 @@ class SolvedBlock:
             "outputs_lost": self.outputs_lost,
             "outputs_had": self.outputs_had,
             "warnings": self.warnings,
+            "tuning": self.tuning,
         }
 
 
@@ -57,8 +65,30 @@ class BlockSolver:
     """Gather the statistics of one input, solve its layers, go on to the next: less memory, more passes. What follows
     sees what the quantized layers before it in the block give."""
 
+    seed: int = 0
+
     def solve(self, block: LiveBlock) -> SolvedBlock:
         """Quantize the chosen layers of a block. Raises JobFailed when calibration never reaches one of them."""
+        if self.step.solver != "signround":
+            return self._solve_layers(block)
+        with original_outputs(block) as originals:
+            done = self._solve_layers(block)
+            if done.untuned:
+                self._tune(block, originals, done)
+        return done
+
+    def _tune(self, block: LiveBlock, originals: HiddenStates, done: SolvedBlock) -> None:
+        layers, done.untuned = done.untuned, {}
+        tuned = tune_block(
+            block, originals, layers, steps=self.step.tuning_steps, seed=self.seed + block.index
+        )
+        done.tuning = tuned.error_before, tuned.error_after
+        for name, fit in tuned.fits.items():
+            stored = block.stored_names[f"{name}.weight"]
+            done.tensors |= self.layers[stored].tensors(fit)
+            done.weight_errors[stored] = _weight_error(layers[name].original, fit)
+
+    def _solve_layers(self, block: LiveBlock) -> SolvedBlock:
         chosen = {
             module_name(name): stored for name, stored in block.stored_names.items() if stored in self.layers
         }
@@ -106,7 +136,13 @@ class BlockSolver:
         fits = solver.solve(weights, {name: self.layers[name] for name in weights}, second_moment)
         for name, fit in fits.items():
             self._note(name, weights[name], fit, second_moment, done)
-            done.tensors |= self.layers[name].tensors(fit)
+            if self.step.solver == "signround":
+                within = next(key for key, known in stored.items() if known == name)
+                original = weights[name].clone()
+                wanted = best_alone(original.float(), fit.restored(), second_moment)
+                done.untuned[within] = Untuned(fit, doubts(fit, wanted), original)
+            else:
+                done.tensors |= self.layers[name].tensors(fit)
             # What a loader makes of the file, so that the next block is calibrated on what it will be given.
             weights[name].copy_(fit.restored().to(fit.dtype))
 
@@ -114,16 +150,24 @@ class BlockSolver:
         self, name: str, weight: Tensor, fit: LayerFit, second_moment: Tensor, done: SolvedBlock
     ) -> None:
         """Add up what was lost, a few rows at a time."""
-        of_error = of_weights = 0.0
+        done.weight_errors[name] = _weight_error(weight, fit)
         for start in range(0, len(weight), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
             before = weight[rows].float()
             difference = fit.of_rows(rows).restored() - before
-            of_error += _total(difference.square())
-            of_weights += _total(before.square())
             done.outputs_lost += _total(row_errors(difference, second_moment))
             done.outputs_had += _total(row_errors(before, second_moment))
-        done.weight_errors[name] = (of_error, of_weights)
+
+
+def _weight_error(weight: Tensor, fit: LayerFit) -> tuple[float, float]:
+    """‖D‖² and ‖W‖²."""
+    of_error = of_weights = 0.0
+    for start in range(0, len(weight), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        before = weight[rows].float()
+        of_error += _total((fit.of_rows(rows).restored() - before).square())
+        of_weights += _total(before.square())
+    return of_error, of_weights
 
 
 def _total(values: Tensor) -> float:

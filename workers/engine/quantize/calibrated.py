@@ -74,10 +74,17 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
         | {
             "relative_output_error": (lost / had) ** 0.5 if had else 0.0,
             "calibration_tokens": windows.numel(),
-        },
+        }
+        | _tuning_metrics([record["tuning"] for record in records if record["tuning"]]),
         warnings=warnings_of(layers, selection)
         + tuple(warning for record in records for warning in record["warnings"]),
     )
+
+
+def _tuning_metrics(found: list[tuple[float, float]]) -> dict[str, float | int | str | None]:
+    """What tuning left of the blocks' squared errors, on average over the blocks that were tuned."""
+    shares = [after / before if before else 1.0 for before, after in found]
+    return {"error_left_by_tuning": sum(shares) / len(shares)} if shares else {}
 
 
 def _key(step: QuantizeCalibrated, context: StepContext, windows: Tensor) -> str:
@@ -103,7 +110,7 @@ def _solve(
     calibration = calibration_in(
         journal.directory, context, windows, share=_SOLVING, dtype=compute_dtype(stored, context.device)
     )
-    solver = BlockSolver(step, layers, context.threads, one_site_at_a_time=False)
+    solver = BlockSolver(step, layers, context.threads, one_site_at_a_time=False, seed=context.seed)
     records: dict[int, dict[str, Any]] = {}
 
     def prepare(block: LiveBlock) -> None:

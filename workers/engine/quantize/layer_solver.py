@@ -34,7 +34,7 @@ class LayerSolver:
         alike = _stored_alike(layers)
         stacked = {names: torch.cat([weights[name].float() for name in names]) for names in alike}
         fits = {names: self._nearest(stacked[names], layers[names[0]], second_moment) for names in alike}
-        factor = self._factor(second_moment, list(weights)) if self.step.solver == "gptq" else None
+        factor = self._factor(second_moment, list(weights)) if self.step.solver != "nearest" else None
         if factor is not None:
             for names in alike:
                 fits[names] = compensated(stacked[names], factor, fits[names], threads=self.threads)
