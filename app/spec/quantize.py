@@ -101,6 +101,12 @@ class QuantizeCalibrated(IntegerWeights):
     """Steps of training for each block with `signround`; 200 is better and takes four times as long."""
     refinements: Annotated[int, Field(ge=0, le=20)] | None = None
     """Rounds of refitting scales and descending on codes after `gptq`. Null: 1 at 8 and 4 bits, 3 at fewer."""
+    scaling: Literal["none", "awq", "smoothquant"] = "none"
+    """Factors per input channel that make weights easier to round, folded into the norm or layer before; where none can
+    take them, the report says so. `awq`: by what large inputs lose (Lin et al. 2023). `smoothquant`: from activations to
+    weights, for when activations are rounded too (Xiao et al. 2022)."""
+    smoothing_strength: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """SmoothQuant's α: how much of the range of activations goes to the weights, from 0 (none) to 1 (all)."""
     calibration_tokens: Annotated[int, Field(ge=128, le=10_000_000)] = 16_384
     """Tokens of calibration text the layers' inputs are gathered from; the time grows with it."""
     sequence_length: Annotated[int, Field(ge=16, le=131_072)] = 512

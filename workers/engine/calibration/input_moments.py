@@ -28,6 +28,8 @@ class InputSite:
     total: Tensor | None = None
     """The upper triangle of Σ x xᵀ over the tokens seen: (features, features), float32; below it is no use."""
     tokens: int = 0
+    largest: Tensor | None = None
+    """The largest magnitude of each feature over the tokens seen: (features,)."""
 
     def add(self, inputs: Tensor) -> None:
         """Take in more tokens: (..., tokens, features)."""
@@ -36,6 +38,8 @@ class InputSite:
             self.total = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
         add_gram(self.total, rows)
         self.tokens += len(rows)
+        peaks = rows.abs().amax(0)
+        self.largest = peaks if self.largest is None else torch.maximum(self.largest, peaks)
 
     def second_moment(self) -> Tensor:
         """H = Σ x xᵀ / T: (features, features). Takes the memory of the sum: to be called once, at the end."""

@@ -16,6 +16,7 @@ from workers.engine.calibration.input_moments import InputSite, gather_moments, 
 from workers.engine.checkpoint.selection import module_name, non_finite
 from workers.engine.export.pack_quantized import PackedLayer
 from workers.engine.quantize.block_tuning import Untuned, original_outputs, tune_block
+from workers.engine.quantize.channel_scaling import scale_channels
 from workers.engine.quantize.compensation import row_errors
 from workers.engine.quantize.layer_fit import LayerFit
 from workers.engine.quantize.layer_solver import LayerSolver
@@ -64,17 +65,25 @@ class BlockSolver:
     one_site_at_a_time: bool
     """Gather the statistics of one input, solve its layers, go on to the next: less memory, more passes. What follows
     sees what the quantized layers before it in the block give."""
-
     seed: int = 0
 
     def solve(self, block: LiveBlock) -> SolvedBlock:
         """Quantize the chosen layers of a block. Raises JobFailed when calibration never reaches one of them."""
         if self.step.solver != "signround":
-            return self._solve_layers(block)
+            return self._scale_and_solve(block)
         with original_outputs(block) as originals:
-            done = self._solve_layers(block)
+            done = self._scale_and_solve(block)
             if done.untuned:
                 self._tune(block, originals, done)
+        return done
+
+    def _scale_and_solve(self, block: LiveBlock) -> SolvedBlock:
+        if self.step.scaling == "none":
+            return self._solve_layers(block)
+        scaled = scale_channels(block, self.step, self.layers, LayerSolver(self.step, self.threads))
+        done = self._solve_layers(block)
+        done.tensors |= scaled.tensors
+        done.warnings += scaled.warnings
         return done
 
     def _tune(self, block: LiveBlock, originals: HiddenStates, done: SolvedBlock) -> None:

@@ -33,7 +33,7 @@ class LayerSolver:
         """
         alike = _stored_alike(layers)
         stacked = {names: torch.cat([weights[name].float() for name in names]) for names in alike}
-        fits = {names: self._nearest(stacked[names], layers[names[0]], second_moment) for names in alike}
+        fits = {names: self.nearest(stacked[names], layers[names[0]], second_moment) for names in alike}
         factor = self._factor(second_moment, list(weights)) if self.step.solver != "nearest" else None
         if factor is not None:
             for names in alike:
@@ -53,7 +53,8 @@ class LayerSolver:
             for name, fit in zip(names, _parts(together, [len(weights[n]) for n in names]), strict=True)
         }
 
-    def _nearest(self, weight: Tensor, layer: PackedLayer, second_moment: Tensor) -> LayerFit:
+    def nearest(self, weight: Tensor, layer: PackedLayer, second_moment: Tensor) -> LayerFit:
+        """Round to nearest with searched scales; zeroes what multiplies inputs that are always zero, in place."""
         importance = second_moment.diagonal()
         # What multiplies an input that is always zero need not be kept, and would only be compensated for.
         weight.mul_(importance != 0)
