@@ -78,8 +78,9 @@ class QuantizeWeights(IntegerWeights):
     """
 
     technique: Literal["quantize.weights"] = "quantize.weights"
-    scale_search: Literal["mse", "absmax"] = "mse"
-    """`mse`: search the scale with the least squared error. `absmax`: scale to the largest weight; faster, worse."""
+    scale_search: Literal["mse", "absmax", "hqq"] = "mse"
+    """`mse`: search the scale with the least squared error. `absmax`: scale to the largest weight; faster, worse. `hqq`:
+    keep most weights close and let a few be far off (half-quadratic, Badri & Shaji 2023); slower than `mse`."""
 
 
 class QuantizeCalibrated(IntegerWeights):
@@ -107,6 +108,9 @@ class QuantizeCalibrated(IntegerWeights):
     weights, for when activations are rounded too (Xiao et al. 2022)."""
     smoothing_strength: Annotated[float, Field(ge=0, le=1)] = 0.5
     """SmoothQuant's α: how much of the range of activations goes to the weights, from 0 (none) to 1 (all)."""
+    bias_correction: bool = False
+    """Add to each layer's bias what its outputs lost on average (Nagel et al. 2019, "Data-Free Quantization Through
+    Weight Equalization and Bias Correction", sec. 4.2); layers without a bias are left without."""
     calibration_tokens: Annotated[int, Field(ge=128, le=10_000_000)] = 16_384
     """Tokens of calibration text the layers' inputs are gathered from; the time grows with it."""
     sequence_length: Annotated[int, Field(ge=16, le=131_072)] = 512

@@ -22,11 +22,14 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
         "int4": {"group_size": 32},
         "int8": {"bits": 8, "scale_search": "absmax"},
         "int3-asymmetric": {"bits": 3, "symmetric": False, "group_size": 16},
+        "hqq": {"symmetric": False, "group_size": 32, "scale_search": "hqq"},
     },
     "quantize.calibrated": {
         "int4": {"group_size": 32, "calibration_tokens": 1024},
         "int8-asymmetric": {"bits": 8, "symmetric": False, "calibration_tokens": 256},
         "int2": {"bits": 2, "group_size": 16, "calibration_tokens": 1024},
+        "tuned": {"solver": "signround", "tuning_steps": 3, "scaling": "smoothquant", "calibration_tokens": 256},
+        "awq": {"solver": "nearest", "scaling": "awq", "bias_correction": True, "calibration_tokens": 256},
     },
     "prune.magnitude": {
         "half": {},

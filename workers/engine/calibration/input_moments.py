@@ -30,6 +30,8 @@ class InputSite:
     tokens: int = 0
     largest: Tensor | None = None
     """The largest magnitude of each feature over the tokens seen: (features,)."""
+    sums: Tensor | None = None
+    """Σ x over the tokens seen: (features,), float32."""
 
     def add(self, inputs: Tensor) -> None:
         """Take in more tokens: (..., tokens, features)."""
@@ -38,8 +40,16 @@ class InputSite:
             self.total = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
         add_gram(self.total, rows)
         self.tokens += len(rows)
+        sums = rows.sum(0, dtype=torch.float32)
+        self.sums = sums if self.sums is None else self.sums + sums
         peaks = rows.abs().amax(0)
         self.largest = peaks if self.largest is None else torch.maximum(self.largest, peaks)
+
+    def mean(self) -> Tensor:
+        """E[x]: (features,), float32."""
+        if self.sums is None:
+            raise ValueError("this input was never seen")
+        return self.sums / self.tokens
 
     def second_moment(self) -> Tensor:
         """H = Σ x xᵀ / T: (features, features). Takes the memory of the sum: to be called once, at the end."""

@@ -13,6 +13,7 @@ from app.spec.quantize import QuantizeCalibrated
 from workers.engine.calibration.block_stream import LiveBlock
 from workers.engine.calibration.hidden_states import HiddenStates
 from workers.engine.calibration.input_moments import InputSite, gather_moments, input_sites
+from workers.engine.checkpoint.layout import TORCH_DTYPES
 from workers.engine.checkpoint.selection import module_name, non_finite
 from workers.engine.export.pack_quantized import PackedLayer
 from workers.engine.quantize.block_tuning import Untuned, original_outputs, tune_block
@@ -82,7 +83,7 @@ class BlockSolver:
             return self._solve_layers(block)
         scaled = scale_channels(block, self.step, self.layers, LayerSolver(self.step, self.threads))
         done = self._solve_layers(block)
-        done.tensors |= scaled.tensors
+        done.tensors = scaled.tensors | done.tensors
         done.warnings += scaled.warnings
         return done
 
@@ -117,6 +118,8 @@ class BlockSolver:
             gather_moments(block, together)
             for site in together:
                 self._solve_site(block, site, {name: chosen[name] for name in site.layers}, solver, done)
+        if self.step.bias_correction and not any(f"{name}.bias" in block.stored_names for name in chosen):
+            done.warnings.append(f"no bias to correct in block {block.index}")
         done.warnings += solver.warnings
         return done
 
@@ -143,6 +146,8 @@ class BlockSolver:
             if not torch.isfinite(weight).all():
                 raise non_finite(name)
         fits = solver.solve(weights, {name: self.layers[name] for name in weights}, second_moment)
+        if self.step.bias_correction:
+            self._correct_biases(block, stored, weights, fits, site.mean(), done)
         for name, fit in fits.items():
             self._note(name, weights[name], fit, second_moment, done)
             if self.step.solver == "signround":
@@ -154,6 +159,24 @@ class BlockSolver:
                 done.tensors |= self.layers[name].tensors(fit)
             # What a loader makes of the file, so that the next block is calibrated on what it will be given.
             weights[name].copy_(fit.restored().to(fit.dtype))
+
+    def _correct_biases(
+        self,
+        block: LiveBlock,
+        stored: dict[str, str],
+        weights: dict[str, Tensor],
+        fits: dict[str, LayerFit],
+        mean: Tensor,
+        done: SolvedBlock,
+    ) -> None:
+        """Add to biases what the outputs lose on average, (W − Ŵ)·E[x] (Nagel et al. 2019, sec. 4.2, eq. 15)."""
+        for name, weight in stored.items():
+            if (key := block.stored_names.get(f"{name}.bias")) is None:
+                continue
+            bias = block.module.get_parameter(f"{name}.bias")
+            corrected = bias.float() + (weights[weight].float() - fits[weight].restored()) @ mean
+            done.tensors[key] = corrected.to(TORCH_DTYPES[self.layers[weight].dtype]).cpu()
+            bias.copy_(done.tensors[key])
 
     def _note(
         self, name: str, weight: Tensor, fit: LayerFit, second_moment: Tensor, done: SolvedBlock

@@ -32,6 +32,7 @@ from workers.engine.export.pack_quantized import (
     pack_rows,
 )
 from workers.engine.quantize.grid import fit_groups
+from workers.engine.quantize.half_quadratic import fit_half_quadratic
 from workers.engine.quantize.packed_layers import (
     WeightError,
     config_with_quantization,
@@ -97,7 +98,10 @@ def _quantize_slab(
         part = slice(start, min(start + size, rows.shape[0]))
         groups = rows[part].float().reshape(-1, layer.group_size or layer.columns)
         norm = _finite_norm(groups, slab.entry.name)
-        fit = fit_groups(groups, layer.grid, rows.dtype, search=step.scale_search == "mse")
+        if step.scale_search == "hqq":
+            fit = fit_half_quadratic(groups, layer.grid, rows.dtype)
+        else:
+            fit = fit_groups(groups, layer.grid, rows.dtype, search=step.scale_search == "mse")
         codes[part] = fit.codes.view(-1, layer.columns)
         scales[part] = fit.scale.view(-1, layer.groups)
         zeros[part] = fit.zero.view(-1, layer.groups)
