@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from app.spec.base import Frozen, Step
+from app.spec.calibration_memory import calibrated_bytes
 from app.spec.compression import CompressionSpec, Evaluation
 from app.spec.distill import DistillLogits
 from app.spec.facts import ModelFacts
@@ -37,8 +38,6 @@ TRAINING_LOGITS_COPIES = 5
 """Teacher, student, both log-softmaxes, and the gradient."""
 ACTIVATION_FLOATS_PER_HIDDEN = 34
 """Floats kept for the backward pass per token, block and hidden unit (Korthikanti et al. 2022, sec. 4)."""
-GPTQ_COPIES = 3
-"""Float32 matrices of the widest layer's inputs squared: its statistics, their factor and the inverse of it."""
 ONNX_COPIES = 7
 """Float32 copies of the model while it is optimized: module, graph, variants, and onnxruntime's own of each in a contest."""
 
@@ -108,7 +107,7 @@ def plan_job(
     """
     limits = [n for n in (spec.resources.memory_budget, worker_memory) if n is not None]
     budget = min(limits, default=None)
-    stages = tuple(_stages(spec, facts, students or {}))
+    stages = tuple(_stages(spec, facts, students or {}, budget))
     output = next(s.output_bytes or 0 for s in reversed(stages) if s.name == "export") + side_file_bytes
     peak = max(stage.peak_memory_bytes for stage in stages)
     uploaded = facts.weight_bytes + side_file_bytes
@@ -146,7 +145,9 @@ def nearest_spec(
     return None
 
 
-def _stages(spec: CompressionSpec, facts: ModelFacts, students: dict[str, ModelFacts]) -> Iterator[StagePlan]:
+def _stages(
+    spec: CompressionSpec, facts: ModelFacts, students: dict[str, ModelFacts], budget: int | None
+) -> Iterator[StagePlan]:
     original = Shape.of(facts.tensors)
     converted = original.weight_bytes if facts.format == "gguf" else 0
     yield _stage("load", SLAB_BYTES if converted else 0, converted, _streaming(converted))
@@ -154,8 +155,8 @@ def _stages(spec: CompressionSpec, facts: ModelFacts, students: dict[str, ModelF
     shape, names = original, spec.stage_names()
     for number, step in enumerate(spec.steps):
         result = after_step(step, shape, facts, students)
-        memory = _step_memory(step, shape, result, original, facts)
-        seconds = _step_seconds(step, shape, result, original)
+        memory = _step_memory(step, shape, result, original, facts, budget=budget)
+        seconds = _step_seconds(step, shape, result, original, facts.active_share())
         yield _stage(names[2 + number], memory, result.weight_bytes, seconds, result.weight_bytes)
         shape = result
     # Files are linked from the last step's directory, not copied.
@@ -184,7 +185,8 @@ def _measuring(name: str, evaluation: Evaluation, models: list[Shape], facts: Mo
     memory = sum(INTERPRETER_BYTES + _loaded(shape) for shape in running) + logits
     tokens = evaluation.tokens + evaluation.latency_rounds * LATENCY_TOKENS if evaluation.enabled else window
     seconds = sum(
-        PROCESS_SECONDS + 2 * shape.dense_parameters * tokens / FLOPS_PER_SECOND for shape in running
+        PROCESS_SECONDS + 2 * shape.dense_parameters * facts.active_share() * tokens / FLOPS_PER_SECOND
+        for shape in running
     )
     return _stage(name, memory, 0, seconds)
 
@@ -199,16 +201,33 @@ def _loaded(shape: Shape) -> int:
     return int(LOADING_FACTOR * 4 * shape.dense_parameters)
 
 
-def _step_memory(step: Step, before: Shape, after: Shape, original: Shape, facts: ModelFacts) -> int:
-    """Bytes beyond the interpreter's."""
+def calibration_memory(
+    step: QuantizeCalibrated, before: Shape, facts: ModelFacts, *, one_site_at_a_time: bool
+) -> int:
+    """Bytes beyond the interpreter's while a model is calibrated and quantized."""
+    return calibrated_bytes(
+        before.tensors,
+        facts,
+        tokens=step.calibration_tokens,
+        window=min(step.sequence_length, facts.max_positions),
+        one_site_at_a_time=one_site_at_a_time,
+        trained=step.solver == "signround",
+    )
+
+
+def _step_memory(
+    step: Step, before: Shape, after: Shape, original: Shape, facts: ModelFacts, *, budget: int | None
+) -> int:
+    """Bytes beyond the interpreter's; what can be done in less memory is, where the budget asks for it."""
     match step:
         case PruneDepth():
             states = 2 * 4 * step.calibration_tokens * facts.hidden_size
             return 4 * before.largest_block + 4 * facts.vocab_size * facts.hidden_size + states
         case QuantizeCalibrated():
-            widths = before.largest_block_widths
-            hessians = 4 * (sum(n * n for n in widths) + GPTQ_COPIES * max(widths, default=0) ** 2)
-            return 4 * before.largest_block + 4 * facts.vocab_size * facts.hidden_size + hessians + SLAB_BYTES
+            whole = calibration_memory(step, before, facts, one_site_at_a_time=False)
+            if budget is None or INTERPRETER_BYTES + whole <= budget:
+                return whole
+            return calibration_memory(step, before, facts, one_site_at_a_time=True)
         case DistillLogits():
             tokens = step.batch_size * step.sequence_length
             activations = 4 * tokens * facts.hidden_size * ACTIVATION_FLOATS_PER_HIDDEN * after.blocks
@@ -225,22 +244,23 @@ def _step_memory(step: Step, before: Shape, after: Shape, original: Shape, facts
             return SLAB_BYTES
 
 
-def _step_seconds(step: Step, before: Shape, after: Shape, original: Shape) -> float:
+def _step_seconds(step: Step, before: Shape, after: Shape, original: Shape, active: float) -> float:
+    """`active` is the share of the weights that a token meets."""
     streaming = _streaming(before.weight_bytes + after.weight_bytes)
     match step:
         case QuantizeWeights():
             return streaming + before.dense_parameters / QUANTIZED_WEIGHTS_PER_SECOND[step.scale_search]
         case QuantizeCalibrated():
-            forwards = 4 * before.dense_parameters * step.calibration_tokens
+            forwards = 4 * active * before.dense_parameters * step.calibration_tokens
             solving = before.dense_parameters * GPTQ_SECONDS_PER_WEIGHT
             return streaming + forwards / FLOPS_PER_SECOND + solving
         case PruneDepth():
-            return streaming + 2 * before.dense_parameters * step.calibration_tokens / FLOPS_PER_SECOND
+            forwards = 2 * active * before.dense_parameters * step.calibration_tokens
+            return streaming + forwards / FLOPS_PER_SECOND
         case DistillLogits():
             tokens = step.max_steps * step.batch_size * step.sequence_length
-            training = (
-                (6 * after.dense_parameters + 2 * original.dense_parameters) * tokens / FLOPS_PER_SECOND
-            )
+            products = 6 * after.dense_parameters + 2 * original.dense_parameters
+            training = active * products * tokens / FLOPS_PER_SECOND
             return streaming + min(training, step.max_seconds or training)
         case OptimizeOnnx():
             return streaming + PROCESS_SECONDS + ONNX_SECONDS_PER_PARAMETER * before.dense_parameters

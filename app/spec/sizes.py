@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from app.spec.architectures import block_index, is_compressible
+from app.spec.architectures import block_index, is_compressible, is_router
 from app.spec.base import Step
 from app.spec.compatibility import blocks_cut, matching_layers, module_name
 from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel
@@ -46,14 +46,6 @@ class Shape:
         for tensor in self.tensors:
             totals[block_index(tensor.name)] += tensor.elements
         return max((count for index, count in totals.items() if index is not None), default=0)
-
-    @property
-    def largest_block_widths(self) -> list[int]:
-        """Inputs of each linear layer of the widest block."""
-        widths: dict[int | None, list[int]] = {}
-        for tensor in compressible(self):
-            widths.setdefault(block_index(tensor.name), []).append(tensor.shape[1])
-        return max(widths.values(), key=lambda found: sum(n * n for n in found), default=[])
 
     @property
     def blocks(self) -> int:
@@ -128,7 +120,8 @@ def _words(codes: int, bits: int) -> int:
 
 def _quantized(step: IntegerWeights, shape: Shape) -> Shape:
     layers = compressible(shape)
-    chosen = {t.name for t in layers} - {t.name for t in matching_layers(step.ignore, layers)}
+    chosen = {t.name for t in layers if not is_router(t.name)}
+    chosen -= {t.name for t in matching_layers(step.ignore, layers)}
     tensors: list[TensorFact] = []
     for tensor in shape.tensors:
         tensors += packed_layer(tensor, step) if tensor.name in chosen else (tensor,)

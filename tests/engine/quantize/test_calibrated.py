@@ -114,7 +114,17 @@ def test_layers_that_share_an_input_share_its_moments() -> None:
 
     module, given = Block(), torch.randn(3, 2, 5, 4)
     seen: list[Tensor] = []
-    block = LiveBlock(0, module, {}, BlockCall((), {}), lambda: iter(given))
+    block = LiveBlock(
+        0,
+        module,
+        {},
+        BlockCall((), {}),
+        lambda: iter(given),
+        len(given),
+        given.__getitem__,
+        Path(),
+        lambda: None,
+    )
     with torch.inference_mode():
         sites = input_sites(block, ("left", "right", "after"))
         handle = module.after.register_forward_pre_hook(

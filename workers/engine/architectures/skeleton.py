@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from app.errors import IntakeError
+from app.spec.architectures import ARCHITECTURES, blocks_name
+from workers.engine.architectures.experts import separate_experts
 from workers.engine.architectures.loading import architecture_of
 from workers.engine.architectures.names import name_within_base
 from workers.engine.checkpoint import Checkpoint
@@ -69,11 +71,18 @@ class Skeleton:
         with init_empty_weights(include_buffers=False):
             whole = getattr(transformers, architecture_of(directory))(config)
         model = whole.base_model.float().eval()
+        architecture = ARCHITECTURES[architecture_of(directory)]
+        if architecture.expert_layers is not None:
+            separate_experts(model, architecture.expert_layers)
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device)
-        name, blocks = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList))
         checkpoint = Checkpoint.open(directory)
         names = {name_within_base(stored, whole.base_model_prefix): stored for stored in checkpoint.tensors}
+        # Models have other lists too: of experts, of norms for each head.
+        name = next(found for n in names if (found := blocks_name(n)) is not None)
+        blocks = model.get_submodule(name)
+        if not isinstance(blocks, nn.ModuleList):
+            raise TypeError(f"{name} of {architecture.name} is no list of blocks")
         skeleton = cls(checkpoint, names, model, blocks, name, device, dtype)
         skeleton._read_outside_blocks(windows)
         return skeleton

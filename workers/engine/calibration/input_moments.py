@@ -1,4 +1,8 @@
-"""Second moments of what the linear layers of a block are given, one for each distinct input."""
+"""Second moments of what the linear layers of a block are given, one for each distinct input.
+
+Experts see only the tokens that are routed to them. Of one that saw too few its own statistics say nothing: it is taken
+for one whose inputs are white noise, H = I, for which every calibrated method does what it does without calibration.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from app.spec.architectures import is_expert
 from workers.engine.calibration.block_stream import EnoughSeen, LiveBlock
 
 Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 
+# Tokens per input feature: with fewer, H has so low a rank that compensating by it fits the noise.
+_ENOUGH = 1 / 8
 # Blocks of columns of the symmetric product: those below the diagonal need not be computed.
 _GRAM_BLOCKS = 4
 _SMALLEST_GRAM_BLOCK = 128
@@ -33,6 +40,13 @@ class InputSite:
     sums: Tensor | None = None
     """Σ x over the tokens seen: (features,), float32."""
 
+    @property
+    def is_guess(self) -> bool:
+        """Whether it is an expert's and saw too few tokens, so that H is the identity; to be asked before H."""
+        return (
+            self.total is not None and is_expert(self.layers[0]) and self.tokens < _ENOUGH * len(self.total)
+        )
+
     def add(self, inputs: Tensor) -> None:
         """Take in more tokens: (..., tokens, features)."""
         rows = inputs.reshape(-1, inputs.shape[-1])
@@ -40,21 +54,25 @@ class InputSite:
             self.total = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
         add_gram(self.total, rows)
         self.tokens += len(rows)
+        if not len(rows):
+            return
         sums = rows.sum(0, dtype=torch.float32)
         self.sums = sums if self.sums is None else self.sums + sums
         peaks = rows.abs().amax(0)
         self.largest = peaks if self.largest is None else torch.maximum(self.largest, peaks)
 
     def mean(self) -> Tensor:
-        """E[x]: (features,), float32."""
-        if self.sums is None:
+        """E[x]: (features,), float32; zeros where no token was seen."""
+        if self.total is None:
             raise ValueError("this input was never seen")
-        return self.sums / self.tokens
+        return torch.zeros_like(self.total[0]) if self.sums is None else self.sums / self.tokens
 
     def second_moment(self) -> Tensor:
         """H = Σ x xᵀ / T: (features, features). Takes the memory of the sum: to be called once, at the end."""
         if self.total is None:
             raise ValueError("this input was never seen")
+        if self.is_guess:
+            return torch.eye(len(self.total), device=self.total.device)
         moment, self.total = self.total.div_(self.tokens), None
         for start, stop in _spans(len(moment)):
             moment[stop:, start:stop] = moment[start:stop, stop:].t()
@@ -80,7 +98,8 @@ def _spans(features: int) -> list[tuple[int, int]]:
 def input_sites(block: LiveBlock, names: Iterable[str]) -> list[InputSite]:
     """The distinct inputs of the named layers, in the order they are called, from the first window alone.
 
-    Layers called with the very same tensor share a site; a layer that is never called is in none.
+    Layers called with the very same tensor share a site; a layer that is never called is in none. Experts are always
+    called, if with no token.
     """
     sites: list[tuple[Tensor, InputSite]] = []
 
@@ -126,3 +145,23 @@ def _hooked(block: LiveBlock, hooks: dict[str, Hook]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def expert_of(layer: str) -> str:
+    """`model.layers.0.mlp.experts.3` of `model.layers.0.mlp.experts.3.up_proj.weight`."""
+    mixture, _, rest = layer.partition(".experts.")
+    return f"{mixture}.experts.{rest.partition('.')[0]}"
+
+
+def warning_of_seldom_used(experts: dict[str, int]) -> list[str]:
+    """One warning that names experts and the tokens they saw, those without any first; none where there are none."""
+    unseen = [name for name, tokens in experts.items() if tokens == 0]
+    few = [f"{name} ({tokens})" for name, tokens in experts.items() if tokens]
+    parts = [
+        f"{what}: {', '.join(names)}"
+        for what, names in (("experts that saw no token", unseen), ("experts that saw too few tokens", few))
+        if names
+    ]
+    if not parts:
+        return []
+    return [f"rounded to nearest for want of calibration, {'; '.join(parts)}. Raise calibration_tokens."]

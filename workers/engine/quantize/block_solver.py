@@ -12,11 +12,11 @@ from app.errors import JobFailed
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.calibration.block_stream import LiveBlock
 from workers.engine.calibration.hidden_states import HiddenStates
-from workers.engine.calibration.input_moments import InputSite, gather_moments, input_sites
+from workers.engine.calibration.input_moments import InputSite, expert_of, gather_moments, input_sites
 from workers.engine.checkpoint.layout import TORCH_DTYPES
 from workers.engine.checkpoint.selection import module_name, non_finite
 from workers.engine.export.pack_quantized import PackedLayer
-from workers.engine.quantize.block_tuning import Untuned, original_outputs, tune_block
+from workers.engine.quantize.block_tuning import Untuned, original_outputs, row_parts, tune_block
 from workers.engine.quantize.channel_scaling import scale_channels
 from workers.engine.quantize.compensation import row_errors
 from workers.engine.quantize.layer_fit import LayerFit
@@ -39,6 +39,8 @@ class SolvedBlock:
     outputs_had: float = 0.0
     """The same of tr(W H Wᵀ)."""
     warnings: list[str] = field(default_factory=list)
+    seldom_used: dict[str, int] = field(default_factory=dict)
+    """Tokens seen by the experts that saw too few."""
     tuning: tuple[float, float] | None = None
     """Mean squared error of the block's outputs before and after it was tuned."""
     untuned: dict[str, Untuned] = field(default_factory=dict)
@@ -51,6 +53,7 @@ class SolvedBlock:
             "outputs_lost": self.outputs_lost,
             "outputs_had": self.outputs_had,
             "warnings": self.warnings,
+            "seldom_used": self.seldom_used,
             "tuning": self.tuning,
         }
 
@@ -81,7 +84,7 @@ class BlockSolver:
     def _scale_and_solve(self, block: LiveBlock) -> SolvedBlock:
         if self.step.scaling == "none":
             return self._solve_layers(block)
-        scaled = scale_channels(block, self.step, self.layers, LayerSolver(self.step, self.threads))
+        scaled = scale_channels(block, self.step, self.layers, threads=self.threads)
         done = self._solve_layers(block)
         done.tensors = scaled.tensors | done.tensors
         done.warnings += scaled.warnings
@@ -132,6 +135,9 @@ class BlockSolver:
         done: SolvedBlock,
     ) -> None:
         """Quantize the layers that share an input; `stored` are their weights' names by theirs in the block."""
+        if site.is_guess:
+            done.seldom_used |= {expert_of(name): site.tokens for name in stored.values()}
+        mean = site.mean()
         second_moment = site.second_moment()
         if not torch.isfinite(second_moment.diagonal()).all():
             raise JobFailed(
@@ -147,18 +153,12 @@ class BlockSolver:
                 raise non_finite(name)
         fits = solver.solve(weights, {name: self.layers[name] for name in weights}, second_moment)
         if self.step.bias_correction:
-            self._correct_biases(block, stored, weights, fits, site.mean(), done)
-        for name, fit in fits.items():
-            self._note(name, weights[name], fit, second_moment, done)
+            self._correct_biases(block, stored, weights, fits, mean, done)
+        for within, name in stored.items():
             if self.step.solver == "signround":
-                within = next(key for key, known in stored.items() if known == name)
-                original = weights[name].clone()
-                wanted = best_alone(original.float(), fit.restored(), second_moment)
-                done.untuned[within] = Untuned(fit, doubts(fit, wanted), original)
-            else:
-                done.tensors |= self.layers[name].tensors(fit)
-            # What a loader makes of the file, so that the next block is calibrated on what it will be given.
-            weights[name].copy_(fit.restored().to(fit.dtype))
+                done.untuned[within] = _untuned(weights[name], fits[name], second_moment)
+            self._settle(name, weights[name], fits[name], second_moment, done)
+            done.tensors |= self.layers[name].tensors(fits[name])
 
     def _correct_biases(
         self,
@@ -178,24 +178,38 @@ class BlockSolver:
             done.tensors[key] = corrected.to(TORCH_DTYPES[self.layers[weight].dtype]).cpu()
             bias.copy_(done.tensors[key])
 
-    def _note(
+    def _settle(
         self, name: str, weight: Tensor, fit: LayerFit, second_moment: Tensor, done: SolvedBlock
     ) -> None:
-        """Add up what was lost, a few rows at a time."""
-        done.weight_errors[name] = _weight_error(weight, fit)
+        """Give the block the weights that a loader makes of the file, and add up what was lost; few rows at a time."""
+        of_error = of_weights = 0.0
         for start in range(0, len(weight), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
-            before = weight[rows].float()
-            difference = fit.of_rows(rows).restored() - before
+            before = weight[rows].to(torch.float32, copy=True)
+            restored = fit.of_rows(rows).restored()
+            # The next layers and blocks are calibrated on what they will be given.
+            weight[rows] = restored.to(fit.dtype).to(weight.dtype)
+            difference = restored.sub_(before)
+            of_error += _total(difference.square())
+            of_weights += _total(before.square())
             done.outputs_lost += _total(row_errors(difference, second_moment))
             done.outputs_had += _total(row_errors(before, second_moment))
+        done.weight_errors[name] = (of_error, of_weights)
+
+
+def _untuned(weight: Tensor, fit: LayerFit, second_moment: Tensor) -> Untuned:
+    latent = torch.empty(weight.shape, device=weight.device)
+    for rows in row_parts(len(weight)):
+        part = fit.of_rows(rows)
+        wanted = best_alone(weight[rows].float(), part.restored(), second_moment)
+        latent[rows] = doubts(part, wanted).add_(part.codes)
+    return Untuned(fit, latent, weight.clone())
 
 
 def _weight_error(weight: Tensor, fit: LayerFit) -> tuple[float, float]:
     """‖D‖² and ‖W‖²."""
     of_error = of_weights = 0.0
-    for start in range(0, len(weight), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
+    for rows in row_parts(len(weight)):
         before = weight[rows].float()
         of_error += _total((fit.of_rows(rows).restored() - before).square())
         of_weights += _total(before.square())

@@ -26,6 +26,7 @@ from workers.engine.quantize.sign_rounding import codes_of, latent_signs, rates
 
 # Windows whose gradients are added up for one step.
 _WINDOWS_PER_STEP = 2
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Untuned:
     """A layer as a solver left it."""
 
     fit: LayerFit
-    doubt: Tensor
-    """By how many steps of the grid each weight would rather be elsewhere: (rows, columns), at most half a step."""
+    latent: Tensor
+    """Where each weight would best be alone, in steps of the grid and at most half of one from its code: (rows, columns);
+    training moves it in place."""
     original: Tensor
     """The weight before it was quantized: (rows, columns)."""
 
@@ -87,7 +89,8 @@ def tune_block(
     if after < before:
         return Tuned({name: layer.fit for name, layer in training.items()}, before, after)
     for name, layer in training.items():
-        layer.parameter.copy_(layers[name].fit.restored())
+        fit = layers[name].fit
+        layer.parameter.copy_(fit.restored().to(fit.dtype))
     return Tuned({name: layer.fit for name, layer in layers.items()}, before, before)
 
 
@@ -122,13 +125,22 @@ class _Training:
     def of(cls, layer: Untuned, module: nn.Module, name: str) -> _Training:
         parameter = module.get_parameter(f"{name}.weight")
         parameter.requires_grad_(True)
-        return cls(parameter, layer.fit, layer.fit.codes + layer.doubt)
+        return cls(parameter, replace(layer.fit, codes=layer.fit.codes.clone()), layer.latent)
 
     def step(self, rate: float) -> None:
-        """Move the latents by `rate` steps of the grid against the gradient."""
+        """Move the latents by `rate` steps of the grid against the gradient, and the codes with them."""
         if self.parameter.grad is None:
-            raise ValueError("no gradient has reached the layer")
-        self.latent.sub_(latent_signs(self.fit, self.parameter.grad), alpha=rate)
+            # An expert that none of the step's tokens were sent to.
+            return
+        for rows in row_parts(len(self.latent)):
+            part = self.fit.of_rows(rows)
+            self.latent[rows].sub_(latent_signs(part, self.parameter.grad[rows]), alpha=rate)
+            part.codes.copy_(codes_of(part, self.latent[rows]))
+            self.parameter[rows] = part.restored().to(self.fit.dtype).to(self.parameter.dtype)
         self.parameter.grad = None
-        self.fit = replace(self.fit, codes=codes_of(self.fit, self.latent))
-        self.parameter.copy_(self.fit.restored())
+
+
+def row_parts(rows: int) -> Iterator[slice]:
+    """A few rows at a time: what is needed of a layer for a moment stays small."""
+    for start in range(0, rows, _ROWS_AT_ONCE):
+        yield slice(start, start + _ROWS_AT_ONCE)

@@ -17,9 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
+from app.spec.plan import INTERPRETER_BYTES, calibration_memory
 from app.spec.quantize import QuantizeCalibrated
+from app.spec.sizes import Shape
 from workers.engine.calibration.block_journal import BlockJournal, open_journal
 from workers.engine.calibration.block_stream import LiveBlock, compute_dtype, stream_blocks
+from workers.engine.calibration.input_moments import warning_of_seldom_used
 from workers.engine.calibration.step_calibration import calibration_in, calibration_windows
 from workers.engine.checkpoint import (
     Checkpoint,
@@ -56,7 +59,7 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
     """
     checkpoint = Checkpoint.open(context.source)
     selection = select_layers(checkpoint, step.ignore)
-    layers = plan_layers(selection, step)
+    layers = plan_layers(checkpoint, selection, step)
     windows = calibration_windows(context, tokens=step.calibration_tokens, length=step.sequence_length)
     with open_journal(context.journal, context.target.parent, _key(step, context, windows)) as journal:
         _solve(step, context, layers, windows, journal)
@@ -76,8 +79,13 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
             "calibration_tokens": windows.numel(),
         }
         | _tuning_metrics([record["tuning"] for record in records if record["tuning"]]),
-        warnings=warnings_of(layers, selection)
-        + tuple(warning for record in records for warning in record["warnings"]),
+        warnings=(
+            *warnings_of(layers, selection, checkpoint),
+            *(warning for record in records for warning in record["warnings"]),
+            *warning_of_seldom_used(
+                {name: tokens for record in records for name, tokens in record["seldom_used"].items()}
+            ),
+        ),
     )
 
 
@@ -110,7 +118,13 @@ def _solve(
     calibration = calibration_in(
         journal.directory, context, windows, share=_SOLVING, dtype=compute_dtype(stored, context.device)
     )
-    solver = BlockSolver(step, layers, context.threads, one_site_at_a_time=False, seed=context.seed)
+    solver = BlockSolver(
+        step,
+        layers,
+        context.threads,
+        one_site_at_a_time=_is_short_of_memory(step, context, checkpoint),
+        seed=context.seed,
+    )
     records: dict[int, dict[str, Any]] = {}
 
     def prepare(block: LiveBlock) -> None:
@@ -124,6 +138,15 @@ def _solve(
         finished=lambda index: journal.commit(index, records.pop(index)),
         first_block=journal.blocks_done,
     )
+
+
+def _is_short_of_memory(step: QuantizeCalibrated, context: StepContext, checkpoint: Checkpoint) -> bool:
+    """Whether the statistics of a whole block would go over the budget, by the plan's own figures."""
+    if context.memory_budget is None:
+        return False
+    shape = Shape.of(tuple(checkpoint.facts()))
+    needed = calibration_memory(step, shape, context.facts, one_site_at_a_time=False)
+    return INTERPRETER_BYTES + needed > context.memory_budget
 
 
 def _write(

@@ -27,7 +27,7 @@ from workers.engine.quantize.channel_factors import (
     best_candidate,
     smoothing_factor,
 )
-from workers.engine.quantize.layer_solver import LayerSolver
+from workers.engine.quantize.layer_fit import fit_layer
 
 # Of what the block adds to its input. Folding costs roundings of 16-bit weights, far less than this; a module that
 # feeds more than it is known to feed costs far more.
@@ -44,7 +44,7 @@ class Scaled:
 
 
 def scale_channels(
-    block: LiveBlock, step: QuantizeCalibrated, layers: dict[str, PackedLayer], solver: LayerSolver
+    block: LiveBlock, step: QuantizeCalibrated, layers: dict[str, PackedLayer], *, threads: int
 ) -> Scaled:
     """Scale what can be scaled, in place; `layers` are those to be quantized, by the names of their weights.
 
@@ -64,7 +64,7 @@ def scale_channels(
     sites = input_sites(block, [feed.layers[0] for feed in feeds])
     gather_moments(block, sites)
     by_layer = {site.layers[0]: site for site in sites}
-    factors = [_factor(block, feed, by_layer.pop(feed.layers[0]), step, chosen, solver) for feed in feeds]
+    factors = [_factor(block, feed, by_layer.pop(feed.layers[0]), step, chosen, threads) for feed in feeds]
     changed = [
         name for feed, factor in zip(feeds, factors, strict=True) for name in fold(block.module, feed, factor)
     ]
@@ -85,12 +85,12 @@ def _factor(
     site: InputSite,
     step: QuantizeCalibrated,
     chosen: dict[str, PackedLayer],
-    solver: LayerSolver,
+    threads: int,
 ) -> Tensor:
     """The factor of each channel of a feed's source: (channels,)."""
     if step.scaling == "smoothquant":
         if site.largest is None:
-            raise ValueError("this input was never seen")
+            raise ValueError("an input that feeds a whole block is never empty")
         weights = (block.module.get_parameter(f"{name}.weight") for name in feed.layers)
         peaks = torch.stack([weight.float().abs().amax(0) for weight in weights]).amax(0)
         inputs = site.largest.float()
@@ -98,13 +98,13 @@ def _factor(
     second_moment = site.second_moment()
     candidates = [balanced(feed.shared(awq_factor(second_moment, strength))) for strength in AWQ_STRENGTHS]
     found = best_candidate(
-        list(_restorable(block, feed, chosen, solver)), second_moment, [feed.repeated(c) for c in candidates]
+        list(_restorable(block, feed, chosen, threads)), second_moment, [feed.repeated(c) for c in candidates]
     )
     return candidates[found]
 
 
 def _restorable(
-    block: LiveBlock, feed: Feed, chosen: dict[str, PackedLayer], solver: LayerSolver
+    block: LiveBlock, feed: Feed, chosen: dict[str, PackedLayer], threads: int
 ) -> Iterator[tuple[Tensor, Restore]]:
     """The weights of a feed's layers that are to be quantized, and how each is rounded."""
     for name in feed.layers:
@@ -112,7 +112,15 @@ def _restorable(
             continue
 
         def restore(weight: Tensor, moment: Tensor, layer: PackedLayer = layer) -> Tensor:
-            return solver.nearest(weight.clone(), layer, moment).restored()
+            fit = fit_layer(
+                weight,
+                layer.grid,
+                group_size=layer.group_size,
+                dtype=TORCH_DTYPES[layer.dtype],
+                importance=moment.diagonal(),
+                threads=threads,
+            )
+            return fit.restored()
 
         yield block.module.get_parameter(f"{name}.weight").float(), restore
 

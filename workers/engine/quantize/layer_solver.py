@@ -1,20 +1,37 @@
-"""Quantize the layers of one input: the same solver for every grid, whichever algorithm a step asks for."""
+"""Quantize the layers of one input: the same solver for every grid, whichever algorithm a step asks for.
+
+Rows do not depend on each other. Small layers that are stored alike are stacked, so that a pass over their columns is
+made once; large ones are taken some rows at a time, so that what is beside the weights stays small.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from app.spec.calibration_memory import WEIGHTS_AT_ONCE
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.checkpoint.layout import TORCH_DTYPES
 from workers.engine.export.pack_quantized import PackedLayer
 from workers.engine.quantize.compensation import Factor, NotPositiveDefinite, compensated, factorize
-from workers.engine.quantize.layer_fit import LayerFit, fit_layer
+from workers.engine.quantize.layer_fit import LayerFit, fit_layer, joined
 from workers.engine.quantize.refinement import refined
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of layers that are stored alike."""
+
+    layer: PackedLayer
+    parts: tuple[tuple[str, slice], ...]
+
+    def weight(self, weights: dict[str, Tensor]) -> Tensor:
+        """Its rows, one below the other: (rows, columns), float32."""
+        return torch.cat([weights[name][part].float() for name, part in self.parts])
 
 
 class LayerSolver:
@@ -27,50 +44,55 @@ class LayerSolver:
     def solve(
         self, weights: dict[str, Tensor], layers: dict[str, PackedLayer], second_moment: Tensor
     ) -> dict[str, LayerFit]:
-        """Fit weights (rows, columns) that share inputs of second moment H (columns, columns), by name.
-
-        Layers stored alike are solved together, row below row.
-        """
-        alike = _stored_alike(layers)
-        stacked = {names: torch.cat([weights[name].float() for name in names]) for names in alike}
-        fits = {names: self.nearest(stacked[names], layers[names[0]], second_moment) for names in alike}
+        """Fit weights (rows, columns) that share inputs of second moment H (columns, columns), by name."""
+        batches = list(_batches(layers))
         factor = self._factor(second_moment, list(weights)) if self.step.solver != "nearest" else None
+        fits = [self._fit(batch, weights, second_moment, factor) for batch in batches]
         if factor is not None:
-            for names in alike:
-                fits[names] = compensated(stacked[names], factor, fits[names], threads=self.threads)
             order, damping = factor.order, factor.damping
             # Refining needs H, and no longer its factor, which is as large.
             del factor
             with _damped(second_moment, damping):
-                for names in alike:
-                    fits[names] = refined(
-                        stacked.pop(names), fits[names], second_moment, order,
-                        rounds=self._refinements(layers[names[0]]), threads=self.threads,
-                    )  # fmt: skip
-        return {
-            name: fit
-            for names, together in fits.items()
-            for name, fit in zip(names, _parts(together, [len(weights[n]) for n in names]), strict=True)
-        }
+                fits = [
+                    self._refine(batch, fit, weights, second_moment, order)
+                    for batch, fit in zip(batches, fits, strict=True)
+                ]
+        found: dict[str, list[LayerFit]] = {name: [] for name in layers}
+        for batch, fit in zip(batches, fits, strict=True):
+            start = 0
+            for name, rows in batch.parts:
+                stop = start + rows.stop - rows.start
+                found[name].append(fit.of_rows(slice(start, stop)))
+                start = stop
+        return {name: joined(parts) for name, parts in found.items()}
 
-    def nearest(self, weight: Tensor, layer: PackedLayer, second_moment: Tensor) -> LayerFit:
-        """Round to nearest with searched scales; zeroes what multiplies inputs that are always zero, in place."""
-        importance = second_moment.diagonal()
-        # What multiplies an input that is always zero need not be kept, and would only be compensated for.
-        weight.mul_(importance != 0)
-        return fit_layer(
+    def _fit(
+        self, batch: _Batch, weights: dict[str, Tensor], second_moment: Tensor, factor: Factor | None
+    ) -> LayerFit:
+        weight = batch.weight(weights)
+        fit = fit_layer(
             weight,
-            layer.grid,
-            group_size=layer.group_size,
-            dtype=TORCH_DTYPES[layer.dtype],
-            importance=importance,
+            batch.layer.grid,
+            group_size=batch.layer.group_size,
+            dtype=TORCH_DTYPES[batch.layer.dtype],
+            importance=second_moment.diagonal(),
             threads=self.threads,
         )
+        if factor is not None:
+            fit = compensated(weight, factor, fit, threads=self.threads)
+        return fit.compact()
 
-    def _refinements(self, layer: PackedLayer) -> int:
-        if self.step.refinements is not None:
-            return self.step.refinements
-        return 3 if layer.bits < 4 else 1
+    def _refine(
+        self, batch: _Batch, fit: LayerFit, weights: dict[str, Tensor], second_moment: Tensor, order: Tensor
+    ) -> LayerFit:
+        rounds = self.step.refinements
+        if rounds is None:
+            rounds = 3 if batch.layer.bits < 4 else 1
+        if rounds == 0:
+            return fit
+        weight = batch.weight(weights)
+        fit = replace(fit, codes=fit.codes.float())
+        return refined(weight, fit, second_moment, order, rounds=rounds, threads=self.threads).compact()
 
     def _factor(self, second_moment: Tensor, stored: list[str]) -> Factor | None:
         """What all layers of an input share; None, with a warning that names them, where there is no factor."""
@@ -96,17 +118,22 @@ def _damped(second_moment: Tensor, damping: float) -> Iterator[None]:
     diagonal.copy_(before)
 
 
-def _stored_alike(layers: dict[str, PackedLayer]) -> list[tuple[str, ...]]:
-    """Names of layers whose weights may be stacked, since all that matters of how they are stored is the same."""
+def _batches(layers: dict[str, PackedLayer]) -> Iterator[_Batch]:
+    """Layers whose weights may be stacked, since all that matters of how they are stored is the same."""
     alike: dict[PackedLayer, list[str]] = {}
     for name, layer in layers.items():
         alike.setdefault(replace(layer, module="", rows=0), []).append(name)
-    return [tuple(names) for names in alike.values()]
-
-
-def _parts(fit: LayerFit, rows: list[int]) -> Iterator[LayerFit]:
-    """A stack of layers, taken apart."""
-    start = 0
-    for count in rows:
-        yield fit.of_rows(slice(start, start + count))
-        start += count
+    for names in alike.values():
+        parts: list[tuple[str, slice]] = []
+        room = limit = max(1, WEIGHTS_AT_ONCE // layers[names[0]].columns)
+        for name in names:
+            start, rows = 0, layers[name].rows
+            while start < rows:
+                stop = min(rows, start + room)
+                parts.append((name, slice(start, stop)))
+                room, start = room - (stop - start), stop
+                if room == 0:
+                    yield _Batch(layers[names[0]], tuple(parts))
+                    parts, room = [], limit
+        if parts:
+            yield _Batch(layers[names[0]], tuple(parts))

@@ -1,0 +1,115 @@
+"""Memory of calibrated quantization, from shapes alone: what a plan says, and what the engine keeps to.
+
+Beside the interpreter: one block's weights, the second moments H of its inputs, the factor of the largest, the rows that
+are being solved, what has been found, and one window's activations.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from app.spec.architectures import block_index, is_compressible
+from app.spec.facts import ModelFacts, TensorFact
+
+WEIGHTS_AT_ONCE = 2**23
+"""Weights whose scales and codes are solved at once."""
+_SOLVING_BYTES = 28
+"""Per weight that is solved at once: weights, codes, targets, differences and their like in float32."""
+_FOUND_BYTES = 3
+"""Per weight of a site: codes in 16 bits, and packed."""
+_FACTOR_COPIES = 1.3
+"""Of H, while it is factored."""
+_ACTIVATIONS = 12
+"""Tensors of a window's (tokens, widest input) alive in a block's forward."""
+_LATENT_BYTES = 8
+"""Per weight of a block that is trained: where it would best be in float32, its codes before and now in 16 bits."""
+_TRAINED_ACTIVATIONS = 30
+"""Tensors of a window's (tokens, widest input) kept for the gradients."""
+_RUNTIME_BYTES = 60 * 2**20
+"""What torch's kernels and allocators keep for themselves."""
+# Layers that are called with one and the same input, in the names that architectures give them.
+_SHARING = (
+    {"q_proj", "k_proj", "v_proj"},
+    {"query", "key", "value"},
+    {"q_lin", "k_lin", "v_lin"},
+    {"q", "k", "v"},
+    {"gate_proj", "up_proj"},
+    {"w1", "w3"},
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """An input of a block that layers share."""
+
+    features: int
+    weights: int
+    """Of all its layers."""
+
+
+def sites_of(layers: Iterable[TensorFact]) -> list[Site]:
+    """The distinct inputs of a block's linear layers."""
+    found: dict[tuple[str, str], list[TensorFact]] = defaultdict(list)
+    for layer in layers:
+        parent, _, leaf = layer.name.removesuffix(".weight").rpartition(".")
+        shared = next((min(names) for names in _SHARING if leaf in names), leaf)
+        found[parent, shared].append(layer)
+    return [Site(group[0].shape[1], sum(t.elements for t in group)) for group in found.values()]
+
+
+def calibrated_bytes(
+    tensors: Iterable[TensorFact],
+    facts: ModelFacts,
+    *,
+    tokens: int,
+    window: int,
+    one_site_at_a_time: bool,
+    trained: bool = False,
+) -> int:
+    """Peak beyond the interpreter's for a model of these tensors; `facts` are those of the original.
+
+    `tokens` of calibration in windows of `window`: of the embeddings only the rows that are looked up are read. With
+    `one_site_at_a_time` only one H is held. `trained`: the block's codes are trained after they are solved.
+    """
+    weights: dict[int, int] = defaultdict(int)
+    inside: dict[int, list[TensorFact]] = defaultdict(list)
+    width = 4
+    for tensor in tensors:
+        index = block_index(tensor.name)
+        if index is not None:
+            width = 2 if tensor.dtype == "BF16" else 4
+            weights[index] += tensor.elements * width
+            if is_compressible(tensor.name, tensor.shape):
+                inside[index].append(tensor)
+    embeddings = min(tokens, facts.vocab_size) * facts.hidden_size * width
+    peaks = [
+        weights[index]
+        + _solving(sites_of(found), window, width, one_site_at_a_time=one_site_at_a_time)
+        + (_training(sites_of(found), window, width) if trained else 0)
+        for index, found in inside.items()
+    ]
+    return max(peaks, default=0) + embeddings + _RUNTIME_BYTES
+
+
+def _training(sites: list[Site], window: int, width: int) -> int:
+    """What training a block holds: latents, the codes twice, original weights, gradients, and activations for those."""
+    weights, widest = sum(site.weights for site in sites), max(site.features for site in sites)
+    return weights * (_LATENT_BYTES + 2 * width) + _TRAINED_ACTIVATIONS * window * widest * width
+
+
+def _solving(sites: list[Site], window: int, width: int, *, one_site_at_a_time: bool) -> int:
+    """The most that is held at once beside a block's weights."""
+    moments = [4 * site.features**2 for site in sites]
+    held = 0 if one_site_at_a_time else sum(moments)
+    found = sum(site.weights for site in sites) // 2
+    peak = 0
+    for site, moment in zip(sites, moments, strict=True):
+        solving = _SOLVING_BYTES * min(site.weights, WEIGHTS_AT_ONCE) + _FOUND_BYTES * site.weights
+        own = moment if one_site_at_a_time else 0
+        peak = max(peak, own + held + int(_FACTOR_COPIES * moment) + solving)
+        # A site's H is freed once its layers are solved.
+        held = max(0, held - moment)
+    widest = max(site.features for site in sites)
+    return max(peak + found, _ACTIVATIONS * window * widest * width + sum(moments))
