@@ -19,6 +19,7 @@ from app.spec.facts import ModelFacts, TensorFact
 from app.spec.layouts import inputs_of, limits_of_layout
 from app.spec.prune import PruneDepth, PruneMagnitude
 from app.spec.quantize import IntegerWeights
+from app.spec.quantize_onnx import QuantizeOnnx
 
 _NAMED_LAYERS = 3
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -64,8 +65,10 @@ def check_spec(
         faults += [
             Fault(where + at, why) for at, why in limits_of_layout(step, shape.architecture, shape.layers)
         ]
-        if isinstance(step, IntegerWeights | PruneMagnitude):
+        if isinstance(step, IntegerWeights | PruneMagnitude | QuantizeOnnx):
             faults += _check_layers(step, shape, where)
+        if isinstance(step, QuantizeOnnx):
+            faults += _check_head(step, facts, where)
         if isinstance(step, PruneDepth):
             faults += _check_depth(step, shape, where)
             shape = shape.without_blocks(min(step.blocks_to_drop(shape.blocks), shape.blocks - 1))
@@ -96,7 +99,14 @@ def _check_family(step: Step, facts: ModelFacts, where: str) -> Iterator[Fault]:
         yield Fault(f"{where}/technique", f"Works on {known} models; this one is {facts.family}.")
 
 
-def _check_layers(step: IntegerWeights | PruneMagnitude, shape: _Shape, where: str) -> Iterator[Fault]:
+def _check_head(step: QuantizeOnnx, facts: ModelFacts, where: str) -> Iterator[Fault]:
+    if step.quantize_head and facts.family is not Family.CAUSAL_LM:
+        yield Fault(f"{where}/quantize_head", "This model has no language-model head; leave it out.")
+
+
+def _check_layers(
+    step: IntegerWeights | PruneMagnitude | QuantizeOnnx, shape: _Shape, where: str
+) -> Iterator[Fault]:
     for number, pattern in enumerate(step.ignore):
         if not matching_layers([pattern], shape.layers):
             example = module_name(shape.layers[0]) if shape.layers else "none"

@@ -12,15 +12,23 @@ from app.spec.export import Export
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth, PruneMagnitude
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
+from app.spec.quantize_onnx import QuantizeOnnx
 
 AnyStep = Annotated[
-    QuantizeWeights | QuantizeCalibrated | PruneMagnitude | PruneDepth | DistillLogits | OptimizeOnnx,
+    QuantizeWeights
+    | QuantizeCalibrated
+    | QuantizeOnnx
+    | PruneMagnitude
+    | PruneDepth
+    | DistillLogits
+    | OptimizeOnnx,
     Field(discriminator="technique"),
 ]
 
 STEP_CLASSES: tuple[type, ...] = (
     QuantizeWeights,
     QuantizeCalibrated,
+    QuantizeOnnx,
     PruneMagnitude,
     PruneDepth,
     DistillLogits,

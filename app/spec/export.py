@@ -37,7 +37,7 @@ FORMATS: dict[Format, FormatFacts] = {
         ("transformers with compressed-tensors", "vLLM", "SGLang"),
     ),
     "onnx": FormatFacts(
-        "An ONNX graph with tokenizer and configuration beside it; int8 weights where they were quantized",
+        "An ONNX graph with tokenizer and configuration beside it; weights of 8 or 4 bits where they were quantized",
         ("onnxruntime on CPUs, phones and in browsers", "OpenVINO", "TensorRT"),
     ),
 }

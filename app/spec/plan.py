@@ -16,6 +16,7 @@ from app.spec.facts import ModelFacts
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
+from app.spec.quantize_onnx import QuantizeOnnx
 from app.spec.sizes import Shape, after_step
 
 _MIB = 2**20
@@ -40,6 +41,8 @@ ACTIVATION_FLOATS_PER_HIDDEN = 34
 """Floats kept for the backward pass per token, block and hidden unit (Korthikanti et al. 2022, sec. 4)."""
 ONNX_COPIES = 7
 """Float32 copies of the model while it is optimized: module, graph, variants, and onnxruntime's own of each in a contest."""
+ONNX_QUANTIZED_COPIES = 3
+"""Float32 copies of the model while it is exported, rewritten and checked; its graph shares the module's memory."""
 
 FLOPS_PER_SECOND = 4e10
 """Float32 matrix products on two cores."""
@@ -202,7 +205,7 @@ def _loaded(shape: Shape) -> int:
 
 
 def calibration_memory(
-    step: QuantizeCalibrated, before: Shape, facts: ModelFacts, *, one_site_at_a_time: bool
+    step: QuantizeCalibrated | QuantizeOnnx, before: Shape, facts: ModelFacts, *, one_site_at_a_time: bool
 ) -> int:
     """Bytes beyond the interpreter's while a model is calibrated and quantized."""
     return calibrated_bytes(
@@ -228,6 +231,10 @@ def _step_memory(
             if budget is None or INTERPRETER_BYTES + whole <= budget:
                 return whole
             return calibration_memory(step, before, facts, one_site_at_a_time=True)
+        case QuantizeOnnx():
+            exporting = ONNX_QUANTIZED_COPIES * 4 * before.dense_parameters
+            calibrating = calibration_memory(step, before, facts, one_site_at_a_time=False)
+            return max(calibrating, exporting) + after.weight_bytes
         case DistillLogits():
             tokens = step.batch_size * step.sequence_length
             activations = 4 * tokens * facts.hidden_size * ACTIVATION_FLOATS_PER_HIDDEN * after.blocks
@@ -250,6 +257,8 @@ def _step_seconds(step: Step, before: Shape, after: Shape, original: Shape, acti
     match step:
         case QuantizeWeights():
             return streaming + before.dense_parameters / QUANTIZED_WEIGHTS_PER_SECOND[step.scale_search]
+        case QuantizeOnnx():
+            return streaming + _onnx_seconds(step, before)
         case QuantizeCalibrated():
             forwards = 4 * active * before.dense_parameters * step.calibration_tokens
             solving = before.dense_parameters * GPTQ_SECONDS_PER_WEIGHT
@@ -266,6 +275,14 @@ def _step_seconds(step: Step, before: Shape, after: Shape, original: Shape, acti
             return streaming + PROCESS_SECONDS + ONNX_SECONDS_PER_PARAMETER * before.dense_parameters
         case _:
             return streaming
+
+
+def _onnx_seconds(step: QuantizeOnnx, before: Shape) -> float:
+    """Blocks are run once to see their inputs and once more for their outputs; QDQ counts histograms in between."""
+    runs = 2 if step.method == "matmul_nbits" else 3
+    forwards = 2 * runs * before.dense_parameters * step.calibration_tokens / FLOPS_PER_SECOND
+    solving = before.dense_parameters * (GPTQ_SECONDS_PER_WEIGHT + ONNX_SECONDS_PER_PARAMETER)
+    return forwards + solving + PROCESS_SECONDS
 
 
 def _streaming(nbytes: int) -> float:

@@ -18,11 +18,13 @@ from app.spec.facts import ModelFacts, TensorFact
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth
 from app.spec.quantize import IntegerWeights
+from app.spec.quantize_onnx import QuantizeOnnx
 
 _PACKED_WORD_BITS = 32
 # Nodes, names and shapes of the graph: measured 0.3 to 1 MB for 6 to 30 blocks.
 _ONNX_GRAPH_BYTES_PER_BLOCK = 35_000
 _HEAD = "lm_head.weight"
+_ONNX_HEAD_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def after_step(step: Step, shape: Shape, facts: ModelFacts, students: dict[str, 
             return without_blocks(shape, blocks_cut(ratio, shape.blocks))
         case DistillLogits(student=StudentFromModel(model=model)) if model in students:
             return Shape.of(students[model].tensors)
-        case OptimizeOnnx():
+        case OptimizeOnnx() | QuantizeOnnx():
             return _onnx(step, shape, facts)
         case _:
             return shape
@@ -128,7 +130,17 @@ def _quantized(step: IntegerWeights, shape: Shape) -> Shape:
     return Shape(tuple(tensors), shape.dense_parameters)
 
 
-def _onnx(step: OptimizeOnnx, shape: Shape, facts: ModelFacts) -> Shape:
+def _onnx(step: OptimizeOnnx | QuantizeOnnx, shape: Shape, facts: ModelFacts) -> Shape:
+    """Initializers and an estimate of the graph around them."""
+    if isinstance(step, QuantizeOnnx):
+        total = _quantized_onnx_bytes(step, shape, facts)
+    else:
+        total = _optimized_onnx_bytes(step, shape, facts)
+    graph = _ONNX_GRAPH_BYTES_PER_BLOCK * (shape.blocks + 1)
+    return Shape(shape.tensors, shape.dense_parameters, int(total) + graph)
+
+
+def _optimized_onnx_bytes(step: OptimizeOnnx, shape: Shape, facts: ModelFacts) -> float:
     """Float32 throughout, a head tied to the embedding stored once; in int8, if that is kept, as measured to win.
 
     Encoders have a scale per output row, language models one per 64 inputs. The token embedding has int8 rows unless
@@ -144,5 +156,37 @@ def _onnx(step: OptimizeOnnx, shape: Shape, facts: ModelFacts) -> Shape:
     total = sum(t.elements * bits_of.get(t.name, 32.0) for t in shape.tensors if t.name != _HEAD)
     if is_lm and (not facts.tied_embeddings or step.quantize_head):
         total += facts.vocab_size * facts.hidden_size * (bits if step.quantize_head else 32.0)
-    graph = _ONNX_GRAPH_BYTES_PER_BLOCK * (shape.blocks + 1)
-    return Shape(shape.tensors, shape.dense_parameters, int(total) // 8 + graph)
+    return total / 8
+
+
+def _quantized_onnx_bytes(step: QuantizeOnnx, shape: Shape, facts: ModelFacts) -> float:
+    """Layers of the blocks in few bits, with float32 scales; the rest float32, but for tables in 8 bits.
+
+    The token embedding has int8 rows, or stands in one table with a tied head in 8 bits; where a tied head stays in
+    float32, so does the one table of both.
+    """
+    is_lm = facts.family == "causal_lm"
+    layers = compressible(shape)
+    ignored = {t.name for t in matching_layers(step.ignore, layers)}
+    total = 0.0
+    for tensor in shape.tensors:
+        is_table = tensor.shape[:1] == (facts.vocab_size,) and tensor.name != _HEAD
+        if tensor in layers and tensor.name not in ignored:
+            total += _onnx_layer_bytes(step, tensor, facts)
+        elif is_lm and step.quantize_head and (tensor.name == _HEAD or (is_table and facts.tied_embeddings)):
+            total += tensor.elements * (8 + 32 / _ONNX_HEAD_BLOCK) / 8
+        elif is_table and not (is_lm and facts.tied_embeddings):
+            total += tensor.elements + 4 * tensor.shape[0]
+        else:
+            total += 4 * tensor.elements
+    return total
+
+
+def _onnx_layer_bytes(step: QuantizeOnnx, tensor: TensorFact, facts: ModelFacts) -> float:
+    """Codes, scales and zero points of one weight."""
+    rows, columns = tensor.shape
+    if step.method_for(facts.family) == "qdq":
+        return rows * (columns + 5)
+    blocks = -(-columns // step.block_size)
+    zeros = 0 if step.symmetric else -(-blocks * step.bits // 8)
+    return rows * (blocks * (step.block_size * step.bits // 8 + 4) + zeros)

@@ -32,6 +32,10 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
         "tuned": {"solver": "signround", "tuning_steps": 3, "scaling": "smoothquant", "calibration_tokens": 256},
         "awq": {"solver": "nearest", "scaling": "awq", "bias_correction": True, "calibration_tokens": 256},
     },
+    "quantize.onnx": {
+        "int4-asymmetric": {"bits": 4, "symmetric": False, "block_size": 16, "calibration_tokens": 256},
+        "qdq": {"method": "qdq", "smoothing": 0.5, "ranges": "mse", "calibration_tokens": 256},
+    },
     "prune.magnitude": {
         "half": {},
         "global": {"scope": "global", "sparsity": 0.3},
@@ -59,11 +63,13 @@ ALIKE = (
 EXPENSIVE: dict[str, tuple[str, ...]] = {
     "distill.logits": ("LlamaForCausalLM", "BertModel", "RobertaForSequenceClassification"),
     "optimize.onnx": ("LlamaForCausalLM", "DistilBertForSequenceClassification"),
+    "quantize.onnx": ("LlamaForCausalLM", "DistilBertForSequenceClassification"),
 }
 # Where even one more run of each representative is too many for the fast set.
 REPEATABLE: dict[str, tuple[str, ...]] = {
     "distill.logits": ("BertModel",),
     "optimize.onnx": ("DistilBertForSequenceClassification",),
+    "quantize.onnx": ("DistilBertForSequenceClassification",),
 }
 
 

@@ -261,6 +261,20 @@ def _promises_of_optimize_onnx(run: Run) -> None:
         assert 0 < layer.relative_error < 0.02
 
 
+def _promises_of_quantize_onnx(run: Run) -> None:
+    step = run.case.step
+    graph = onnx.load(run.target / "model.onnx").graph
+    onnx.checker.check_model(str(run.target / "model.onnx"))
+    products = [n for n in graph.node if n.op_type == "MatMulNBits"]
+    dequantized = {n.output[0] for n in graph.node if n.op_type == "DequantizeLinear"}
+    products += [n for n in graph.node if n.op_type == "MatMul" and set(n.input) <= dequantized]
+    quantized = [layer for layer in run.outcome.layers if layer.action == "quantized"]
+    assert len(products) == len(quantized) == len(run.outcome.layers)
+    for layer in quantized:
+        assert 0 < layer.relative_error < {8: 0.02, 4: 0.2}[step.bits]
+        assert step.bits < layer.bits < step.bits * 1.6
+
+
 _PROMISES: dict[str, Callable[[Run], None]] = {
     "quantize.weights": _promises_of_packed_integers,
     "quantize.calibrated": _promises_of_packed_integers,
@@ -268,4 +282,5 @@ _PROMISES: dict[str, Callable[[Run], None]] = {
     "prune.depth": _promises_of_prune_depth,
     "distill.logits": _promises_of_distill_logits,
     "optimize.onnx": _promises_of_optimize_onnx,
+    "quantize.onnx": _promises_of_quantize_onnx,
 }

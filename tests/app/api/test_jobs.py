@@ -160,6 +160,15 @@ def test_a_model_that_is_already_quantized_is_refused(client: TestClient, add_mo
     assert "already compressed" in found["/spec/steps/0/technique"]
 
 
+def test_onnx_quantization_of_an_encoder_has_no_head_and_ignores_layers_by_name(
+    client: TestClient, add_model: AddModel
+) -> None:
+    encoder = add_model(Family.ENCODER)
+    found = refused(client, encoder, one_step("quantize.onnx", quantize_head=True, ignore=["*nothing"]))
+    assert set(found) == {"/spec/steps/0/quantize_head", "/spec/steps/0/ignore/0"}
+    submit(client, encoder, recipe=None, spec=one_step("quantize.onnx", block_size=256))
+
+
 def test_longer_sequences_than_the_model_takes_are_refused(client: TestClient, add_model: AddModel) -> None:
     found = refused(client, add_model(), one_step("distill.logits", sequence_length=256))
     assert "128 tokens" in found["/spec/steps/0/sequence_length"]

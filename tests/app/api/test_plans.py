@@ -21,6 +21,7 @@ from app.spec.optimize import OptimizeOnnx
 from app.spec.plan import INTERPRETER_BYTES, nearest_spec, plan_job
 from app.spec.prune import PruneDepth, PruneMagnitude
 from app.spec.quantize import QuantizeWeights
+from app.spec.quantize_onnx import QuantizeOnnx
 
 MIB = 2**20
 
@@ -117,8 +118,10 @@ def test_memory_of_streaming_steps_does_not_grow_with_the_model() -> None:
     assert steps[0] == steps[1] > INTERPRETER_BYTES
 
 
-@pytest.mark.parametrize("step", [DistillLogits(sequence_length=64), OptimizeOnnx()])
-def test_memory_of_other_steps_grows_with_the_model(step: DistillLogits | OptimizeOnnx) -> None:
+@pytest.mark.parametrize("step", [DistillLogits(sequence_length=64), OptimizeOnnx(), QuantizeOnnx()])
+def test_memory_of_other_steps_grows_with_the_model(
+    step: DistillLogits | OptimizeOnnx | QuantizeOnnx,
+) -> None:
     spec = CompressionSpec(steps=(step,))
     small, large = make_facts(), make_facts(tensors=make_facts().tensors * 1000)
     steps = [plan_job(spec, facts).stages[2].peak_memory_bytes for facts in (small, large)]

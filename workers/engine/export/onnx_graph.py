@@ -120,6 +120,20 @@ def replace_node(graph: ir.Graph, old: ir.Node, new: list[ir.Node], out: ir.Valu
     graph.remove(old, safe=True)
 
 
+def replace_linear(graph: ir.Graph, linear: LinearNode, nodes: list[ir.Node]) -> None:
+    """Put nodes in the place of a linear layer's product; its bias, if the product had one, is added after them."""
+    if linear.bias is not None:
+        nodes.append(ir.node("Add", [nodes[-1].outputs[0], linear.bias], name=f"{linear.weight}/biased"))
+    replace_node(graph, linear.node, nodes, linear.node.outputs[0])
+
+
+def remove_unused(model: ir.Model) -> None:
+    """Drop nodes and weights that nothing reads any more."""
+    from onnx_ir.passes import common
+
+    common.RemoveUnusedNodesPass()(model)
+
+
 def add_constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
     """Add an initializer, or find the one of this name."""
     if name in graph.initializers:

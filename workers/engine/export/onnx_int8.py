@@ -27,6 +27,8 @@ from workers.engine.export.onnx_graph import (
     LinearNode,
     add_constant,
     linear_nodes,
+    remove_unused,
+    replace_linear,
     replace_node,
     token_embedding,
 )
@@ -58,8 +60,8 @@ def quantize_graph(
     found = {name: quantize(model.graph, node, weights[name]) for name, node in linears.items()}
     if layout == "blocks":
         model.opset_imports[_MICROSOFT] = 1
-    _quantize_embedding(model.graph)
-    _remove_unused(model)
+    quantize_embedding(model.graph)
+    remove_unused(model)
     return found
 
 
@@ -96,7 +98,7 @@ def _as_tensor(graph: ir.Graph, linear: LinearNode, weight: NDArray[np.float32])
     as_float = ir.node("Cast", [product.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{name}/float")
     both = ir.node("Mul", [scale_in, scales], name=f"{name}/scales")
     result = ir.node("Mul", [as_float.outputs[0], both.outputs[0]], name=f"{name}/scaled")
-    _replace(graph, linear, [product, as_float, both, result])
+    replace_linear(graph, linear, [product, as_float, both, result])
     return Quantized(8 + 40 / weight.shape[1], _relative_error(weight, codes * scale))
 
 
@@ -116,7 +118,7 @@ def _as_blocks(graph: ir.Graph, linear: LinearNode, weight: NDArray[np.float32])
     product = ir.node(
         "MatMulNBits", [linear.input, packed, scales], sizes, domain=_MICROSOFT, name=f"{name}/product"
     )
-    _replace(graph, linear, [product])
+    replace_linear(graph, linear, [product])
     restored = (codes.astype(np.float32) - 128) * scale[:, :, None]
     stored_bits = (codes.size * 8 + scale.size * 32) / weight.size
     return Quantized(stored_bits, _relative_error(weight, restored.reshape(rows, -1)[:, :columns]))
@@ -136,13 +138,7 @@ def _quantized_input(graph: ir.Graph, linear: LinearNode) -> ir.Node:
     return node
 
 
-def _replace(graph: ir.Graph, linear: LinearNode, nodes: list[ir.Node]) -> None:
-    if linear.bias is not None:
-        nodes.append(ir.node("Add", [nodes[-1].outputs[0], linear.bias], name=f"{linear.weight}/biased"))
-    replace_node(graph, linear.node, nodes, linear.node.outputs[0])
-
-
-def _quantize_embedding(graph: ir.Graph) -> None:
+def quantize_embedding(graph: ir.Graph) -> None:
     """Look up int8 rows and their scales instead of float32 rows: a quarter of the bytes, and no product changes."""
     gather = token_embedding(graph)
     table = gather.inputs[0] if gather is not None else None
@@ -161,12 +157,6 @@ def _quantize_embedding(graph: ir.Graph) -> None:
     as_float = ir.node("Cast", [rows.outputs[0]], {"to": ir.DataType.FLOAT}, name="embedding/float")
     result = ir.node("Mul", [as_float.outputs[0], scales.outputs[0]], name="embedding/scaled")
     replace_node(graph, gather, [rows, scales, as_float, result], gather.outputs[0])
-
-
-def _remove_unused(model: ir.Model) -> None:
-    from onnx_ir.passes import common
-
-    common.RemoveUnusedNodesPass()(model)
 
 
 def _relative_error(weight: NDArray[np.float32], restored: NDArray[Any]) -> float:

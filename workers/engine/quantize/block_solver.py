@@ -183,6 +183,8 @@ class BlockSolver:
     ) -> None:
         """Give the block the weights that a loader makes of the file, and add up what was lost; few rows at a time."""
         of_error = of_weights = 0.0
+        # For the report alone: three digits are plenty.
+        moments = second_moment.to(weight.dtype)
         for start in range(0, len(weight), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
             before = weight[rows].to(torch.float32, copy=True)
@@ -192,8 +194,8 @@ class BlockSolver:
             difference = restored.sub_(before)
             of_error += _total(difference.square())
             of_weights += _total(before.square())
-            done.outputs_lost += _total(row_errors(difference, second_moment))
-            done.outputs_had += _total(row_errors(before, second_moment))
+            done.outputs_lost += _total(row_errors(difference.to(weight.dtype), moments))
+            done.outputs_had += _total(row_errors(before.to(weight.dtype), moments))
         done.weight_errors[name] = (of_error, of_weights)
 
 

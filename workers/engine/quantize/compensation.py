@@ -96,4 +96,4 @@ def output_error(difference: Tensor, second_moment: Tensor) -> float:
 
 def row_errors(difference: Tensor, second_moment: Tensor) -> Tensor:
     """diag(D H Dᵀ): the expected squared error of each output: (rows, columns) -> (rows,)."""
-    return (difference @ second_moment).mul_(difference).sum(1)
+    return (difference @ second_moment).mul_(difference).sum(1, dtype=torch.float32)

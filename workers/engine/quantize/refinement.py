@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from workers.engine.quantize.column_sweep import round_in_order
-from workers.engine.quantize.compensation import row_errors
 from workers.engine.quantize.layer_fit import LayerFit
 
 # Floats of the rows' systems that are solved at once.
@@ -62,15 +61,20 @@ def refit_scales(weight: Tensor, fit: LayerFit, second_moment: Tensor) -> LayerF
 
 def _refit_rows(weight: Tensor, fit: LayerFit, second_moment: Tensor) -> Tensor:
     system, right = scale_system(weight, fit.levels(), second_moment, fit.group_size)
-    diagonal = system.diagonal(dim1=1, dim2=2)
+    damped = system.clone()
+    diagonal = damped.diagonal(dim1=1, dim2=2)
     unused = diagonal == 0
     diagonal.add_(_RIDGE * diagonal.mean(1, keepdim=True)).masked_fill_(unused, 1.0)
-    solved, failed = torch.linalg.solve_ex(system, right)
+    solved, failed = torch.linalg.solve_ex(damped, right)
     usable = torch.isfinite(solved) & ~unused & (failed == 0).unsqueeze(1)
     scale = fit.grid.stored(torch.where(usable, solved, fit.scale), fit.dtype)
-    candidate = replace(fit, scale=scale)
-    after, before = (row_errors(f.restored() - weight, second_moment) for f in (candidate, fit))
+    after, before = (_error_of_scales(s, system, right) for s in (scale, fit.scale))
     return torch.where((after < before).unsqueeze(1), scale, fit.scale)
+
+
+def _error_of_scales(scale: Tensor, system: Tensor, right: Tensor) -> Tensor:
+    """sᵀ(Dᵀ H D)s − 2 sᵀ Dᵀ H w, the error of each row less what no scale changes: (rows, groups), … -> (rows,)."""
+    return (((system @ scale.unsqueeze(2)).squeeze(2) - 2 * right) * scale).sum(1)
 
 
 def scale_system(
@@ -78,20 +82,17 @@ def scale_system(
 ) -> tuple[Tensor, Tensor]:
     """Dᵀ H D and Dᵀ H w of each row: (rows, columns) twice, (columns, columns) -> (rows, groups, groups), (rows, groups)."""
     rows, columns = levels.shape
+    groups = columns // group_size
 
     def by_group(values: Tensor) -> Tensor:
-        return values.view(rows, columns // group_size, group_size).sum(2)
+        return values.view(rows, -1, group_size).sum(2)
 
     right = by_group((weight @ second_moment).mul_(levels))
-    system = torch.stack(
-        [
-            by_group((levels[:, start:stop] @ second_moment[start:stop]).mul_(levels))
-            for start, stop in _spans(columns, group_size)
-        ],
-        dim=1,
-    )
+    system = torch.empty(rows, groups, groups, device=levels.device)
+    for group in range(groups):
+        start, stop = group * group_size, (group + 1) * group_size
+        # Symmetric: the groups before have their part already.
+        products = (levels[:, start:stop] @ second_moment[start:stop, start:]).mul_(levels[:, start:])
+        system[:, group, group:] = by_group(products)
+        system[:, group:, group] = system[:, group, group:]
     return system, right
-
-
-def _spans(columns: int, group_size: int) -> list[tuple[int, int]]:
-    return [(start, start + group_size) for start in range(0, columns, group_size)]
