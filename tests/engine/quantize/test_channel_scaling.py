@@ -20,7 +20,8 @@ Tiny = Callable[[str], Path]
 
 @pytest.mark.parametrize(
     ("architecture", "feeds"),
-    [("LlamaForCausalLM", 4), ("Qwen2ForCausalLM", 4), ("Gemma3ForCausalLM", 4), ("Phi3ForCausalLM", 4),
+    [("LlamaForCausalLM", 4), ("CohereForCausalLM", 2), ("Olmo2ForCausalLM", 2),
+     ("Qwen2ForCausalLM", 4), ("Gemma3ForCausalLM", 4), ("Phi3ForCausalLM", 4),
      ("BertModel", 1), ("DistilBertModel", 1), ("MPNetModel", 1)],
 )  # fmt: skip
 def test_folding_leaves_the_outputs_as_they_are(architecture: str, feeds: int, tiny: Tiny) -> None:

@@ -1,6 +1,7 @@
 """Which module of a block makes the input of which linear layers, so that a factor can move from one to the other.
 
-Norms feed their layers channel by channel, and nothing else sees their output. The value projection feeds the output
+Norms of the architectures in _SEQUENTIAL feed their layers channel by channel, and nothing else sees their output;
+elsewhere attention and feed-forward part share a norm (Cohere) or it comes after them (OLMo 2). The value projection feeds the output
 projection through weighted sums over tokens, which keep channels apart; the up projection feeds the down projection
 through a product with the gate. Post-norm encoders (BERT and its like) also add a norm's output to the residual, and
 an activation lies between their two feed-forward layers: only their value projections can be scaled.
@@ -36,6 +37,25 @@ class Feed:
         return heads.expand(-1, self.copies, -1).flatten()
 
 
+# Blocks of these classes, `…DecoderLayer`, give each norm's output to the named layers alone.
+_SEQUENTIAL = frozenset(
+    {
+        "Llama",
+        "Mistral",
+        "Mixtral",
+        "Qwen2",
+        "Qwen3",
+        "Gemma",
+        "Gemma2",
+        "Gemma3",
+        "Phi3",
+        "SmolLM3",
+        "Granite",
+    }
+    | {"Qwen2Moe", "Qwen3Moe"}
+)
+
+
 def feeds_of(block: nn.Module) -> list[Feed]:
     """All there are in a block of a known architecture, sources that come first in front."""
     known = {name for name, _ in block.named_modules()}
@@ -43,17 +63,23 @@ def feeds_of(block: nn.Module) -> list[Feed]:
     before_mlp = "pre_feedforward_layernorm"
     if before_mlp not in known:
         before_mlp = "post_attention_layernorm"
-    candidates = [
+    sequential = type(block).__name__.removesuffix("DecoderLayer") in _SEQUENTIAL
+    norms = [
         Feed("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         Feed("input_layernorm", ("self_attn.qkv_proj",)),
-        *(_value_feed(block, *names) for names in _VALUES if known.issuperset(names)),
         Feed(before_mlp, ("mlp.gate_proj", "mlp.up_proj")),
         Feed(before_mlp, ("mlp.gate_up_proj",)),
-        *(_up_feed(block, name) for name in ("mlp.up_proj", "mlp.gate_up_proj") if name in known),
+    ]
+    candidates = [
+        *(norms if sequential else ()),
+        *(_value_feed(block, *names) for names in _VALUES if known.issuperset(names)),
+        *(_up_feed(block, names[0]) for names in _GATED if known.issuperset(names)),
     ]
     return [feed for feed in candidates if known.issuperset((feed.source, *feed.layers))]
 
 
+# Without a gate beside it, an activation follows the up projection.
+_GATED = (("mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"), ("mlp.gate_up_proj", "mlp.down_proj"))
 _VALUES = (
     ("self_attn.v_proj", "self_attn.o_proj"),
     ("self_attn.qkv_proj", "self_attn.o_proj"),
