@@ -204,17 +204,24 @@ def _loaded(shape: Shape) -> int:
     return int(LOADING_FACTOR * 4 * shape.dense_parameters)
 
 
+_ONNX_WINDOW = 512
+"""Tokens of a window of calibration text where a step does not choose."""
+
+
 def calibration_memory(
     step: QuantizeCalibrated | QuantizeOnnx, before: Shape, facts: ModelFacts, *, one_site_at_a_time: bool
 ) -> int:
     """Bytes beyond the interpreter's while a model is calibrated and quantized."""
+    window, trained = _ONNX_WINDOW, False
+    if isinstance(step, QuantizeCalibrated):
+        window, trained = step.sequence_length, step.solver == "signround"
     return calibrated_bytes(
         before.tensors,
         facts,
         tokens=step.calibration_tokens,
-        window=min(step.sequence_length, facts.max_positions),
+        window=min(window, facts.max_positions),
         one_site_at_a_time=one_site_at_a_time,
-        trained=step.solver == "signround",
+        trained=trained,
     )
 
 
