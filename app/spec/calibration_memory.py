@@ -23,6 +23,10 @@ _FACTOR_COPIES = 1.3
 """Of H, while it is factored."""
 _ACTIVATIONS = 12
 """Tensors of a window's (tokens, widest input) alive in a block's forward."""
+_LATENT_BYTES = 8
+"""Per weight of a block that is trained: where it would best be in float32, its codes before and now in 16 bits."""
+_TRAINED_ACTIVATIONS = 30
+"""Tensors of a window's (tokens, widest input) kept for the gradients."""
 _RUNTIME_BYTES = 60 * 2**20
 """What torch's kernels and allocators keep for themselves."""
 # Layers that are called with one and the same input, in the names that architectures give them.
@@ -56,12 +60,18 @@ def sites_of(layers: Iterable[TensorFact]) -> list[Site]:
 
 
 def calibrated_bytes(
-    tensors: Iterable[TensorFact], facts: ModelFacts, *, tokens: int, window: int, one_site_at_a_time: bool
+    tensors: Iterable[TensorFact],
+    facts: ModelFacts,
+    *,
+    tokens: int,
+    window: int,
+    one_site_at_a_time: bool,
+    trained: bool = False,
 ) -> int:
     """Peak beyond the interpreter's for a model of these tensors; `facts` are those of the original.
 
     `tokens` of calibration in windows of `window`: of the embeddings only the rows that are looked up are read. With
-    `one_site_at_a_time` only one H is held.
+    `one_site_at_a_time` only one H is held. `trained`: the block's codes are trained after they are solved.
     """
     weights: dict[int, int] = defaultdict(int)
     inside: dict[int, list[TensorFact]] = defaultdict(list)
@@ -75,10 +85,18 @@ def calibrated_bytes(
                 inside[index].append(tensor)
     embeddings = min(tokens, facts.vocab_size) * facts.hidden_size * width
     peaks = [
-        weights[index] + _solving(sites_of(found), window, width, one_site_at_a_time=one_site_at_a_time)
+        weights[index]
+        + _solving(sites_of(found), window, width, one_site_at_a_time=one_site_at_a_time)
+        + (_training(sites_of(found), window, width) if trained else 0)
         for index, found in inside.items()
     ]
     return max(peaks, default=0) + embeddings + _RUNTIME_BYTES
+
+
+def _training(sites: list[Site], window: int, width: int) -> int:
+    """What training a block holds: latents, the codes twice, original weights, gradients, and activations for those."""
+    weights, widest = sum(site.weights for site in sites), max(site.features for site in sites)
+    return weights * (_LATENT_BYTES + 2 * width) + _TRAINED_ACTIVATIONS * window * widest * width
 
 
 def _solving(sites: list[Site], window: int, width: int, *, one_site_at_a_time: bool) -> int:

@@ -18,6 +18,7 @@ GlobPatterns = Annotated[tuple[str, ...], Field(max_length=1000)]
 Bits = Literal[8, 4, 3, 2]
 NumberFormat = Literal["int", "fp8", "mxfp4", "nvfp4"]
 Activations = Literal["none", "dynamic", "static"]
+ScaleSearch = Literal["mse", "absmax", "hqq"]
 GroupSize = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
 
 FP8_BLOCK = 128
@@ -170,11 +171,14 @@ class QuantizeWeights(QuantizedWeights):
     """
 
     technique: Literal["quantize.weights"] = "quantize.weights"
-    scale_search: Literal["mse", "absmax"] = "mse"
-    """`mse`: search the scale with the least squared error. `absmax`: scale to the largest weight; faster, worse."""
+    scale_search: ScaleSearch = "mse"
+    """`mse`: search the scale with the least squared error. `absmax`: scale to the largest weight; faster, worse. `hqq`:
+    keep most weights close and let a few be far off (half-quadratic, Badri & Shaji 2023); slower than `mse`."""
 
     @model_validator(mode="after")
     def _needs_no_calibration(self) -> Self:
+        if self.scale_search == "hqq" and self.number_format != "int":
+            raise ValueError("scale_search: hqq is for integers; leave it out")
         if self.activations == "static" or (self.activations == "dynamic" and self.number_format == "nvfp4"):
             raise ValueError(
                 f"activations: {self.activations} for {self.number_format} needs a range from calibration text; "
@@ -193,14 +197,33 @@ class QuantizeCalibrated(QuantizedWeights):
     needs_calibration: ClassVar[bool] = True
 
     technique: Literal["quantize.calibrated"] = "quantize.calibrated"
-    solver: Literal["gptq", "nearest"] = "gptq"
+    solver: Literal["gptq", "signround", "nearest"] = "gptq"
     """`gptq`: what rounding one weight loses, those not yet rounded make up for (Frantar et al. 2022), then scales and
-    codes are refined together. `nearest`: round to nearest, with scales searched where inputs are large (imatrix)."""
+    codes are refined together. `signround`: from there, each block is trained to give what the original block gave
+    (Cheng et al. 2023); the slow, better setting. `nearest`: round to nearest, with scales searched where inputs are
+    large (imatrix)."""
+    tuning_steps: Annotated[int, Field(ge=1, le=10_000)] = 50
+    """Steps of training for each block with `signround`; 200 is better and takes four times as long."""
     refinements: Annotated[int, Field(ge=0, le=20)] | None = None
     """Rounds of refitting scales and descending on codes after `gptq`. Null: 1 at 8 and 4 bits, 3 at fewer."""
+    scaling: Literal["none", "awq", "smoothquant"] = "none"
+    """Factors per input channel that make weights easier to round, folded into the norm or layer before; where none can
+    take them, the report says so. `awq`: by what large inputs lose (Lin et al. 2023). `smoothquant`: from activations to
+    weights, for when activations are rounded too (Xiao et al. 2022)."""
+    smoothing_strength: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """SmoothQuant's α: how much of the range of activations goes to the weights, from 0 (none) to 1 (all)."""
+    bias_correction: bool = False
+    """Add to each layer's bias what its outputs lost on average (Nagel et al. 2019, "Data-Free Quantization Through
+    Weight Equalization and Bias Correction", sec. 4.2); layers without a bias are left without."""
     calibration_tokens: Annotated[int, Field(ge=128, le=10_000_000)] = 16_384
     """Tokens of calibration text the layers' inputs are gathered from; the time grows with it."""
     sequence_length: Annotated[int, Field(ge=16, le=131_072)] = 512
     """Tokens of one window of calibration text; cut to what the model can take."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Added to the diagonal of each layer's input statistics, as a share of its mean."""
+
+    @model_validator(mode="after")
+    def _trains_steps_of_equal_size(self) -> Self:
+        if self.solver == "signround" and self.number_format != "int":
+            raise ValueError("solver: signround moves codes by equal steps, so it is for integers; use gptq")
+        return self

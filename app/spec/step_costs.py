@@ -48,6 +48,8 @@ STREAMED_BYTES_PER_SECOND = 150e6
 QUANTIZED_WEIGHTS_PER_SECOND = {"mse": 12e6, "absmax": 60e6}
 GPTQ_SECONDS_PER_WEIGHT = 1e-7
 """Fitting scales, factoring the inputs' statistics and compensating, on SmolLM2-135M."""
+TUNING_WINDOWS_PER_STEP = 2
+"""Windows of calibration text whose gradients one step of training a block adds up."""
 GGUF_SECONDS_PER_WEIGHT = {True: 1e-6, False: 2e-7}
 """The same for the block formats of GGUF, with compensation and refinement or without."""
 PROCESS_SECONDS = 4.0
@@ -99,6 +101,7 @@ def calibration_memory(
         tokens=step.calibration_tokens,
         window=min(step.sequence_length, facts.max_positions),
         one_site_at_a_time=one_site_at_a_time,
+        trained=step.solver == "signround",
     )
 
 
@@ -182,8 +185,11 @@ def _(step: QuantizeWeights, on: Surroundings) -> float:
 @working_seconds.register
 def _(step: QuantizeCalibrated, on: Surroundings) -> float:
     # Once to see the inputs, once more for the outputs of what was quantized.
-    forwards = 2 * on.forward_flops * step.calibration_tokens / FLOPS_PER_SECOND
-    return forwards + on.before.dense_parameters * GPTQ_SECONDS_PER_WEIGHT
+    passes = 2.0 * step.calibration_tokens
+    if step.solver == "signround":
+        # Forward and backward, over so many windows a step.
+        passes += 3 * TUNING_WINDOWS_PER_STEP * step.tuning_steps * step.sequence_length
+    return passes * on.forward_flops / FLOPS_PER_SECOND + on.before.dense_parameters * GPTQ_SECONDS_PER_WEIGHT
 
 
 @working_seconds.register

@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
         "int3-asymmetric": {"bits": 3, "symmetric": False, "group_size": 16},
         "fp8-tensor": {"number_format": "fp8", "group_size": "tensor", "activations": "dynamic"},
         "nvfp4": {"number_format": "nvfp4"},
+        "hqq": {"symmetric": False, "group_size": 32, "scale_search": "hqq"},
     },
     "quantize.calibrated": {
         "int4": {"group_size": 32, "calibration_tokens": 1024},
@@ -33,6 +34,8 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
         "int2": {"bits": 2, "group_size": 16, "calibration_tokens": 1024},
         "w8a8-static": {"bits": 8, "activations": "static", "calibration_tokens": 256},
         "mxfp4": {"number_format": "mxfp4", "calibration_tokens": 256},
+        "tuned": {"solver": "signround", "tuning_steps": 3, "scaling": "smoothquant", "calibration_tokens": 256},
+        "awq": {"solver": "nearest", "scaling": "awq", "bias_correction": True, "calibration_tokens": 256},
     },
     "quantize.onnx": {
         "int4-asymmetric": {"bits": 4, "symmetric": False, "block_size": 16, "calibration_tokens": 256},

@@ -114,7 +114,17 @@ def test_layers_that_share_an_input_share_its_moments() -> None:
 
     module, given = Block(), torch.randn(3, 2, 5, 4)
     seen: list[Tensor] = []
-    block = LiveBlock(0, module, {}, BlockCall((), {}), lambda: iter(given))
+    block = LiveBlock(
+        0,
+        module,
+        {},
+        BlockCall((), {}),
+        lambda: iter(given),
+        len(given),
+        given.__getitem__,
+        Path(),
+        lambda: None,
+    )
     with torch.inference_mode():
         sites = input_sites(block, ("left", "right", "after"))
         handle = module.after.register_forward_pre_hook(
@@ -128,3 +138,79 @@ def test_layers_that_share_an_input_share_its_moments() -> None:
     torch.testing.assert_close(moments[0], rows.t() @ rows / len(rows))
     torch.testing.assert_close(moments[1], later.t() @ later / len(later))
     assert not module.left._forward_pre_hooks
+
+
+@pytest.mark.parametrize("bits", [3, 2])
+def test_trained_codes_leave_less_of_the_blocks_errors(
+    bits: int, tiny: Tiny, tiny_text: Path, tmp_path: Path
+) -> None:
+    step = QuantizeCalibrated(
+        bits=bits,  # type: ignore[arg-type]
+        group_size=16,
+        calibration_tokens=1024,
+        solver="signround",
+        tuning_steps=20,
+    )
+    outcome = run(tiny("LlamaForCausalLM"), tmp_path / "out", tiny_text, step)
+    assert 0 < float(outcome.metrics["error_left_by_tuning"] or 0) < 0.95
+
+
+def test_files_hold_the_codes_that_were_trained(tiny: Tiny, tiny_text: Path, tmp_path: Path) -> None:
+    names = {}
+    for solver in ("gptq", "signround"):
+        step = QuantizeCalibrated(bits=3, calibration_tokens=512, solver=solver, tuning_steps=10)  # type: ignore[arg-type]
+        run(tiny("LlamaForCausalLM"), tmp_path / solver, tiny_text, step)
+        names[solver] = load_file(tmp_path / solver / "model.safetensors")
+    changed = [n for n, tensor in names["gptq"].items() if not torch.equal(tensor, names["signround"][n])]
+    assert changed
+    assert all(name.endswith(("packed", "scale")) for name in changed)
+    # The scales of the first block come from the same statistics, and training leaves them alone.
+    assert "model.layers.0.self_attn.q_proj.weight_packed" in changed
+    assert "model.layers.0.self_attn.q_proj.weight_scale" not in changed
+
+
+@pytest.mark.parametrize("scaling", ["awq", "smoothquant"])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
+def test_factors_are_written_where_they_were_folded(
+    architecture: str, scaling: str, tiny: Tiny, tiny_text: Path, tmp_path: Path
+) -> None:
+    source = tiny(architecture)
+    step = QuantizeCalibrated(bits=8, scaling=scaling, calibration_tokens=512)  # type: ignore[arg-type]
+    run(source, tmp_path / "out", tiny_text, step)
+    before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "out"))
+    norm = "model.layers.1.input_layernorm.weight"
+    assert not torch.equal(before[norm], after[norm])
+    windows = model_windows(load_tokenizer(source), tiny_text, facts_of(source), tokens=256, length=64)
+    with torch.inference_mode():
+        expected, given = (load_model(path)(windows)[0] for path in (source, tmp_path / "out"))
+    assert float((given - expected).norm() / expected.norm()) < 0.05
+
+
+def test_corrected_biases_keep_the_mean_of_the_outputs(tiny: Tiny, tiny_text: Path, tmp_path: Path) -> None:
+    source = tiny("BertModel")
+    windows = model_windows(load_tokenizer(source), tiny_text, facts_of(source), tokens=2048, length=64)
+    queries = [_mean_query(source, windows)]
+    for corrected in (False, True):
+        target = tmp_path / str(corrected)
+        step = QuantizeCalibrated(
+            bits=2,
+            solver="nearest",
+            calibration_tokens=2048,
+            sequence_length=64,
+            bias_correction=corrected,
+        )
+        run(source, target, tiny_text, step)
+        queries.append(_mean_query(target, windows))
+    expected, plain, corrected_mean = queries
+    assert (corrected_mean - expected).abs().mean() < 0.05 * (plain - expected).abs().mean()
+
+
+def _mean_query(directory: Path, windows: Tensor) -> Tensor:
+    """What the first block's query projection gives on average over tokens: (features,)."""
+    model = load_model(directory)
+    means: list[Tensor] = []
+    query = model.get_submodule("encoder.layer.0.attention.self.query")
+    query.register_forward_hook(lambda _, __, output: means.append(output.mean((0, 1))))
+    with torch.inference_mode():
+        model(windows)
+    return means[0]

@@ -37,6 +37,13 @@ class LiveBlock:
     call: BlockCall
     inputs: Callable[[], Iterator[Tensor]]
     """The hidden states that each window brings: (1, tokens, hidden)."""
+    windows: int
+    window: Callable[[int], Tensor]
+    """The hidden states of one window, by its number."""
+    scratch: Path
+    """Where files may lie that do not outlast the block."""
+    alive: Callable[[], None]
+    """To be called every few seconds of other work: says again how far the stream is, and may raise to stop."""
 
     def run(self, *, windows: int | None = None) -> None:
         """Run the block on every window (or the first few) and forget the outputs: for hooks to look on."""
@@ -89,7 +96,8 @@ def compute_dtype(stored: torch.dtype, device: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-@torch.inference_mode()
+# Not inference mode: a block may be trained, and tensors made in that mode cannot be.
+@torch.no_grad()
 def stream_blocks(
     calibration: Calibration,
     visit: Visit = _unseen,
@@ -119,7 +127,11 @@ def stream_blocks(
                     yield states.read(number).to(device)
                     told.window(index, number + 1, earlier=0)
 
-            prepare(LiveBlock(index, block, stored, call, inputs))
+            def window(number: int, states: HiddenStates = before) -> Tensor:
+                return states.read(number).to(device)
+
+            scratch = calibration.spool_directory
+            prepare(LiveBlock(index, block, stored, call, inputs, len(windows), window, scratch, told.again))
             for number in range(len(windows)):
                 hidden = before.read(number).to(device)
                 output = call.run(block, hidden)
@@ -157,9 +169,15 @@ class _Told:
     windows: int
     passes: int
     share: float = 0.0
+    message: str = ""
 
     def window(self, index: int, done: int, *, earlier: int) -> None:
         """Say that `done` windows of a pass over block `index` are through, after `earlier` whole passes."""
         share = (index + (earlier + done / self.windows) / self.passes) / self.blocks
         self.share = max(self.share, share)
-        self.progress(self.share, f"block {index + 1} of {self.blocks}")
+        self.message = f"block {index + 1} of {self.blocks}"
+        self.again()
+
+    def again(self) -> None:
+        """Say the same once more."""
+        self.progress(self.share, self.message)

@@ -37,6 +37,8 @@ class InputSite:
     tokens: int = 0
     largest: Tensor | None = None
     """The largest magnitude of each feature over the tokens seen: (features,)."""
+    sums: Tensor | None = None
+    """Σ x over the tokens seen: (features,), float32."""
 
     @property
     def is_guess(self) -> bool:
@@ -52,14 +54,22 @@ class InputSite:
             self.total = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
         add_gram(self.total, rows)
         self.tokens += len(rows)
+        if not len(rows):
+            return
+        sums = rows.sum(0, dtype=torch.float32)
+        self.sums = sums if self.sums is None else self.sums + sums
         peaks = rows.abs().amax(0)
         self.largest = peaks if self.largest is None else torch.maximum(self.largest, peaks)
 
     def peak(self) -> float:
-        """The largest magnitude of all."""
-        if self.largest is None:
+        """The largest magnitude of all; 0 where no token was seen."""
+        return 0.0 if self.largest is None else float(self.largest.max())
+
+    def mean(self) -> Tensor:
+        """E[x]: (features,), float32; zeros where no token was seen."""
+        if self.total is None:
             raise ValueError("this input was never seen")
-        return float(self.largest.max())
+        return torch.zeros_like(self.total[0]) if self.sums is None else self.sums / self.tokens
 
     def second_moment(self) -> Tensor:
         """H = Σ x xᵀ / T: (features, features). Takes the memory of the sum: to be called once, at the end."""

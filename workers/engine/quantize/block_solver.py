@@ -11,12 +11,17 @@ from torch import Tensor
 from app.errors import JobFailed
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.calibration.block_stream import LiveBlock
+from workers.engine.calibration.hidden_states import HiddenStates
 from workers.engine.calibration.input_moments import InputSite, expert_of, gather_moments, input_sites
+from workers.engine.checkpoint.layout import TORCH_DTYPES
 from workers.engine.checkpoint.selection import module_name, non_finite
 from workers.engine.export.stored_layer import StoredLayer
+from workers.engine.quantize.block_tuning import Untuned, original_outputs, row_parts, tune_block
+from workers.engine.quantize.channel_scaling import scale_channels
 from workers.engine.quantize.compensation import row_errors
 from workers.engine.quantize.layer_fit import LayerFit
 from workers.engine.quantize.layer_solver import LayerSolver
+from workers.engine.quantize.sign_rounding import best_alone, doubts
 
 _ROWS_AT_ONCE = 1024
 
@@ -36,6 +41,10 @@ class SolvedBlock:
     warnings: list[str] = field(default_factory=list)
     seldom_used: dict[str, int] = field(default_factory=dict)
     """Tokens seen by the experts that saw too few."""
+    tuning: tuple[float, float] | None = None
+    """Mean squared error of the block's outputs before and after it was tuned."""
+    untuned: dict[str, Untuned] = field(default_factory=dict)
+    """The layers by their names in the block, while they wait to be tuned."""
 
     def record(self) -> dict[str, Any]:
         """What is to be reported, fit for JSON."""
@@ -45,6 +54,7 @@ class SolvedBlock:
             "outputs_had": self.outputs_had,
             "warnings": self.warnings,
             "seldom_used": self.seldom_used,
+            "tuning": self.tuning,
         }
 
 
@@ -59,9 +69,39 @@ class BlockSolver:
     one_site_at_a_time: bool
     """Gather the statistics of one input, solve its layers, go on to the next: less memory, more passes. What follows
     sees what the quantized layers before it in the block give."""
+    seed: int = 0
 
     def solve(self, block: LiveBlock) -> SolvedBlock:
         """Quantize the chosen layers of a block. Raises JobFailed when calibration never reaches one of them."""
+        if self.step.solver != "signround":
+            return self._scale_and_solve(block)
+        with original_outputs(block) as originals:
+            done = self._scale_and_solve(block)
+            if done.untuned:
+                self._tune(block, originals, done)
+        return done
+
+    def _scale_and_solve(self, block: LiveBlock) -> SolvedBlock:
+        if self.step.scaling == "none":
+            return self._solve_layers(block)
+        scaled = scale_channels(block, self.step, self.layers, threads=self.threads)
+        done = self._solve_layers(block)
+        done.tensors = scaled.tensors | done.tensors
+        done.warnings += scaled.warnings
+        return done
+
+    def _tune(self, block: LiveBlock, originals: HiddenStates, done: SolvedBlock) -> None:
+        layers, done.untuned = done.untuned, {}
+        tuned = tune_block(
+            block, originals, layers, steps=self.step.tuning_steps, seed=self.seed + block.index
+        )
+        done.tuning = tuned.error_before, tuned.error_after
+        for name, fit in tuned.fits.items():
+            stored = block.stored_names[f"{name}.weight"]
+            done.tensors |= {key: rows for key, (_, rows) in self.layers[stored].parts(fit, 0).items()}
+            done.weight_errors[stored] = _weight_error(layers[name].original, fit)
+
+    def _solve_layers(self, block: LiveBlock) -> SolvedBlock:
         chosen = {
             module_name(name): stored for name, stored in block.stored_names.items() if stored in self.layers
         }
@@ -81,6 +121,8 @@ class BlockSolver:
             gather_moments(block, together)
             for site in together:
                 self._solve_site(block, site, {name: chosen[name] for name in site.layers}, solver, done)
+        if self.step.bias_correction and not any(f"{name}.bias" in block.stored_names for name in chosen):
+            done.warnings.append(f"no bias to correct in block {block.index}")
         done.warnings += solver.warnings
         return done
 
@@ -95,6 +137,7 @@ class BlockSolver:
         """Quantize the layers that share an input; `stored` are their weights' names by theirs in the block."""
         if site.is_guess:
             done.seldom_used |= {expert_of(name): site.tokens for name in stored.values()}
+        mean = site.mean()
         second_moment = site.second_moment()
         if not torch.isfinite(second_moment.diagonal()).all():
             raise JobFailed(
@@ -109,9 +152,31 @@ class BlockSolver:
             if not torch.isfinite(weight).all():
                 raise non_finite(name)
         fits = solver.solve(weights, {name: self.layers[name] for name in weights}, second_moment)
-        for name, fit in fits.items():
-            self._settle(name, weights[name], fit, second_moment, done)
-            done.tensors |= self.layers[name].tensors(fit, site.peak())
+        if self.step.bias_correction:
+            self._correct_biases(block, stored, weights, fits, mean, done)
+        for within, name in stored.items():
+            if self.step.solver == "signround":
+                done.untuned[within] = _untuned(weights[name], fits[name], second_moment)
+            self._settle(name, weights[name], fits[name], second_moment, done)
+            done.tensors |= self.layers[name].tensors(fits[name], site.peak())
+
+    def _correct_biases(
+        self,
+        block: LiveBlock,
+        stored: dict[str, str],
+        weights: dict[str, Tensor],
+        fits: dict[str, LayerFit],
+        mean: Tensor,
+        done: SolvedBlock,
+    ) -> None:
+        """Add to biases what the outputs lose on average, (W − Ŵ)·E[x] (Nagel et al. 2019, sec. 4.2, eq. 15)."""
+        for name, weight in stored.items():
+            if (key := block.stored_names.get(f"{name}.bias")) is None:
+                continue
+            bias = block.module.get_parameter(f"{name}.bias")
+            corrected = bias.float() + (weights[weight].float() - fits[weight].restored()) @ mean
+            done.tensors[key] = corrected.to(TORCH_DTYPES[self.layers[weight].dtype]).cpu()
+            bias.copy_(done.tensors[key])
 
     def _settle(
         self, name: str, weight: Tensor, fit: LayerFit, second_moment: Tensor, done: SolvedBlock
@@ -132,6 +197,25 @@ class BlockSolver:
             done.outputs_lost += _total(row_errors(difference.to(weight.dtype), moments))
             done.outputs_had += _total(row_errors(before.to(weight.dtype), moments))
         done.weight_errors[name] = (of_error, of_weights)
+
+
+def _untuned(weight: Tensor, fit: LayerFit, second_moment: Tensor) -> Untuned:
+    latent = torch.empty(weight.shape, device=weight.device)
+    for rows in row_parts(len(weight)):
+        part = fit.of_rows(rows)
+        wanted = best_alone(weight[rows].float(), part.restored(), second_moment)
+        latent[rows] = doubts(part, wanted).add_(part.codes)
+    return Untuned(fit, latent, weight.clone())
+
+
+def _weight_error(weight: Tensor, fit: LayerFit) -> tuple[float, float]:
+    """‖D‖² and ‖W‖²."""
+    of_error = of_weights = 0.0
+    for rows in row_parts(len(weight)):
+        before = weight[rows].float()
+        of_error += _total((fit.of_rows(rows).restored() - before).square())
+        of_weights += _total(before.square())
+    return of_error, of_weights
 
 
 def _total(values: Tensor) -> float:

@@ -77,7 +77,8 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
         | {
             "relative_output_error": (lost / had) ** 0.5 if had else 0.0,
             "calibration_tokens": windows.numel(),
-        },
+        }
+        | _tuning_metrics([record["tuning"] for record in records if record["tuning"]]),
         warnings=(
             *warnings_of(layers, selection, checkpoint),
             *(warning for record in records for warning in record["warnings"]),
@@ -86,6 +87,12 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
             ),
         ),
     )
+
+
+def _tuning_metrics(found: list[tuple[float, float]]) -> dict[str, float | int | str | None]:
+    """What tuning left of the blocks' squared errors, on average over the blocks that were tuned."""
+    shares = [after / before if before else 1.0 for before, after in found]
+    return {"error_left_by_tuning": sum(shares) / len(shares)} if shares else {}
 
 
 def _key(step: QuantizeCalibrated, context: StepContext, windows: Tensor) -> str:
@@ -112,7 +119,11 @@ def _solve(
         journal.directory, context, windows, share=_SOLVING, dtype=compute_dtype(stored, context.device)
     )
     solver = BlockSolver(
-        step, layers, context.threads, one_site_at_a_time=_is_short_of_memory(step, context, checkpoint)
+        step,
+        layers,
+        context.threads,
+        one_site_at_a_time=_is_short_of_memory(step, context, checkpoint),
+        seed=context.seed,
     )
     records: dict[int, dict[str, Any]] = {}
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from app.spec.quantize import ScaleSearch
 from workers.engine.checkpoint.streaming import one_torch_thread
 from workers.engine.quantize.grid import Fit, WeightGrid, fit_groups
+from workers.engine.quantize.half_quadratic import fit_half_quadratic
 
 # Weights fitted at once: the float32 buffers of a search stay in a core's own cache.
 _CHUNK_WEIGHTS = 2**17
@@ -72,13 +74,12 @@ def fit_layer(  # noqa: PLR0913 - all but the weight and its grid are choices wi
     group_size: int | None,
     dtype: torch.dtype,
     importance: Tensor | None = None,
-    search: bool = True,
+    search: ScaleSearch = "mse",
     threads: int = 1,
 ) -> LayerFit:
     """Search scales group by group and round to the nearest codes: (rows, columns), float32.
 
-    `importance`: (columns,), weighs the errors. `group_size` None: one scale per row. Without `search` the largest
-    weight of a group decides.
+    `importance`: (columns,), weighs the errors. `group_size` None: one scale per row.
     """
     rows, columns = weight.shape
     size = group_size or columns
@@ -86,7 +87,9 @@ def fit_layer(  # noqa: PLR0913 - all but the weight and its grid are choices wi
 
     def fit(part: Tensor) -> Fit:
         groups = part.reshape(len(part), -1, size)
-        return fit_groups(groups, grid, dtype, search=search, importance=weights)
+        if search == "hqq":
+            return fit_half_quadratic(groups, grid, dtype)
+        return fit_groups(groups, grid, dtype, search=search == "mse", importance=weights)
 
     parts = by_chunks(fit, weight, threads=threads)
     return LayerFit(

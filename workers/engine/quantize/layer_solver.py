@@ -48,7 +48,7 @@ class LayerSolver:
     ) -> dict[str, LayerFit]:
         """Fit weights (rows, columns) that share inputs of second moment H (columns, columns), by name."""
         batches = list(_batches(weights, layers))
-        factor = self._factor(second_moment, list(weights)) if self.step.solver == "gptq" else None
+        factor = self._factor(second_moment, list(weights)) if self.step.solver != "nearest" else None
         fits = [self._fit(batch, weights, second_moment, factor) for batch in batches]
         if factor is not None:
             order, damping = factor.order, factor.damping
@@ -72,24 +72,10 @@ class LayerSolver:
         self, batch: _Batch, weights: dict[str, Tensor], second_moment: Tensor, factor: Factor | None
     ) -> LayerFit:
         weight = batch.weight(weights)
-        fit = self._nearest(weight, batch, second_moment.diagonal())
+        fit = nearest_fit(weight, batch.layer, batch.grid, second_moment.diagonal(), threads=self.threads)
         if factor is not None:
             fit = compensated(weight, factor, fit, threads=self.threads)
         return fit.compact()
-
-    def _nearest(self, weight: Tensor, batch: _Batch, importance: Tensor) -> LayerFit:
-        """Scales searched with the importance of each input (columns,), and the nearest codes."""
-        layer, dtype = batch.layer, TORCH_DTYPES[batch.layer.dtype]
-        if layer.block_rows > 1:
-            return fit_blocks(weight, batch.grid, size=layer.block_rows, dtype=dtype, importance=importance)
-        return fit_layer(
-            weight,
-            batch.grid,
-            group_size=layer.group_size,
-            dtype=dtype,
-            importance=importance,
-            threads=self.threads,
-        )
 
     def _refine(
         self, batch: _Batch, fit: LayerFit, weights: dict[str, Tensor], second_moment: Tensor, order: Tensor
@@ -119,6 +105,17 @@ class LayerSolver:
         if factor.damping > self.step.damping:
             self.warnings.append(f"damped by {factor.damping:g} to have a factor: {names}")
         return factor
+
+
+def nearest_fit(
+    weight: Tensor, layer: StoredLayer, grid: WeightGrid, importance: Tensor, *, threads: int
+) -> LayerFit:
+    """Scales searched with the importance of each input (columns,), and the nearest codes; few rows or all."""
+    dtype = TORCH_DTYPES[layer.dtype]
+    if layer.block_rows > 1:
+        return fit_blocks(weight, grid, size=layer.block_rows, dtype=dtype, importance=importance)
+    size = layer.group_size
+    return fit_layer(weight, grid, group_size=size, dtype=dtype, importance=importance, threads=threads)
 
 
 @contextmanager

@@ -123,11 +123,12 @@ def _quantize_slab(
     """Quantize rows (n, columns) of one layer and write what they become where it belongs."""
     weight = rows.float()
     norm = _finite_norm(weight, slab.entry.name)
-    search = step.scale_search == "mse"
     if layer.block_rows > 1:
+        search = step.scale_search != "absmax"
         fit = fit_blocks(weight, grid, size=layer.block_rows, dtype=rows.dtype, search=search)
     else:
-        fit = fit_layer(weight, grid, group_size=layer.group_size, dtype=rows.dtype, search=search)
+        size, search_by = layer.group_size, step.scale_search
+        fit = fit_layer(weight, grid, group_size=size, dtype=rows.dtype, search=search_by)
     for name, (start, content) in layer.parts(fit, slab.start).items():
         writer.write_rows(name, start, content)
     if slab.start == 0:

@@ -1,0 +1,138 @@
+"""Scale the channels of a block before its layers are quantized, and fold the factors into what feeds those layers.
+
+Papers: Lin et al. 2023, "AWQ"; Xiao et al. 2022, "SmoothQuant"; formulas in channel_factors.py. The block gives what it
+gave, so any solver can follow. Left out: AWQ's search for clipped ranges, since scales are searched anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from app.errors import JobFailed
+from app.spec.quantize import QuantizeCalibrated
+from workers.engine.architectures.feeding import Feed, feeds_of, fold
+from workers.engine.calibration.block_stream import LiveBlock
+from workers.engine.calibration.input_moments import InputSite, gather_moments, input_sites
+from workers.engine.checkpoint.layout import TORCH_DTYPES
+from workers.engine.export.stored_layer import StoredLayer
+from workers.engine.quantize.channel_factors import (
+    AWQ_STRENGTHS,
+    Restore,
+    awq_factor,
+    balanced,
+    best_candidate,
+    smoothing_factor,
+)
+from workers.engine.quantize.layer_solver import nearest_fit
+
+# Of what the block adds to its input. Folding costs roundings of 16-bit weights, far less than this; a module that
+# feeds more than it is known to feed costs far more.
+_LARGEST_CHANGE = 0.05
+
+
+@dataclass
+class Scaled:
+    """What scaling has changed beside the layers that are still to be quantized."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """By their names in the checkpoint, as they are to be stored."""
+    warnings: list[str] = field(default_factory=list)
+
+
+def scale_channels(
+    block: LiveBlock, step: QuantizeCalibrated, layers: dict[str, StoredLayer], *, threads: int
+) -> Scaled:
+    """Scale what can be scaled, in place; `layers` are those to be quantized, by the names of their weights.
+
+    Raises JobFailed when the block does not give what it gave: then this architecture is not as it is taken to be.
+    """
+    chosen = {
+        name.removesuffix(".weight"): layers[stored]
+        for name, stored in block.stored_names.items()
+        if stored in layers
+    }
+    feeds = [feed for feed in feeds_of(block.module) if any(name in chosen for name in feed.layers)]
+    scaled = Scaled(warnings=_left_out(block, feeds, list(chosen)))
+    if not feeds:
+        return scaled
+    hidden = block.window(0)
+    before = block.call.run(block.module, hidden)
+    sites = input_sites(block, [feed.layers[0] for feed in feeds])
+    gather_moments(block, sites)
+    by_layer = {site.layers[0]: site for site in sites}
+    factors = [_factor(block, feed, by_layer.pop(feed.layers[0]), step, chosen, threads) for feed in feeds]
+    changed = [
+        name for feed, factor in zip(feeds, factors, strict=True) for name in fold(block.module, feed, factor)
+    ]
+    dtype = TORCH_DTYPES[next(iter(chosen.values())).dtype]
+    for name in changed:
+        stored = block.stored_names[name]
+        if stored not in layers:
+            parameter = block.module.get_parameter(name)
+            scaled.tensors[stored] = parameter.to(dtype).cpu()
+            parameter.copy_(scaled.tensors[stored])
+    _check_unchanged(block, hidden, before)
+    return scaled
+
+
+def _factor(
+    block: LiveBlock,
+    feed: Feed,
+    site: InputSite,
+    step: QuantizeCalibrated,
+    chosen: dict[str, StoredLayer],
+    threads: int,
+) -> Tensor:
+    """The factor of each channel of a feed's source: (channels,)."""
+    if step.scaling == "smoothquant":
+        if site.largest is None:
+            raise ValueError("an input that feeds a whole block is never empty")
+        weights = (block.module.get_parameter(f"{name}.weight") for name in feed.layers)
+        peaks = torch.stack([weight.float().abs().amax(0) for weight in weights]).amax(0)
+        inputs = site.largest.float()
+        return smoothing_factor(feed.shared(inputs), feed.shared(peaks), step.smoothing_strength)
+    second_moment = site.second_moment()
+    candidates = [balanced(feed.shared(awq_factor(second_moment, strength))) for strength in AWQ_STRENGTHS]
+    found = best_candidate(
+        list(_restorable(block, feed, chosen, threads)), second_moment, [feed.repeated(c) for c in candidates]
+    )
+    return candidates[found]
+
+
+def _restorable(
+    block: LiveBlock, feed: Feed, chosen: dict[str, StoredLayer], threads: int
+) -> Iterator[tuple[Tensor, Restore]]:
+    """The weights of a feed's layers that are to be quantized, and how each is rounded."""
+    for name in feed.layers:
+        if (layer := chosen.get(name)) is None:
+            continue
+
+        def restore(weight: Tensor, moment: Tensor, layer: StoredLayer = layer) -> Tensor:
+            grid = layer.grid(float(weight.abs().max()))
+            return nearest_fit(weight, layer, grid, moment.diagonal(), threads=threads).restored()
+
+        yield block.module.get_parameter(f"{name}.weight").float(), restore
+
+
+def _left_out(block: LiveBlock, feeds: list[Feed], names: list[str]) -> list[str]:
+    """A warning that names the layers nothing can be folded for; said of the first block, since all are alike."""
+    fed = {name for feed in feeds for name in feed.layers}
+    left = [name for name in names if name not in fed]
+    if not left or block.index:
+        return []
+    return [f"not scaled in any block, since nothing before them can take the factors: {', '.join(left)}"]
+
+
+def _check_unchanged(block: LiveBlock, hidden: Tensor, before: Tensor) -> None:
+    after = block.call.run(block.module, hidden)
+    change = torch.linalg.vector_norm((after - before).float())
+    if not change <= _LARGEST_CHANGE * torch.linalg.vector_norm((before - hidden).float()):
+        raise JobFailed(
+            f"Scaling the channels of block {block.index} has changed what it gives.",
+            code="scaling_not_exact",
+            hint="Set scaling to none for this model.",
+        )
