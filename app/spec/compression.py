@@ -11,16 +11,16 @@ from app.spec.distill import DistillLogits, StudentFromModel, StudentFromPreviou
 from app.spec.export import Export
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth, PruneMagnitude
-from app.spec.quantize import QuantizeGptq, QuantizeWeights
+from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 
 AnyStep = Annotated[
-    QuantizeWeights | QuantizeGptq | PruneMagnitude | PruneDepth | DistillLogits | OptimizeOnnx,
+    QuantizeWeights | QuantizeCalibrated | PruneMagnitude | PruneDepth | DistillLogits | OptimizeOnnx,
     Field(discriminator="technique"),
 ]
 
 STEP_CLASSES: tuple[type, ...] = (
     QuantizeWeights,
-    QuantizeGptq,
+    QuantizeCalibrated,
     PruneMagnitude,
     PruneDepth,
     DistillLogits,

@@ -14,7 +14,7 @@ from app.spec.distill import DistillLogits
 from app.spec.facts import ModelFacts
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth
-from app.spec.quantize import QuantizeGptq, QuantizeWeights
+from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.sizes import Shape, after_step
 
 _MIB = 2**20
@@ -205,7 +205,7 @@ def _step_memory(step: Step, before: Shape, after: Shape, original: Shape, facts
         case PruneDepth():
             states = 2 * 4 * step.calibration_tokens * facts.hidden_size
             return 4 * before.largest_block + 4 * facts.vocab_size * facts.hidden_size + states
-        case QuantizeGptq():
+        case QuantizeCalibrated():
             widths = before.largest_block_widths
             hessians = 4 * (sum(n * n for n in widths) + GPTQ_COPIES * max(widths, default=0) ** 2)
             return 4 * before.largest_block + 4 * facts.vocab_size * facts.hidden_size + hessians + SLAB_BYTES
@@ -230,7 +230,7 @@ def _step_seconds(step: Step, before: Shape, after: Shape, original: Shape) -> f
     match step:
         case QuantizeWeights():
             return streaming + before.dense_parameters / QUANTIZED_WEIGHTS_PER_SECOND[step.scale_search]
-        case QuantizeGptq():
+        case QuantizeCalibrated():
             forwards = 4 * before.dense_parameters * step.calibration_tokens
             solving = before.dense_parameters * GPTQ_SECONDS_PER_WEIGHT
             return streaming + forwards / FLOPS_PER_SECOND + solving

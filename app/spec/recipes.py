@@ -9,7 +9,7 @@ from app.spec.compression import Acceptance, CompressionSpec
 from app.spec.distill import DistillLogits, StudentFromPreviousStep
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth, PruneMagnitude
-from app.spec.quantize import QuantizeGptq, QuantizeWeights
+from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ _ALL = (
         summary="8-bit weights, one scale per output channel",
         reason="Halves a 16-bit model and is nearly lossless, calibrated on a few pages of text. The safe first choice.",
         spec=CompressionSpec(
-            steps=(QuantizeGptq(bits=8, calibration_tokens=4096),),
+            steps=(QuantizeCalibrated(bits=8, calibration_tokens=4096),),
             acceptance=Acceptance(max_perplexity_increase=0.01, min_cosine=0.99),
         ),
     ),

@@ -23,7 +23,7 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
         "int8": {"bits": 8, "scale_search": "absmax"},
         "int3-asymmetric": {"bits": 3, "symmetric": False, "group_size": 16},
     },
-    "quantize.gptq": {
+    "quantize.calibrated": {
         "int4": {"group_size": 32, "calibration_tokens": 1024},
         "int8-asymmetric": {"bits": 8, "symmetric": False, "calibration_tokens": 256},
         "int2": {"bits": 2, "group_size": 16, "calibration_tokens": 1024},

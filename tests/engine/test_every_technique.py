@@ -258,7 +258,7 @@ def _promises_of_optimize_onnx(run: Run) -> None:
 
 _PROMISES: dict[str, Callable[[Run], None]] = {
     "quantize.weights": _promises_of_packed_integers,
-    "quantize.gptq": _promises_of_packed_integers,
+    "quantize.calibrated": _promises_of_packed_integers,
     "prune.magnitude": _promises_of_prune_magnitude,
     "prune.depth": _promises_of_prune_depth,
     "distill.logits": _promises_of_distill_logits,

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from workers.engine.quantize.compensation import (
-    ColumnGrid,
     NotPositiveDefinite,
-    compensated_codes,
+    compensated,
     factorize,
     inverse_factor,
     output_error,
+    row_errors,
 )
-from workers.engine.quantize.grid import Grid, fit_groups
+from workers.engine.quantize.grid import Grid
+from workers.engine.quantize.layer_fit import LayerFit, fit_layer
 
 ROWS, COLUMNS, GROUP = 6, 160, 16
 
@@ -36,17 +37,11 @@ def second_moment() -> Tensor:
     return inputs.t() @ inputs / len(inputs)
 
 
-def grid_of(weight: Tensor, bits: int = 3, *, symmetric: bool = False) -> ColumnGrid:
-    fit = fit_groups(weight.reshape(-1, GROUP), Grid(bits, symmetric), torch.float32, search=True)
-    groups = torch.arange(COLUMNS) // GROUP
-    return ColumnGrid(fit.scale.view(ROWS, -1), fit.zero.view(ROWS, -1), groups, 1 << (bits - 1))
+def fit_of(weight: Tensor, bits: int = 3, *, symmetric: bool = False) -> LayerFit:
+    return fit_layer(weight, Grid(bits, symmetric), group_size=GROUP, dtype=torch.float32)
 
 
-def restored(codes: Tensor, grid: ColumnGrid) -> Tensor:
-    return (codes - grid.zero[:, grid.group_of]) * grid.scale[:, grid.group_of]
-
-
-def by_the_paper(weight: Tensor, second_moment: Tensor, grid: ColumnGrid, damping: float) -> Tensor:
+def by_the_paper(weight: Tensor, second_moment: Tensor, fit: LayerFit, damping: float) -> Tensor:
     """Optimal brain quantization column by column in a fixed order, with an explicit inverse that shrinks (eq. 2, 3)."""
     left, moments = weight.double().clone(), second_moment.double()
     moments.diagonal()[moments.diagonal() == 0] = 1
@@ -56,8 +51,8 @@ def by_the_paper(weight: Tensor, second_moment: Tensor, grid: ColumnGrid, dampin
     for done, j in enumerate(order.tolist()):
         free = order[done:]
         inverse = torch.linalg.inv(damped[free][:, free])
-        scale, zero = (t[:, grid.group_of[j]].double() for t in (grid.scale, grid.zero))
-        codes[:, j] = (left[:, j] / scale + zero).round().clamp(-grid.half, grid.half - 1)
+        scale, zero = (t[:, fit.group_of[j]].double() for t in (fit.scale, fit.zero))
+        codes[:, j] = fit.grid.nearest_(left[:, j] / scale + zero)
         error = (left[:, j] - (codes[:, j] - zero) * scale) / inverse[0, 0]
         left[:, free] -= error[:, None] * inverse[0][None]
     return codes
@@ -67,10 +62,10 @@ def by_the_paper(weight: Tensor, second_moment: Tensor, grid: ColumnGrid, dampin
 def test_codes_are_those_of_the_paper_in_float64(
     weight: Tensor, second_moment: Tensor, symmetric: bool
 ) -> None:
-    grid = grid_of(weight, symmetric=symmetric)
+    fit = fit_of(weight, symmetric=symmetric)
     weight[:, 7] = 0
-    ours = compensated_codes(weight, factorize(second_moment, 0.01), grid)
-    expected = by_the_paper(weight, second_moment.clone(), grid, 0.01)
+    ours = compensated(weight, factorize(second_moment, 0.01), fit).codes
+    expected = by_the_paper(weight, second_moment.clone(), fit, 0.01)
     # Sums in float32 may tip a weight that lies between two codes, and with it those it is made up for by.
     assert (ours.double() == expected).double().mean() > 0.99
 
@@ -79,13 +74,11 @@ def test_codes_are_those_of_the_paper_in_float64(
 def test_outputs_lose_less_than_by_rounding_to_nearest(
     weight: Tensor, second_moment: Tensor, bits: int
 ) -> None:
-    grid = grid_of(weight, bits)
-    nearest = (weight / grid.scale[:, grid.group_of] + grid.zero[:, grid.group_of]).round()
-    nearest = nearest.clamp(-grid.half, grid.half - 1)
-    codes = compensated_codes(weight, factorize(second_moment, 0.01), grid)
-    assert codes.min() >= -grid.half
-    assert codes.max() <= grid.half - 1
-    lost, before = (output_error(restored(c, grid) - weight, second_moment) for c in (codes, nearest))
+    nearest = fit_of(weight, bits)
+    ours = compensated(weight, factorize(second_moment, 0.01), nearest)
+    assert ours.codes.min() >= -(1 << bits - 1)
+    assert ours.codes.max() <= (1 << bits - 1) - 1
+    lost, before = (output_error(fit.restored() - weight, second_moment) for fit in (ours, nearest))
     assert lost < 0.6 * before
 
 
@@ -93,18 +86,15 @@ def test_threads_share_the_rows_and_change_nothing() -> None:
     generator = torch.Generator().manual_seed(4)
     weight = torch.randn(4100, 32, generator=generator)
     inputs = torch.randn(64, 32, generator=generator)
-    grid = ColumnGrid(weight.abs().amax(1, keepdim=True) / 8, torch.zeros(4100, 1), torch.zeros(32).long(), 8)
+    fit = fit_layer(weight, Grid(4, symmetric=True), group_size=None, dtype=torch.float32)
     factor = factorize(inputs.t() @ inputs, 0.01)
-    assert torch.equal(
-        compensated_codes(weight, factor, grid, threads=2), compensated_codes(weight, factor, grid)
-    )
+    two, one = (compensated(weight, factor, fit, threads=threads).codes for threads in (2, 1))
+    assert torch.equal(two, one)
 
 
 def test_independent_inputs_of_one_size_leave_nothing_to_compensate(weight: Tensor) -> None:
-    grid = grid_of(weight)
-    codes = compensated_codes(weight, factorize(torch.eye(COLUMNS), 0.01), grid)
-    nearest = (weight / grid.scale[:, grid.group_of] + grid.zero[:, grid.group_of]).round()
-    assert torch.equal(codes, nearest.clamp(-grid.half, grid.half - 1))
+    fit = fit_of(weight)
+    assert torch.equal(compensated(weight, factorize(torch.eye(COLUMNS), 0.01), fit).codes, fit.codes)
 
 
 def test_inverse_factor_times_itself_is_the_inverse(second_moment: Tensor) -> None:
@@ -133,3 +123,9 @@ def test_output_error_is_the_mean_squared_error_of_the_outputs(weight: Tensor) -
     inputs = torch.randn(50, COLUMNS, generator=torch.Generator().manual_seed(3))
     expected = (inputs.double() @ weight.double().t()).square().sum(1).mean().item()
     assert output_error(weight, inputs.t() @ inputs / 50) == pytest.approx(expected, rel=1e-4)
+
+
+def test_errors_of_rows_add_up_to_that_of_the_layer(weight: Tensor, second_moment: Tensor) -> None:
+    assert row_errors(weight, second_moment).sum().item() == pytest.approx(
+        output_error(weight, second_moment), rel=1e-6
+    )

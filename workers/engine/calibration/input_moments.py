@@ -6,7 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+# Blocks of columns of the symmetric product: those below the diagonal need not be computed.
+_GRAM_BLOCKS = 4
+_SMALLEST_GRAM_BLOCK = 128
 
 
 @dataclass
@@ -16,22 +21,41 @@ class InputSite:
     layers: list[str] = field(default_factory=list)
     """Names within the block, in the order they are called."""
     total: Tensor | None = None
-    """Σ x xᵀ over the tokens seen: (features, features), float32."""
+    """The upper triangle of Σ x xᵀ over the tokens seen: (features, features), float32; below it is no use."""
     tokens: int = 0
 
     def add(self, inputs: Tensor) -> None:
         """Take in more tokens: (..., tokens, features)."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        rows = inputs.reshape(-1, inputs.shape[-1])
         if self.total is None:
-            self.total = rows.new_zeros(rows.shape[1], rows.shape[1])
-        self.total.addmm_(rows.t(), rows)
+            self.total = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+        add_gram(self.total, rows)
         self.tokens += len(rows)
 
     def second_moment(self) -> Tensor:
-        """H = Σ x xᵀ / T: (features, features)."""
+        """H = Σ x xᵀ / T: (features, features). Takes the memory of the sum: to be called once, at the end."""
         if self.total is None:
             raise ValueError("this input was never seen")
-        return self.total / self.tokens
+        moment, self.total = self.total.div_(self.tokens), None
+        for start, stop in _spans(len(moment)):
+            moment[stop:, start:stop] = moment[start:stop, stop:].t()
+        return moment
+
+
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add xᵀ x to the blocks of `total` (features, features) on and above its diagonal: rows (tokens, features).
+
+    Products of 16-bit inputs are summed in float32 over the tokens given at once, and over all calls.
+    """
+    columns = rows.t()
+    for start, stop in _spans(len(total)):
+        product = columns[start:stop] @ rows[:, start:]
+        total[start:stop, start:] += product
+
+
+def _spans(features: int) -> list[tuple[int, int]]:
+    size = max(_SMALLEST_GRAM_BLOCK, -(-features // _GRAM_BLOCKS))
+    return [(start, min(features, start + size)) for start in range(0, features, size)]
 
 
 def input_moments(block: nn.Module, names: Iterable[str], run: Callable[[], None]) -> list[InputSite]:

@@ -12,12 +12,14 @@ from workers.engine.calibration.block_stream import Calibration
 from workers.engine.calibration.windows import model_windows
 from workers.engine.technique import StepContext
 
-_WINDOW_TOKENS = 512
+WINDOW_TOKENS = 512
 
 
 @contextmanager
-def step_calibration(context: StepContext, *, tokens: int, share: float) -> Iterator[Calibration]:
-    """Calibrate `context.source` on `tokens` tokens of the step's text; its progress runs from 0 to `share`.
+def step_calibration(
+    context: StepContext, *, tokens: int, share: float, length: int = WINDOW_TOKENS
+) -> Iterator[Calibration]:
+    """Calibrate `context.source` on `tokens` tokens of the step's text, in windows of `length`; its progress runs from 0 to `share`.
 
     Raises InvalidRequest when the text is too short for one window.
     """
@@ -28,7 +30,7 @@ def step_calibration(context: StepContext, *, tokens: int, share: float) -> Iter
         context.calibration_text,
         context.facts,
         tokens=tokens,
-        length=_WINDOW_TOKENS,
+        length=length,
     )
     with tempfile.TemporaryDirectory(dir=context.target.parent, prefix="spool-") as spool:
         yield Calibration(

@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from app.spec.facts import TensorFact
+from workers.engine.checkpoint.layout import TORCH_DTYPES
+from workers.engine.quantize.grid import Grid
+from workers.engine.quantize.layer_fit import LayerFit
 
 FORMAT = "pack-quantized"
 # 32 codes fill a whole number of words at any width: slabs of zero points must begin at a multiple of this many rows.
@@ -62,6 +65,22 @@ class PackedLayer:
         """All its tensors."""
         always = [self.packed, self.scale, self.shape]
         return always if self.symmetric else [*always, self.zero_point]
+
+    @property
+    def grid(self) -> Grid:
+        """What its codes may be."""
+        return Grid(self.bits, self.symmetric)
+
+    def tensors(self, fit: LayerFit) -> dict[str, Tensor]:
+        """All its tensors, by name."""
+        found = {
+            self.packed.name: pack_rows(fit.codes.to(torch.int8).cpu(), self.bits),
+            self.scale.name: fit.scale.to(TORCH_DTYPES[self.dtype]).cpu(),
+            self.shape.name: torch.tensor([self.rows, self.columns]),
+        }
+        if not self.symmetric:
+            found[self.zero_point.name] = pack_columns(fit.zero.to(torch.int8).cpu(), self.bits)
+        return found
 
     def stored_bits(self) -> float:
         """Bits per weight, scales, zero points and shape included."""

@@ -7,38 +7,19 @@ algorithm 1). Columns with the largest H_jj go first, while there are most left 
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from workers.engine.checkpoint.streaming import one_torch_thread
+from workers.engine.quantize.column_sweep import round_in_order
+from workers.engine.quantize.layer_fit import LayerFit
 
-BLOCK_COLUMNS = 128
 _ATTEMPTS = 4
-# With fewer, threads wait for each other longer than they save: two threads took 0.6 of the time of one at 4096 rows of
-# 4096 columns, and twice the time at 960 rows of 576.
-_ROWS_PER_THREAD = 2048
 
 
 class NotPositiveDefinite(Exception):  # noqa: N818 - the caller decides whether that is an error
     """The statistics have no Cholesky factor, however strongly damped."""
-
-
-@dataclass(frozen=True)
-class ColumnGrid:
-    """The grid of each row and group: scale and zero point (rows, groups), float32; `group_of` (columns,), int64."""
-
-    scale: Tensor
-    zero: Tensor
-    group_of: Tensor
-    half: int
-    """Codes go from −half to half − 1."""
-
-    def of_rows(self, rows: Tensor) -> ColumnGrid:
-        """The grids of some rows."""
-        return replace(self, scale=self.scale[rows], zero=self.zero[rows])
 
 
 @dataclass(frozen=True)
@@ -80,55 +61,24 @@ def inverse_factor(second_moment: Tensor, added: Tensor | float) -> Tensor | Non
     lower, failed = torch.linalg.cholesky_ex(flipped)
     if failed:
         return None
+    del flipped
     identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
     return upper if torch.isfinite(upper).all() else None
 
 
-def compensated_codes(weight: Tensor, factor: Factor, grid: ColumnGrid, *, threads: int = 1) -> Tensor:
-    """Codes of a weight by GPTQ: (rows, columns), float32 -> (rows, columns), float32.
-
-    Rows do not depend on each other: each of `threads` threads takes some, if there are enough to be worth it.
-    """
-    parts = min(threads, len(weight) // _ROWS_PER_THREAD) if weight.device.type == "cpu" else 1
-    rows = torch.arange(len(weight)).chunk(max(1, parts))
-    # Steps are too small for torch's own threads: waking them takes longer than one does.
-    with one_torch_thread(), ThreadPoolExecutor(len(rows)) as pool:
-        done = pool.map(lambda part: _codes_of_rows(weight[part], factor, grid.of_rows(part)), rows)
-        return torch.cat(list(done))
-
-
-@torch.inference_mode()
-def _codes_of_rows(weight: Tensor, factor: Factor, grid: ColumnGrid) -> Tensor:
-    # Columns lie together in memory: each is read and written as a whole.
-    columns = weight.t()[factor.order].contiguous()
-    codes = _round_in_order(columns, factor.upper, grid, grid.group_of[factor.order])
-    restored = torch.empty_like(codes)
-    restored[factor.order] = codes
-    return restored.t().contiguous()
-
-
-def _round_in_order(columns: Tensor, upper: Tensor, grid: ColumnGrid, group_of: Tensor) -> Tensor:
-    """Round row after row of the transposed weight: columns (columns, rows), overwritten -> codes (columns, rows)."""
-    codes = torch.empty_like(columns)
-    scales, zeros = grid.scale.t().contiguous(), grid.zero.t().contiguous()
-    groups = group_of.tolist()
-    for start in range(0, len(columns), BLOCK_COLUMNS):
-        stop = min(start + BLOCK_COLUMNS, len(columns))
-        block = upper[start:stop, start:stop]
-        errors = torch.empty_like(columns[start:stop])
-        for j in range(stop - start):
-            column, group = columns[start + j], groups[start + j]
-            scale, zero = scales[group], zeros[group]
-            code = torch.addcdiv(zero, column, scale).round_().clamp_(-grid.half, grid.half - 1)
-            codes[start + j] = code
-            error = column.sub(code.sub_(zero).mul_(scale)).div_(block[j, j])
-            errors[j] = error
-            columns[start + j + 1 : stop].addr_(block[j, j + 1 :], error, alpha=-1)
-        columns[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
-    return codes
+def compensated(weight: Tensor, factor: Factor, fit: LayerFit, *, threads: int = 1) -> LayerFit:
+    """The same scales and zero points with the codes that GPTQ finds: weight (rows, columns), float32."""
+    coupling = (factor.upper / factor.upper.diagonal().unsqueeze(1)).t()
+    codes = round_in_order(weight, coupling, factor.order, fit, threads=threads)
+    return replace(fit, codes=codes)
 
 
 def output_error(difference: Tensor, second_moment: Tensor) -> float:
     """tr(D H Dᵀ), the expected squared error of a layer's outputs: (rows, columns), (columns, columns) -> a number."""
-    return float(torch.sum((difference @ second_moment) * difference, dtype=torch.float64))
+    return float(row_errors(difference, second_moment).sum(dtype=torch.float64))
+
+
+def row_errors(difference: Tensor, second_moment: Tensor) -> Tensor:
+    """diag(D H Dᵀ): the expected squared error of each output: (rows, columns) -> (rows,)."""
+    return (difference @ second_moment).mul_(difference).sum(1)

@@ -12,6 +12,7 @@ from app.spec.base import Family
 from app.spec.quantize import IntegerWeights
 from app.spec.report import LayerOutcome
 from workers.engine.checkpoint import DTYPE_NAMES, Checkpoint
+from workers.engine.checkpoint.layout import TensorEntry
 from workers.engine.checkpoint.selection import Selection, module_name
 from workers.engine.export.pack_quantized import PackedLayer, quantization_config
 
@@ -30,21 +31,22 @@ class WeightError:
 
 def plan_layers(selection: Selection, step: IntegerWeights) -> dict[str, PackedLayer]:
     """What each chosen weight becomes. Raises InvalidRequest if the group size does not divide a layer's inputs."""
-    layers = {
-        name: PackedLayer(
-            module=module_name(name),
-            rows=entry.shape[0],
-            columns=entry.shape[1],
-            dtype=DTYPE_NAMES[entry.dtype],
-            bits=step.bits,
-            symmetric=step.symmetric,
-            group_size=step.group_size,
-        )
-        for name, entry in selection.chosen.items()
-    }
-    if step.group_size is not None:
-        _check_group_size(list(layers.values()), step.group_size)
+    layers = {name: _planned(entry, step) for name, entry in selection.chosen.items()}
+    _check_group_sizes(list(layers.values()))
     return layers
+
+
+def _planned(entry: TensorEntry, step: IntegerWeights) -> PackedLayer:
+    settings = step.settings_of(module_name(entry.name))
+    return PackedLayer(
+        module=module_name(entry.name),
+        rows=entry.shape[0],
+        columns=entry.shape[1],
+        dtype=DTYPE_NAMES[entry.dtype],
+        bits=settings.bits,
+        symmetric=settings.symmetric,
+        group_size=settings.group_size,
+    )
 
 
 def config_with_quantization(
@@ -102,15 +104,17 @@ def totals(
     }
 
 
-def warnings_of(step: IntegerWeights, selection: Selection) -> tuple[str, ...]:
+def warnings_of(layers: dict[str, PackedLayer], selection: Selection) -> tuple[str, ...]:
     """What a user should know about the layers chosen and the bits."""
-    return selection.warnings + ((_FEW_BITS_WARNING,) if step.bits < 4 else ())
+    few = any(layer.bits < 4 for layer in layers.values())
+    return selection.warnings + ((_FEW_BITS_WARNING,) if few else ())
 
 
-def _check_group_size(layers: list[PackedLayer], group_size: int) -> None:
-    wrong = [layer for layer in layers if layer.columns % group_size]
+def _check_group_sizes(layers: list[PackedLayer]) -> None:
+    wrong = [layer for layer in layers if layer.columns % (layer.group_size or 1)]
     if not wrong:
         return
+    group_size = wrong[0].group_size or 1
     fitting = math.gcd(*(layer.columns for layer in layers))
     sizes = [size for size in range(8, group_size, 8) if fitting % size == 0]
     names = ", ".join(f"{layer.module} ({layer.columns} inputs)" for layer in wrong[:5])

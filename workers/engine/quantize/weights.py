@@ -31,7 +31,7 @@ from workers.engine.export.pack_quantized import (
     pack_columns,
     pack_rows,
 )
-from workers.engine.quantize.grid import Grid, fit_groups
+from workers.engine.quantize.grid import fit_groups
 from workers.engine.quantize.packed_layers import (
     WeightError,
     config_with_quantization,
@@ -80,7 +80,7 @@ def quantize_weights(step: QuantizeWeights, context: StepContext) -> StepOutcome
     return StepOutcome(
         layers=layer_outcomes(layers, errors, selection),
         metrics=totals(layers, errors),
-        warnings=warnings_of(step, selection),
+        warnings=warnings_of(layers, selection),
     )
 
 
@@ -92,22 +92,22 @@ def _quantize_slab(
     scales = torch.empty(rows.shape[0], layer.groups, dtype=rows.dtype)
     zeros = torch.empty(rows.shape[0], layer.groups, dtype=torch.int8)
     error = weights = 0.0
-    grid = Grid(step.bits, step.symmetric)
     size = max(1, _CHUNK_WEIGHTS // layer.columns)
     for start in range(0, rows.shape[0], size):
         part = slice(start, min(start + size, rows.shape[0]))
         groups = rows[part].float().reshape(-1, layer.group_size or layer.columns)
         norm = _finite_norm(groups, slab.entry.name)
-        fit = fit_groups(groups, grid, rows.dtype, search=step.scale_search == "mse")
+        fit = fit_groups(groups, layer.grid, rows.dtype, search=step.scale_search == "mse")
         codes[part] = fit.codes.view(-1, layer.columns)
         scales[part] = fit.scale.view(-1, layer.groups)
         zeros[part] = fit.zero.view(-1, layer.groups)
         error += fit.squared_error.sum(dtype=torch.float64).item()
         weights += norm
-    writer.write_rows(layer.packed.name, slab.start, pack_rows(codes, step.bits))
+    writer.write_rows(layer.packed.name, slab.start, pack_rows(codes, layer.bits))
     writer.write_rows(layer.scale.name, slab.start, scales)
-    if not step.symmetric:
-        writer.write_rows(layer.zero_point.name, slab.start * step.bits // 32, pack_columns(zeros, step.bits))
+    if not layer.symmetric:
+        zero_row = slab.start * layer.bits // 32
+        writer.write_rows(layer.zero_point.name, zero_row, pack_columns(zeros, layer.bits))
     if slab.start == 0:
         writer.write(layer.shape.name, torch.tensor([layer.rows, layer.columns]))
     return WeightError(error, weights)

@@ -1,4 +1,4 @@
-"""quantize.gptq on tiny models, through the loaders its users have."""
+"""quantize.calibrated on tiny models, through the loaders its users have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiny_models import facts_of
 from torch import Tensor, nn
 
 from app.errors import InvalidRequest
-from app.spec.quantize import QuantizeGptq, QuantizeWeights
+from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from workers.engine.architectures.loading import load_model, load_tokenizer
 from workers.engine.calibration.input_moments import input_moments
 from workers.engine.calibration.windows import model_windows
@@ -21,7 +21,7 @@ from workers.engine.technique import StepContext, StepOutcome, run_step
 Tiny = Callable[[str], Path]
 
 
-def run(source: Path, target: Path, text: Path, step: QuantizeGptq | QuantizeWeights) -> StepOutcome:
+def run(source: Path, target: Path, text: Path, step: QuantizeCalibrated | QuantizeWeights) -> StepOutcome:
     return run_step(
         step,
         StepContext(
@@ -41,7 +41,7 @@ def test_outputs_stay_closer_than_by_rounding_to_nearest(
         errors = []
         for number, step in enumerate(
             (
-                QuantizeGptq(bits=3, group_size=16, calibration_tokens=2048),
+                QuantizeCalibrated(bits=3, group_size=16, calibration_tokens=2048),
                 QuantizeWeights(bits=3, group_size=16),
             )
         ):
@@ -56,8 +56,8 @@ def test_next_block_is_calibrated_on_what_the_quantized_one_gives(
     tiny: Tiny, tiny_text: Path, tmp_path: Path
 ) -> None:
     source = tiny("LlamaForCausalLM")
-    first = run(source, tmp_path / "a", tiny_text, QuantizeGptq(bits=2, calibration_tokens=256))
-    only_first = QuantizeGptq(bits=2, calibration_tokens=256, ignore=("*.layers.0.*",))
+    first = run(source, tmp_path / "a", tiny_text, QuantizeCalibrated(bits=2, calibration_tokens=256))
+    only_first = QuantizeCalibrated(bits=2, calibration_tokens=256, ignore=("*.layers.0.*",))
     second = run(source, tmp_path / "b", tiny_text, only_first)
     errors = [
         {layer.name: layer.relative_error for layer in outcome.layers if ".layers.1." in layer.name}
@@ -70,7 +70,7 @@ def test_next_block_is_calibrated_on_what_the_quantized_one_gives(
 def test_report_says_how_much_the_outputs_lost(tiny: Tiny, tiny_text: Path, tmp_path: Path) -> None:
     lost = {}
     for bits in (8, 4, 2):
-        step = QuantizeGptq(bits=bits, calibration_tokens=512)  # type: ignore[arg-type]
+        step = QuantizeCalibrated(bits=bits, calibration_tokens=512)  # type: ignore[arg-type]
         lost[bits] = run(tiny("LlamaForCausalLM"), tmp_path / str(bits), tiny_text, step).metrics
     shares = [float(lost[bits]["relative_output_error"] or 0) for bits in (8, 4, 2)]
     assert 0 < shares[0] < 0.02 < shares[1] < shares[2] < 1
@@ -81,7 +81,7 @@ def test_text_too_short_for_a_window_is_refused(tiny: Tiny, tmp_path: Path) -> N
     text.write_text("Too short.")
     (tmp_path / "out").mkdir()
     with pytest.raises(InvalidRequest):
-        run(tiny("LlamaForCausalLM"), tmp_path / "out", text, QuantizeGptq())
+        run(tiny("LlamaForCausalLM"), tmp_path / "out", text, QuantizeCalibrated())
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -96,7 +96,7 @@ def test_weights_that_are_nan_are_named(tiny: Tiny, tiny_text: Path, tmp_path: P
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "out").mkdir()
     with pytest.raises(InvalidRequest, match=name):
-        run(source, tmp_path / "out", tiny_text, QuantizeGptq(calibration_tokens=256))
+        run(source, tmp_path / "out", tiny_text, QuantizeCalibrated(calibration_tokens=256))
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
@@ -122,6 +122,8 @@ def test_layers_that_share_an_input_share_its_moments() -> None:
         first, second = input_moments(block, ("left", "right", "after"), run_all)
     assert (first.layers, second.layers) == (["left", "right"], ["after"])
     rows, later = given.reshape(-1, 4), torch.cat(seen)
-    torch.testing.assert_close(first.second_moment(), rows.t() @ rows / len(rows))
-    torch.testing.assert_close(second.second_moment(), later.t() @ later / len(later))
+    with torch.inference_mode():
+        moments = first.second_moment(), second.second_moment()
+    torch.testing.assert_close(moments[0], rows.t() @ rows / len(rows))
+    torch.testing.assert_close(moments[1], later.t() @ later / len(later))
     assert not block.left._forward_pre_hooks

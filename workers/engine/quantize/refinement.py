@@ -1,0 +1,93 @@
+"""Improve scales and codes of a layer that is quantized already, by the error of its outputs tr(ΔW H ΔWᵀ).
+
+Two moves that each can only lower it: with the codes fixed, the scales of a row solve a small linear system,
+(Dᵀ H D)·s = Dᵀ H w, where D holds the codes' levels by group; with the scales fixed, exact coordinate descent on the
+codes: the best value of one weight, all others fixed, is w_j + (H (w − ŵ))_j / H_jj, and the nearest code to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from workers.engine.quantize.column_sweep import round_in_order
+from workers.engine.quantize.compensation import row_errors
+from workers.engine.quantize.layer_fit import LayerFit
+
+# Floats of the rows' systems that are solved at once.
+_SYSTEM_FLOATS = 2**22
+# As a share of the mean of a system's diagonal: keeps groups with few levels solvable in float32.
+_RIDGE = 1e-6
+
+
+def refined(
+    weight: Tensor, fit: LayerFit, second_moment: Tensor, order: Tensor, *, rounds: int, threads: int = 1
+) -> LayerFit:
+    """Refit the scales and descend on the codes, `rounds` times: weight (rows, columns), H (columns, columns)."""
+    for _ in range(rounds):
+        fit = refit_scales(weight, fit, second_moment)
+        fit = descended(weight, fit, second_moment, order, threads=threads)
+    return refit_scales(weight, fit, second_moment) if rounds else fit
+
+
+def descended(
+    weight: Tensor, fit: LayerFit, second_moment: Tensor, order: Tensor, *, threads: int = 1
+) -> LayerFit:
+    """One sweep of coordinate descent over all columns in `order` (columns,); scales stay."""
+    moments = second_moment / second_moment.diagonal().unsqueeze(1)
+    before = fit.restored()
+    targets = torch.addmm(before, weight - before, moments.t())
+    coupling = moments[order][:, order]
+    codes = round_in_order(targets, coupling, order, fit, previous=before, threads=threads)
+    return replace(fit, codes=codes)
+
+
+def refit_scales(weight: Tensor, fit: LayerFit, second_moment: Tensor) -> LayerFit:
+    """The scales that fit the codes best, row by row; a row keeps its own where rounding undoes the gain."""
+    groups = fit.scale.shape[1]
+    chunk = max(1, _SYSTEM_FLOATS // max(groups * groups, weight.shape[1]))
+    starts = range(0, len(weight), chunk)
+    parts = [
+        _refit_rows(weight[start : start + chunk], fit.of_rows(slice(start, start + chunk)), second_moment)
+        for start in starts
+    ]
+    return replace(fit, scale=torch.cat(parts))
+
+
+def _refit_rows(weight: Tensor, fit: LayerFit, second_moment: Tensor) -> Tensor:
+    system, right = scale_system(weight, fit.levels(), second_moment, fit.group_size)
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    unused = diagonal == 0
+    diagonal.add_(_RIDGE * diagonal.mean(1, keepdim=True)).masked_fill_(unused, 1.0)
+    solved, failed = torch.linalg.solve_ex(system, right)
+    usable = torch.isfinite(solved) & ~unused & (failed == 0).unsqueeze(1)
+    scale = fit.grid.stored(torch.where(usable, solved, fit.scale), fit.dtype)
+    candidate = replace(fit, scale=scale)
+    after, before = (row_errors(f.restored() - weight, second_moment) for f in (candidate, fit))
+    return torch.where((after < before).unsqueeze(1), scale, fit.scale)
+
+
+def scale_system(
+    weight: Tensor, levels: Tensor, second_moment: Tensor, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """Dᵀ H D and Dᵀ H w of each row: (rows, columns) twice, (columns, columns) -> (rows, groups, groups), (rows, groups)."""
+    rows, columns = levels.shape
+
+    def by_group(values: Tensor) -> Tensor:
+        return values.view(rows, columns // group_size, group_size).sum(2)
+
+    right = by_group((weight @ second_moment).mul_(levels))
+    system = torch.stack(
+        [
+            by_group((levels[:, start:stop] @ second_moment[start:stop]).mul_(levels))
+            for start, stop in _spans(columns, group_size)
+        ],
+        dim=1,
+    )
+    return system, right
+
+
+def _spans(columns: int, group_size: int) -> list[tuple[int, int]]:
+    return [(start, start + group_size) for start in range(0, columns, group_size)]
