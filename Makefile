@@ -59,8 +59,11 @@ format: $(STAMP) ## Format the code and fix what ruff can fix
 test: $(STAMP) ## All tests, against real servers that they start themselves
 	$(BIN)/pytest -m "not gpu" $(ARGS)
 
+# Parts of benchmarks, and the one that installs gigabytes of peers and needs a model by name: run that by hand.
+NOT_RUN := $(addprefix benchmarks/,figures.py machine.py growth_plot.py synthetic_llama.py quantize_vs_peers.py)
+
 bench: $(STAMP) ## All benchmarks; fails when a floor is missed
-	@failed=0; for file in $(filter-out benchmarks/figures.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || failed=1; done; exit $$failed
+	@failed=0; for file in $(filter-out $(NOT_RUN),$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || failed=1; done; exit $$failed
 
 clean: ## Remove the environment, the caches and the demo; modelpress-data, with your models, stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info modelpress-demo

@@ -46,7 +46,7 @@ class Figures:
             }
         )
 
-    def add_against_peer(
+    def add_against_peer(  # noqa: PLR0913 - what a line must say
         self,
         name: str,
         value: float,

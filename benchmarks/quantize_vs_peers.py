@@ -37,12 +37,12 @@ from workers.engine.calibration.builtin import builtin_text
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
-    figures = []
+    missed = False
     for model in arguments.model:
         subject = prepare(model, arguments)
         for name in arguments.case:
-            figures.append(measure(subject, CASES[name], arguments))
-    sys.exit(any(case_figures.missed for case_figures in figures))
+            missed |= measure(subject, CASES[name], arguments).missed
+    sys.exit(missed)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -57,11 +57,11 @@ def dense_weights(job: Job) -> dict[str, Tensor]:
     weights = {name: tensor for name, tensor in state.items() if not name.startswith(_HOOKS)}
     layers = block_linears(job.original("auto"))
     for name, layer in layers.items():
-        scale = state[f"{_HOOKS}post_hooks.{name.replace('.', ':')}:weight__0.0._scale"].float()
+        scale = state[f"{_HOOKS}post_hooks.{name.replace('.', ':')}:weight__0.0._scale"]
         grouped = (*scale.shape[:2], layer.in_features // scale.shape[1])
         unpack = INT4SymmetricWeightsDecompressor(scale, grouped, layer.weight.shape, torch.float32)
         # It holds scales in 16 bits, in which products would be rounded once more.
-        unpack._scale = scale
+        unpack.float()
         weights[f"{name}.weight"] = unpack(state[f"{name}.weight"])
         factor = state.get(f"{_HOOKS}pre_hooks.{name.replace('.', '/')}/linear/0__0.0._scale_value")
         if factor is not None:

@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+from peers.job import Meter  # noqa: E402
 from quality_int8 import facts_of  # noqa: E402
 
 from app.spec.compression import CompressionSpec  # noqa: E402
-from peers.job import Meter  # noqa: E402
 from workers.engine.technique import StepContext, run_step  # noqa: E402
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +149,10 @@ class PeerFailed(Exception):  # noqa: N818 - named by what has happened
 
 
 def _outcome(subject: Subject, work: Path, name: str, *, package: str, reused: bool = False) -> Outcome:
+    """Put together what was measured, and keep it for the tables (table.py)."""
     report = json.loads((work / "report.json").read_text())
     quantization = report["parts"]["quantize"]
-    return Outcome(
+    outcome = Outcome(
         name=name,
         version=report["versions"][package],
         seconds=quantization["seconds"],
@@ -161,6 +162,8 @@ def _outcome(subject: Subject, work: Path, name: str, *, package: str, reused: b
         quality=Quality.read(work / "quality.json"),
         reused=reused,
     )
+    (work / "outcome.json").write_text(json.dumps(asdict(outcome), indent=1))
+    return outcome
 
 
 def _bits_per_weight(artifact: Path, facts: ModelFacts) -> float:
