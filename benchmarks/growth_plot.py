@@ -64,4 +64,4 @@ def _panel(x: list[float], y: list[float], x_label: str, y_label: str) -> Markup
 
 def _sized(panel: Markup) -> Markup:
     """A plot within a plot needs its size said."""
-    return Markup(panel.replace("<svg ", f'<svg width="{WIDTH}" height="{_HEIGHT}" ', 1))
+    return Markup(str(panel).replace("<svg ", f'<svg width="{WIDTH}" height="{_HEIGHT}" ', 1))

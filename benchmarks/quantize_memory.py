@@ -34,7 +34,8 @@ EIGHT_BILLION = Shape(hidden=4096, inner=14336, keys=1024, blocks=2, head=128)
 TOKENS = 4096
 GROWING = (
     Shape(hidden=256, inner=768, keys=128, blocks=4),
-    Shape(hidden=512, inner=1536, keys=128, blocks=6),
+    Shape(hidden=384, inner=1152, keys=128, blocks=6),
+    Shape(hidden=512, inner=1536, keys=128, blocks=8),
     Shape(hidden=768, inner=2304, keys=256, blocks=8),
     Shape(hidden=1024, inner=3072, keys=256, blocks=10),
 )
@@ -92,7 +93,7 @@ def measure_growth(scratch: Path, arguments: argparse.Namespace) -> Figures:
     """Time and memory against parameters and against tokens; draws the picture."""
     figures = Figures("quantize_growth")
     sizes = [
-        quantize(scratch, shape, tokens=8192, group_size=64, threads=arguments.threads) for shape in GROWING
+        quantize(scratch, shape, tokens=TOKENS, group_size=64, threads=arguments.threads) for shape in GROWING
     ]
     lengths = [
         quantize(scratch, GROWING[1], tokens=tokens, group_size=64, threads=arguments.threads)

@@ -8,6 +8,7 @@ same for all: rounded per token, symmetric, over all 256 levels, as compressed-t
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -125,12 +126,15 @@ def load_quantized(directory: Path) -> Any:
         return load_model(directory)
     import transformers
 
-    compressed = transformers.AutoModelForCausalLM.from_pretrained(
-        str(directory),
-        dtype=torch.float32,
-        local_files_only=True,
-        quantization_config=transformers.CompressedTensorsConfig(dequantize=True),
-    )
+    with warnings.catch_warnings():
+        # That the file's settings are kept and ours for loading added: as wanted.
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        compressed = transformers.AutoModelForCausalLM.from_pretrained(
+            str(directory),
+            dtype=torch.float32,
+            local_files_only=True,
+            quantization_config=transformers.CompressedTensorsConfig(dequantize=True),
+        )
     # Its layers may round their inputs too, in a way of their own.
     model = transformers.AutoModelForCausalLM.from_config(compressed.config, dtype=torch.float32)
     weights = compressed.state_dict()
