@@ -28,7 +28,7 @@ from peers.comparison import TIMED_AGAINST, compare, compare_best, describe, mea
 from peers.environments import cache_directory
 from peers.evaluator import Original
 from peers.runs import Outcome, PeerFailed, Subject, run_ours, run_peer
-from peers.texts import calibration_windows, evaluation_windows, spread_text
+from peers.texts import calibration_windows, digest, evaluation_windows, spread_text
 from quality_int8 import facts_of
 
 from workers.engine.calibration.builtin import builtin_text
@@ -77,7 +77,7 @@ def prepare(model: Path, arguments: argparse.Namespace) -> Subject:
     facts = facts_of(model)
     text, windows = work / "calibration.txt", work / "calibration.npz"
     spread_text(model, arguments.calibration_text, text, tokens=arguments.calibration_tokens)
-    calibration_windows(model, facts, text, windows, tokens=arguments.calibration_tokens)
+    tokens = calibration_windows(model, facts, text, windows, tokens=arguments.calibration_tokens)
     held_out = evaluation_windows(model, facts, arguments.evaluation_text, tokens=arguments.evaluation_tokens)
     inputs = [fact.shape[1] for fact in facts.tensors if len(fact.shape) == 2 and "_proj" in fact.name]
     return Subject(
@@ -87,6 +87,7 @@ def prepare(model: Path, arguments: argparse.Namespace) -> Subject:
         group_size=next(size for size in (64, 32) if all(length % size == 0 for length in inputs)),
         calibration_text=text,
         calibration_windows=windows,
+        windows_digest=digest(tokens),
         original=Original(model, held_out, work),
         work=work,
         cache=arguments.cache,

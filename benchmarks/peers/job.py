@@ -45,6 +45,8 @@ class Job:
     """File for seconds, memory and versions."""
     threads: int
     int8_activations: bool = False
+    windows_digest: str = ""
+    """Of the calibration tokens: another run's result is reused only if it had the same."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of the method, by the peer's own names."""
 

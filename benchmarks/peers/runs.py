@@ -32,6 +32,7 @@ class Subject:
     group_size: int
     calibration_text: Path
     calibration_windows: Path
+    windows_digest: str
     original: Original
     work: Path
     cache: Path
@@ -88,6 +89,7 @@ def run_peer(subject: Subject, case: Case, method: PeerMethod, *, reuse: bool) -
         "report": str(work / "report.json"),
         "threads": subject.threads,
         "int8_activations": case.int8_activations,
+        "windows_digest": subject.windows_digest,
         "options": method.options,
     }
     reused = reuse and _did(work, job)
@@ -113,7 +115,7 @@ _PACKAGES = {
 
 
 def _did(work: Path, job: dict[str, Any]) -> bool:
-    """Whether this job has been done before. Paths may differ in what lies above the work directory."""
+    """Whether this very job has been done before."""
     files = work / "job.json", work / "report.json"
     return all(file.is_file() for file in files) and json.loads(files[0].read_text()) == job
 

@@ -38,11 +38,15 @@ def spread_text(model: Path, text: Path, target: Path, *, tokens: int) -> None:
     target.write_text("\n\n".join(documents[index] for index in chosen), encoding="utf-8")
 
 
-def calibration_windows(model: Path, facts: ModelFacts, text: Path, target: Path, *, tokens: int) -> int:
-    """Write the windows that our engine makes of a text as an .npz for the peers; returns how many there are."""
-    windows = model_windows(load_tokenizer(model), text, facts, tokens=tokens, length=512).numpy()
+def calibration_windows(
+    model: Path, facts: ModelFacts, text: Path, target: Path, *, tokens: int
+) -> NDArray[np.int64]:
+    """The windows that our engine makes of a text, (windows, tokens), written as an .npz for the peers too."""
+    windows: NDArray[np.int64] = model_windows(
+        load_tokenizer(model), text, facts, tokens=tokens, length=512
+    ).numpy()
     np.savez(target, windows=windows)
-    return len(windows)
+    return windows
 
 
 def evaluation_windows(model: Path, facts: ModelFacts, text: Path, *, tokens: int) -> NDArray[np.int64]:
