@@ -51,7 +51,10 @@ def transfer_bar(label: str, total: int) -> Iterator[OnBytes]:
 
 
 class JobBars:
-    """One bar for each job, with its stage and the time it still needs. A context manager."""
+    """One bar for each job, with its stage and the time it still needs. A context manager.
+
+    Where there is no terminal to draw on, e.g. in a log, each stage gets a line when it begins.
+    """
 
     def __init__(self) -> None:
         self._asked = 0.0
@@ -83,6 +86,7 @@ class JobBars:
                 self._progress.start_task(bar)
             elif event.type == "stage" and event.data["status"] == "running":
                 self._progress.update(bar, stage=event.data["name"])
+                self._tell(bar, event.data["name"])
             elif event.type == "progress":
                 self._progress.update(bar, completed=event.data["progress"], stage=event.data["message"])
                 self._show_eta(client, job, bar)
@@ -90,6 +94,10 @@ class JobBars:
         self._progress.update(bar, completed=ended["progress"], stage=_ending(ended), eta="")
         self._progress.stop_task(bar)
         return ended
+
+    def _tell(self, bar: TaskID, stage: str) -> None:
+        if not console.is_terminal:
+            console.print(f"{self._progress.tasks[bar].description}: {stage}", markup=False, highlight=False)
 
     def _show_eta(self, client: Client, job: Json, bar: TaskID) -> None:
         """Events carry no estimate, the job does; asked for rarely, since events come in bursts."""
@@ -144,12 +152,12 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_lines=True)
     for name in ("job", ""):
         table.add_column(name)
-    for name in ("size\nMB", "bits per\nweight", "quality", "latency\nms", "peak\nmemory\nMB"):
+    for name in ("size\nMB", "bits\nper\nweight", "quality", "latency\nms", "peak\nmemory\nMB"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict\nand flags", overflow="fold")
     for outcome in outcomes:
-        # The kind of job under the model's name keeps the column narrow.
-        label = outcome.label.replace(" ", "\n", 1)
+        # One word a line keeps the column narrow enough for the flags to stay whole beside it.
+        label = outcome.label.replace(" ", "\n")
         if outcome.report is None:
             error = outcome.job["error"] or {}
             ending = f"{outcome.job['status']}\n{error.get('detail', '')}"

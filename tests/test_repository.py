@@ -17,6 +17,7 @@ from typer.main import get_command
 
 from app.cli import cli
 from app.settings import Settings
+from app.spec.compression import STEP_CLASSES
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -66,6 +67,11 @@ def test_commands_and_links_of_a_page_exist(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         if not link.startswith("http"):
             assert (page.parent / link).exists(), link
+
+
+def test_every_technique_has_its_row_in_the_page_on_techniques() -> None:
+    rows = re.findall(r"^\| `([a-z.0-9_]+)` \|", (ROOT / "docs" / "techniques.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(step.model_fields["technique"].default for step in STEP_CLASSES)
 
 
 def test_ci_runs_what_readme_says() -> None:

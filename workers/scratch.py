@@ -4,6 +4,7 @@
                   inputs/student/…        the uploaded student, if there is one
                   inputs/datasets/<id>    text
                   stages/02-5/…           files of stage 2, written under fence 5
+                  journal/0/…             how far step 0 is, if it was killed; see the engine's block_journal
                   attempt-5.json          what the job's process is told
                   attempt-5.log           what it and its libraries printed
 

@@ -22,6 +22,17 @@ RAW_BODY = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
+# The bytes that the example of POST /v1/uploads announces can be sent without a file at hand.
+RAW_PART = {
+    "requestBody": {
+        "required": True,
+        "description": "The bytes themselves, as they are.",
+        "content": {
+            "text/plain": {"schema": {"type": "string"}, "example": "Hello there."},
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
 RAW_TEXT = {
     "requestBody": {
         "required": True,
@@ -36,9 +47,10 @@ RAW_TEXT = {
     }
 }
 
+FILE_NAME_PATTERN = r"^[^/\\\x00-\x1f\x7f]+$"
 FileName = Annotated[
     str,
-    StringConstraints(min_length=1, max_length=255, pattern=r"^[^/\\\x00-\x1f\x7f]+$", strip_whitespace=True),
+    StringConstraints(min_length=1, max_length=255, pattern=FILE_NAME_PATTERN, strip_whitespace=True),
 ]
 ContentDigest = Annotated[
     str | None,

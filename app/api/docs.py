@@ -29,6 +29,7 @@ _PATH_EXAMPLES = {
     "artifact_id": f"art_{_EXAMPLE_ID}",
     "upload_id": f"upl_{_EXAMPLE_ID}",
     "number": 1,
+    "path": "config.json",
 }
 
 DESCRIPTION = """
@@ -59,8 +60,8 @@ contain, and `POST /v1/plans` tells what a job would take before you start it.
   `hint` that says what to do, and for a spec the JSON pointer of each fault.
 * POST takes `Idempotency-Key`: send the call again with the same key, and nothing is done twice.
 
-On `/docs` the ids in the examples are those of your newest model, dataset and job, once there are some: press
-**Execute**.
+On `/docs` the ids in the examples are those of your newest model, dataset and job, once there are some, and of the last
+upload you started on the page: press **Execute**.
 """
 
 TAGS = [

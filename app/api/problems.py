@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import Field
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from app.api.validation import validation_problem
 from app.errors import Fault, ModelpressError
@@ -20,6 +21,7 @@ from app.spec.documented import Documented
 
 MEDIA_TYPE = "application/problem+json"
 
+_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
 _log = structlog.get_logger(__name__)
 
 
@@ -120,24 +122,34 @@ def _render_http(request: Request, error: HTTPException) -> ProblemResponse:
     if isinstance(error.__cause__, ModelpressError):
         return render(error.__cause__)
     phrase = http.HTTPStatus(error.status_code).phrase
+    headers = dict(error.headers or {})
+    if error.status_code == http.HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(_methods_of(request))
     body = _body(
         status=error.status_code,
         title=phrase,
         code=phrase.lower().replace(" ", "_").replace("-", "_"),
-        detail=_explain(request, error, phrase),
+        detail=_explain(request, error, headers, phrase),
         hint="See /docs for the paths and methods there are." if error.status_code in (404, 405) else None,
     )
-    return ProblemResponse(body, error.status_code, headers=error.headers)
+    return ProblemResponse(body, error.status_code, headers=headers)
 
 
-def _explain(request: Request, error: HTTPException, phrase: str) -> str:
+def _methods_of(request: Request) -> list[str]:
+    """Every method the path takes. Starlette's own `Allow` has those of the first route with this path alone."""
+    return [method for method in _METHODS if _takes(request, method)]
+
+
+def _takes(request: Request, method: str) -> bool:
+    scope = {**request.scope, "method": method}
+    return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+
+
+def _explain(request: Request, error: HTTPException, headers: Mapping[str, str], phrase: str) -> str:
     if error.status_code == http.HTTPStatus.NOT_FOUND:
         return f"There is nothing at {request.url.path}."
     if error.status_code == http.HTTPStatus.METHOD_NOT_ALLOWED:
-        allowed = (error.headers or {}).get("Allow", "")
-        return f"{request.url.path} does not take {request.method}" + (
-            f", but {allowed}." if allowed else "."
-        )
+        return f"{request.url.path} does not take {request.method}, but {headers['Allow']}."
     return str(error.detail or phrase)
 
 

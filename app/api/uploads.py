@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Request, Response
 from pydantic import ConfigDict, Field, StringConstraints
 
-from app.api.bodies import RAW_BODY, ContentDigest, FileName, chunks_of, declared_length, parse_digest
+from app.api.bodies import RAW_PART, ContentDigest, FileName, chunks_of, declared_length, parse_digest
 from app.api.dependencies import CurrentSettings, ReadSession, WriteSession
 from app.api.idempotency import IdempotentRoute
 from app.api.problems import problem_responses
@@ -115,7 +115,7 @@ def create_upload(
     operation_id="put_upload_part",
     summary="Send a part",
     responses=problem_responses(404, 409, 413, 422, 507),
-    openapi_extra=RAW_BODY,
+    openapi_extra=RAW_PART,
 )
 async def put_upload_part(
     upload_id: UploadId, number: PartNumber, request: Request, content_digest: ContentDigest = None

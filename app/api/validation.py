@@ -11,12 +11,15 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 
+from app.api.bodies import FILE_NAME_PATTERN
 from app.errors import Fault, InvalidRequest, ModelpressError
 from app.spec.compression import STEP_CLASSES, Acceptance, CompressionSpec, Evaluation, Resources, TextSource
 from app.spec.distill import StudentFromDepthCut, StudentFromModel
 from app.spec.export import Export
 
 _PREFIX = re.compile(r"^(?P<path>[a-z_]+(?:/[a-z0-9_]+)+): (?P<rest>.+)$", re.DOTALL)
+_ID_PATTERN = re.compile(r"^\^(?P<prefix>[a-z]{3}_)\[0-9a-z\]")
+_LONGEST_ECHO = 60
 _PLURALS = {1: "1 fault"}
 
 
@@ -114,6 +117,29 @@ def _no_tag(item: Any) -> tuple[str, str]:
     ), "This field is required: it says which kind this is."
 
 
+def _not_an_object(item: Any) -> tuple[str, str]:
+    """A body under another content type arrives as bytes: `curl -d` without `-H` is the usual way to get here."""
+    untold = isinstance(item["input"], bytes)
+    return "", "Must be a JSON object" + (
+        "; send it with `Content-Type: application/json`." if untold else "."
+    )
+
+
+def _pattern(item: Any) -> tuple[str, str]:
+    pattern = item["ctx"]["pattern"]
+    wanted = f"match {pattern}"
+    if pattern == FILE_NAME_PATTERN:
+        wanted = "be a file's name without a path"
+    elif match := _ID_PATTERN.match(pattern):
+        wanted = f"be an id that starts with {match['prefix']}"
+    return "", f"Must {wanted}; got {_shortened(item['input'])}."
+
+
+def _shortened(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= _LONGEST_ECHO else shown[:_LONGEST_ECHO] + "…"
+
+
 def _value_error(item: Any) -> tuple[str, str]:
     """Our validators put a path before what they say where the fault is deeper than the object they look at."""
     message = str(item["msg"]).removeprefix("Value error, ")
@@ -128,6 +154,9 @@ _EXPLANATIONS: dict[str, Callable[[Any], tuple[str, str]]] = {
     "union_tag_invalid": _unknown_tag,
     "union_tag_not_found": _no_tag,
     "value_error": _value_error,
+    "model_attributes_type": _not_an_object,
+    "model_type": _not_an_object,
+    "string_pattern_mismatch": _pattern,
 }
 
 

@@ -25,6 +25,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _CODE_CONFIGS = (CONFIG, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 _TIED_KEY = "tie_word_embeddings"
+_EXPERTS_KEY = "num_experts_per_tok"
 
 
 def huggingface_facts(files: Mapping[str, Path], selection: Selection) -> ModelFacts:
@@ -44,9 +45,12 @@ def huggingface_facts(files: Mapping[str, Path], selection: Selection) -> ModelF
         max_positions=_integer(config, architecture.positions_key),
         tied_embeddings=_is_tied(config, architecture, tensors),
         num_labels=_num_labels(architecture, tensors),
+        experts_per_token=_integer(config, _EXPERTS_KEY) if architecture.expert_layers else None,
         tensors=tensors,
     )
-    check_shapes(facts, CONFIG)
+    key = architecture.embedding_key
+    check_shapes(facts, CONFIG, embedding_size=_integer(config, key) if key and key in config else None)
+    _check_experts(facts)
     _check_dtypes(facts)
     return facts
 
@@ -117,22 +121,32 @@ def _check_index(path: Path, placed: dict[str, str], shards: set[str]) -> None:
 
 
 def _is_tied(config: dict[str, Any], architecture: Architecture, tensors: tuple[TensorFact, ...]) -> bool:
-    if architecture.family is not Family.CAUSAL_LM or any(t.name == "lm_head.weight" for t in tensors):
+    if architecture.family is not Family.CAUSAL_LM or any(t.name == architecture.head for t in tensors):
         return False
     if config.get(_TIED_KEY) is False:
         raise refused(
-            "config_mismatch", f"config.json says that {_TIED_KEY} is false, but there is no lm_head.weight."
+            "config_mismatch",
+            f"config.json says that {_TIED_KEY} is false, but there is no {architecture.head}.",
         )
     return True
 
 
 def _num_labels(architecture: Architecture, tensors: tuple[TensorFact, ...]) -> int | None:
-    if not architecture.name.endswith("ForSequenceClassification"):
+    if not architecture.has_labels:
         return None
     head = next((t for t in tensors if t.name in _HEADS and len(t.shape) == 2), None)
     if head is None:
         raise refused("tensor_missing", f"{architecture.name} has no classification head among its tensors.")
     return head.shape[0]
+
+
+def _check_experts(facts: ModelFacts) -> None:
+    """All experts of a block in one tensor is how transformers computes, and no form that other readers know."""
+    fused = next((t for t in facts.tensors if block_index(t.name) is not None and len(t.shape) == 3), None)
+    if facts.experts_per_token is not None and fused is not None:
+        raise refused(
+            "tensor_missing", f"{fused.name} holds all experts of a block; each must have its own tensors."
+        )
 
 
 def _check_dtypes(facts: ModelFacts) -> None:

@@ -6,17 +6,25 @@ from app.intake.refusals import refused
 from app.spec.architectures import block_index
 from app.spec.facts import ModelFacts, TensorFact
 
-_EMBEDDINGS = ("embed_tokens.weight", "embeddings.word_embeddings.weight")
-_INPUT_NORMS = ("input_layernorm.weight", "LayerNorm.weight", "sa_layer_norm.weight")
+_EMBEDDINGS = (
+    "embed_tokens.weight", "embeddings.word_embeddings.weight", "embeddings.tok_embeddings.weight", "embed_in.weight",
+    "wte.weight",
+)  # fmt: skip
+_INPUT_NORMS = (
+    "input_layernorm.weight", "LayerNorm.weight", "sa_layer_norm.weight", "self_attn_layer_norm.weight", "ln_1.weight",
+)  # fmt: skip
 
 
-def check_shapes(facts: ModelFacts, name: str) -> None:
-    """Raise IntakeError unless blocks, hidden size and vocabulary are those of the tensors."""
+def check_shapes(facts: ModelFacts, name: str, *, embedding_size: int | None = None) -> None:
+    """Raise IntakeError unless blocks, hidden size and vocabulary are those of the tensors.
+
+    `embedding_size` is the width of the word embeddings where it may differ from the hidden size.
+    """
     _check_blocks(facts, name)
     embedding = next((t for t in facts.tensors if t.name.endswith(_EMBEDDINGS)), None)
     if embedding is None:
         raise refused("tensor_missing", f"{name} has no word embeddings.")
-    expected = (facts.vocab_size, facts.hidden_size)
+    expected = (facts.vocab_size, embedding_size or facts.hidden_size)
     if embedding.shape != expected:
         raise refused(
             "config_mismatch",

@@ -29,7 +29,8 @@ class StageView(View):
     """One stage of a job. A stage that is done is never run twice in effect."""
 
     name: str = Field(examples=["step 1: quantize.weights"])
-    status: Literal["pending", "running", "done"]
+    status: Literal["pending", "running", "stopped", "done"]
+    """`stopped`: it ran when its worker was lost, or the job failed or was cancelled; it starts anew if the job goes on."""
     progress: float
     """0 to 1."""
     started_at: datetime | None
@@ -152,7 +153,7 @@ def job_view(job: Job, stages: Sequence[JobStage], artifacts: Sequence[Artifact]
         model_name=job.model_name,
         recipe=job.recipe,
         spec=CompressionSpec.model_validate(job.spec),
-        stages=[_stage(stage) for stage in stages],
+        stages=[_stage(stage, is_running=job.status == "running") for stage in stages],
         progress=round(job.progress, 4),
         eta_seconds=None if job.eta_seconds is None else round(job.eta_seconds, 1),
         queue=job.queue,
@@ -223,10 +224,10 @@ def _maybe(seconds: float | None) -> datetime | None:
     return None if seconds is None else as_time(seconds)
 
 
-def _stage(stage: JobStage) -> StageView:
+def _stage(stage: JobStage, *, is_running: bool) -> StageView:
     return StageView(
         name=stage.name,
-        status=stage.status,
+        status="stopped" if stage.status == "running" and not is_running else stage.status,
         progress=stage.progress,
         started_at=_maybe(stage.started_at),
         ended_at=_maybe(stage.ended_at),

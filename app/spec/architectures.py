@@ -7,16 +7,20 @@ Names are those of transformers' classes, as `architectures` in `config.json` gi
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from app.spec.base import Family
 
-_BLOCK = re.compile(r"^(?P<prefix>.*?\b(?:layers|layer))\.(?P<index>\d+)\.(?P<rest>.+)$")
+_BLOCK = re.compile(r"^(?P<prefix>.*?\b(?:layers|layer|h))\.(?P<index>\d+)\.(?P<rest>.+)$")
+_ROUTER = re.compile(r"\.(?:gate|shared_expert_gate)\.weight$")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One transformers class: its family, and the config key that counts its blocks."""
+    """One transformers class: its family, the keys of its config, and what is peculiar to its weights."""
 
     name: str
     model_type: str
@@ -24,18 +28,42 @@ class Architecture:
     blocks_key: str = "num_hidden_layers"
     hidden_key: str = "hidden_size"
     positions_key: str = "max_position_embeddings"
+    embedding_key: str | None = None
+    """The width of the word embeddings, where it may differ from the hidden size."""
+    head: str = "lm_head.weight"
+    """The output layer of a language model; tied to the word embeddings where it is not stored."""
+    expert_layers: tuple[str, str, str] | None = None
+    """Names of an expert's gate, up and down projection; None where every token meets every weight."""
+    inputs_first: bool = False
+    """True where linear layers inside blocks are stored (in, out): GPT-2's Conv1D."""
+
+    unpack_to_load: bool = False
+    """True where transformers 5.23 cannot hold packed weights: ModernBERT's initialization looks for plain ones, and
+    GPT-2 has no nn.Linear to replace."""
+
+    keeps_first_block: bool = False
+    """True where the first block is built differently (ModernBERT's has no norm before attention)."""
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether it classifies."""
+        return self.name.endswith("ForSequenceClassification")
 
 
-def _decoders(*pairs: tuple[str, str]) -> list[Architecture]:
-    return [Architecture(f"{name}ForCausalLM", kind, Family.CAUSAL_LM) for name, kind in pairs]
+def _decoders(*pairs: tuple[str, str], **keys: Any) -> list[Architecture]:
+    return [Architecture(f"{name}ForCausalLM", kind, Family.CAUSAL_LM, **keys) for name, kind in pairs]
 
 
-def _encoders(name: str, kind: str, **keys: str) -> list[Architecture]:
+def _encoders(name: str, kind: str, **keys: Any) -> list[Architecture]:
     heads = ("Model", "ForMaskedLM", "ForSequenceClassification")
     return [Architecture(name + head, kind, Family.ENCODER, **keys) for head in heads]
 
 
 _DISTILBERT_KEYS = {"blocks_key": "n_layers", "hidden_key": "dim"}
+_GPT2 = Architecture(
+    "GPT2LMHeadModel", "gpt2", Family.CAUSAL_LM,
+    blocks_key="n_layer", hidden_key="n_embd", positions_key="n_positions", inputs_first=True, unpack_to_load=True,
+)  # fmt: skip
 
 ARCHITECTURES: dict[str, Architecture] = {
     a.name: a
@@ -50,14 +78,52 @@ ARCHITECTURES: dict[str, Architecture] = {
             ("Gemma3", "gemma3_text"),
             ("Phi3", "phi3"),
             ("SmolLM3", "smollm3"),
+            ("Cohere", "cohere"),
+            ("Granite", "granite"),
+            ("Olmo2", "olmo2"),
+            ("StableLm", "stablelm"),
+            ("Starcoder2", "starcoder2"),
+        ),
+        _GPT2,
+        *_decoders(("GPTNeoX", "gpt_neox"), head="embed_out.weight"),
+        *_decoders(("OPT", "opt"), embedding_key="word_embed_proj_dim"),
+        *_decoders(("Mixtral", "mixtral"), expert_layers=("w1", "w3", "w2")),
+        *_decoders(
+            ("Qwen2Moe", "qwen2_moe"),
+            ("Qwen3Moe", "qwen3_moe"),
+            expert_layers=("gate_proj", "up_proj", "down_proj"),
         ),
         *_encoders("Bert", "bert"),
         *_encoders("Roberta", "roberta"),
         *_encoders("XLMRoberta", "xlm-roberta"),
         *_encoders("DistilBert", "distilbert", **_DISTILBERT_KEYS),
         *_encoders("MPNet", "mpnet"),
+        *_encoders("Electra", "electra", embedding_key="embedding_size"),
+        *_encoders("ModernBert", "modernbert", unpack_to_load=True, keeps_first_block=True),
+        *_encoders("DebertaV2", "deberta-v2"),
     )
 }
+
+
+def architecture_in(config: Mapping[str, Any]) -> Architecture:
+    """The architecture a config.json names. Raises KeyError for one that Modelpress does not know."""
+    return ARCHITECTURES[config["architectures"][0]]
+
+
+def is_router(name: str) -> bool:
+    """True for the weight that decides which experts a token meets, or how much of the shared one."""
+    return _ROUTER.search(name) is not None
+
+
+def is_expert(name: str) -> bool:
+    """True for a weight that only some tokens meet."""
+    return _EXPERT.search(name) is not None
+
+
+def blocks_name(name: str) -> str | None:
+    """The list of blocks a tensor belongs to, e.g. `model.layers`, or None outside the blocks."""
+    match = _BLOCK.match(name)
+    return match["prefix"] if match else None
 
 
 def block_index(name: str) -> int | None:
@@ -75,7 +141,10 @@ def with_block_index(name: str, index: int) -> str:
 
 
 def is_compressible(name: str, shape: tuple[int, ...]) -> bool:
-    """True for the weight of a linear layer inside a block: two-dimensional, and no embedding (relative positions)."""
+    """True for the weight of a linear layer inside a block: two-dimensional, and no embedding (relative positions).
+
+    Routers are among them, though no technique touches one: see `is_router`.
+    """
     return (
         len(shape) == 2
         and name.endswith(".weight")

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from app.errors import Fault
-from app.spec.architectures import block_index
+from app.spec.architectures import ARCHITECTURES, Architecture, block_index, is_router
 from app.spec.base import Family, Step
 from app.spec.compression import Acceptance, CompressionSpec
 from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel, StudentFromPreviousStep
 from app.spec.facts import ModelFacts, TensorFact
+from app.spec.layouts import inputs_of, limits_of_layout
 from app.spec.prune import PruneDepth, PruneMagnitude
 from app.spec.quantize import IntegerWeights
 
@@ -33,11 +34,19 @@ class _Shape:
 
     blocks: int
     layers: tuple[TensorFact, ...]
+    architecture: Architecture
+
+    @classmethod
+    def of(cls, facts: ModelFacts) -> _Shape:
+        """A model as it was uploaded; routers are no layers to work on."""
+        layers = tuple(t for t in facts.compressible() if not is_router(t.name))
+        return cls(facts.num_blocks, layers, ARCHITECTURES[facts.architecture])
 
     def without_blocks(self, count: int) -> _Shape:
         """Which blocks go is known only when the job runs; all have the same layers, so drop the last."""
         left = self.blocks - count
-        return _Shape(left, tuple(t for t in self.layers if (block_index(t.name) or 0) < left))
+        layers = tuple(t for t in self.layers if (block_index(t.name) or 0) < left)
+        return replace(self, blocks=left, layers=layers)
 
 
 def check_spec(
@@ -48,10 +57,13 @@ def check_spec(
     `students` holds the facts of uploaded students by model id; one that is missing is not checked here.
     """
     faults: list[Fault] = []
-    shape = _Shape(facts.num_blocks, facts.compressible())
+    shape = _Shape.of(facts)
     for number, step in enumerate(spec.steps):
         where = f"/steps/{number}"
         faults += _check_family(step, facts, where)
+        faults += [
+            Fault(where + at, why) for at, why in limits_of_layout(step, shape.architecture, shape.layers)
+        ]
         if isinstance(step, IntegerWeights | PruneMagnitude):
             faults += _check_layers(step, shape, where)
         if isinstance(step, PruneDepth):
@@ -105,7 +117,7 @@ def _check_layers(step: IntegerWeights | PruneMagnitude, shape: _Shape, where: s
     elif isinstance(step, IntegerWeights) and step.group_size is not None:
         yield from _check_group_size(step.group_size, layers, f"{where}/group_size")
     elif isinstance(step, PruneMagnitude) and step.pattern == "2:4":
-        yield from _check_multiple_of_four(layers, f"{where}/pattern")
+        yield from _check_multiple_of_four(layers, shape.architecture, f"{where}/pattern")
 
 
 def _check_group_size(group_size: int, layers: Sequence[TensorFact], pointer: str) -> Iterator[Fault]:
@@ -123,8 +135,10 @@ def _check_group_size(group_size: int, layers: Sequence[TensorFact], pointer: st
     )
 
 
-def _check_multiple_of_four(layers: Sequence[TensorFact], pointer: str) -> Iterator[Fault]:
-    misfits = [t for t in layers if t.shape[1] % 4]
+def _check_multiple_of_four(
+    layers: Sequence[TensorFact], architecture: Architecture, pointer: str
+) -> Iterator[Fault]:
+    misfits = [t for t in layers if inputs_of(t.shape, architecture) % 4]
     if misfits:
         yield Fault(pointer, f"2:4 needs inputs divisible by 4, unlike {_some(misfits)}; add them to ignore.")
 
@@ -175,8 +189,7 @@ def _after_distillation(step: DistillLogits, shape: _Shape, students: dict[str, 
         case StudentFromDepthCut():
             return shape.without_blocks(blocks_cut(step.student.drop_ratio, shape.blocks))
         case StudentFromModel() if step.student.model in students:
-            student = students[step.student.model]
-            return _Shape(student.num_blocks, student.compressible())
+            return _Shape.of(students[step.student.model])
         case StudentFromModel() | StudentFromPreviousStep():
             return shape
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from app.spec.architectures import block_index, is_compressible
+from app.spec.architectures import block_index, is_compressible, is_expert
 from app.spec.base import Family, Frozen
 
 BYTES_PER_ELEMENT = {
@@ -50,11 +50,21 @@ class ModelFacts(Frozen):
     tied_embeddings: bool = False
     num_labels: int | None = None
     """Size of the classification head; null where there is none."""
+    experts_per_token: int | None = None
+    """How many experts of a block each token meets; null where every token meets every weight."""
     tensors: tuple[TensorFact, ...]
 
     def compressible(self) -> tuple[TensorFact, ...]:
         """Weights of the linear layers inside blocks, which pruning and quantization work on."""
         return tuple(t for t in self.tensors if is_compressible(t.name, t.shape))
+
+    def active_share(self) -> float:
+        """Share of the weights that a token meets: time follows these, memory follows all."""
+        experts = [t for t in self.tensors if is_expert(t.name)]
+        if self.experts_per_token is None or not experts:
+            return 1.0
+        resting = 1 - self.experts_per_token / _experts_in_a_block(experts)
+        return 1 - resting * sum(t.elements for t in experts) / self.parameters
 
     def block_bytes(self) -> int:
         """Bytes of the largest block: what streaming a model block by block holds at once."""
@@ -64,3 +74,7 @@ class ModelFacts(Frozen):
             if index is not None:
                 totals[index] = totals.get(index, 0) + tensor.nbytes
         return max(totals.values(), default=0)
+
+
+def _experts_in_a_block(experts: list[TensorFact]) -> int:
+    return len({t.name.partition(".experts.")[2].partition(".")[0] for t in experts})

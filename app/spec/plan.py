@@ -155,7 +155,7 @@ def _stages(spec: CompressionSpec, facts: ModelFacts, students: dict[str, ModelF
     for number, step in enumerate(spec.steps):
         result = after_step(step, shape, facts, students)
         memory = _step_memory(step, shape, result, original, facts)
-        seconds = _step_seconds(step, shape, result, original)
+        seconds = _step_seconds(step, shape, result, original, facts.active_share())
         yield _stage(names[2 + number], memory, result.weight_bytes, seconds, result.weight_bytes)
         shape = result
     # Files are linked from the last step's directory, not copied.
@@ -184,7 +184,8 @@ def _measuring(name: str, evaluation: Evaluation, models: list[Shape], facts: Mo
     memory = sum(INTERPRETER_BYTES + _loaded(shape) for shape in running) + logits
     tokens = evaluation.tokens + evaluation.latency_rounds * LATENCY_TOKENS if evaluation.enabled else window
     seconds = sum(
-        PROCESS_SECONDS + 2 * shape.dense_parameters * tokens / FLOPS_PER_SECOND for shape in running
+        PROCESS_SECONDS + 2 * shape.dense_parameters * facts.active_share() * tokens / FLOPS_PER_SECOND
+        for shape in running
     )
     return _stage(name, memory, 0, seconds)
 
@@ -225,22 +226,23 @@ def _step_memory(step: Step, before: Shape, after: Shape, original: Shape, facts
             return SLAB_BYTES
 
 
-def _step_seconds(step: Step, before: Shape, after: Shape, original: Shape) -> float:
+def _step_seconds(step: Step, before: Shape, after: Shape, original: Shape, active: float) -> float:
+    """`active` is the share of the weights that a token meets."""
     streaming = _streaming(before.weight_bytes + after.weight_bytes)
     match step:
         case QuantizeWeights():
             return streaming + before.dense_parameters / QUANTIZED_WEIGHTS_PER_SECOND[step.scale_search]
         case QuantizeCalibrated():
-            forwards = 4 * before.dense_parameters * step.calibration_tokens
+            forwards = 4 * active * before.dense_parameters * step.calibration_tokens
             solving = before.dense_parameters * GPTQ_SECONDS_PER_WEIGHT
             return streaming + forwards / FLOPS_PER_SECOND + solving
         case PruneDepth():
-            return streaming + 2 * before.dense_parameters * step.calibration_tokens / FLOPS_PER_SECOND
+            forwards = 2 * active * before.dense_parameters * step.calibration_tokens
+            return streaming + forwards / FLOPS_PER_SECOND
         case DistillLogits():
             tokens = step.max_steps * step.batch_size * step.sequence_length
-            training = (
-                (6 * after.dense_parameters + 2 * original.dense_parameters) * tokens / FLOPS_PER_SECOND
-            )
+            products = 6 * after.dense_parameters + 2 * original.dense_parameters
+            training = active * products * tokens / FLOPS_PER_SECOND
             return streaming + min(training, step.max_seconds or training)
         case OptimizeOnnx():
             return streaming + PROCESS_SECONDS + ONNX_SECONDS_PER_PARAMETER * before.dense_parameters

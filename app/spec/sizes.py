@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from app.spec.architectures import block_index, is_compressible
+from app.spec.architectures import block_index, is_compressible, is_router
 from app.spec.base import Step
 from app.spec.compatibility import blocks_cut, matching_layers, module_name
 from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel
@@ -128,7 +128,8 @@ def _words(codes: int, bits: int) -> int:
 
 def _quantized(step: IntegerWeights, shape: Shape) -> Shape:
     layers = compressible(shape)
-    chosen = {t.name for t in layers} - {t.name for t in matching_layers(step.ignore, layers)}
+    chosen = {t.name for t in layers if not is_router(t.name)}
+    chosen -= {t.name for t in matching_layers(step.ignore, layers)}
     tensors: list[TensorFact] = []
     for tensor in shape.tensors:
         tensors += packed_layer(tensor, step) if tensor.name in chosen else (tensor,)

@@ -5,6 +5,7 @@ const EXAMPLES = {
   "job_01k0b6x2v9m4c8d7e5f3g1h0j2": "v1/jobs?limit=1",
 };
 const ARTIFACT = "art_01k0b6x2v9m4c8d7e5f3g1h0j2";
+const UPLOAD = "upl_01k0b6x2v9m4c8d7e5f3g1h0j2";
 
 async function newest(url) {
   const answer = await fetch(url);
@@ -22,8 +23,25 @@ async function specWithRealIds() {
   return JSON.parse(text);
 }
 
+// Uploads are not listed: examples that name one mean the last that was started on this page.
+let lastUpload = UPLOAD;
+
+function rememberUpload(response) {
+  const made = /\/v1\/uploads\/(upl_[0-9a-z]+)$/.exec(response.headers?.location ?? "");
+  if (made) lastUpload = made[1];
+  return response;
+}
+
+function nameLastUpload(request) {
+  request.url = request.url.replaceAll(UPLOAD, lastUpload);
+  if (typeof request.body === "string") request.body = request.body.replaceAll(UPLOAD, lastUpload);
+  return request;
+}
+
 specWithRealIds().then((spec) => SwaggerUIBundle({
   spec,
+  requestInterceptor: nameLastUpload,
+  responseInterceptor: rememberUpload,
   dom_id: "#docs",
   deepLinking: true,
   displayOperationId: false,

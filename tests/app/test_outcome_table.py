@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from app.demo.jobs import FIRST, SECOND
 from app.spec.compression import CompressionSpec
 from app.spec.quantize import QuantizeWeights
 from app.spec.report import Comparison, Coverage, Flag, Latency, Measurement, Report
@@ -70,9 +71,19 @@ def test_before_after_and_ratio_stand_below_each_other() -> None:
         Outcome("SmolLM2 2:4 sparse", {}, report(before, after, perplexity_ratio=53.01, latency_ratio=0.486))
     )
     assert ["SmolLM2", "before", "273", "16.00", "ppl", "44.23", "1234.6", "1178", "rejected"] in shown
-    assert any(line[:7] == ["2:4", "sparse", "after", "120", "16.00", "2344.57", "600.0"] for line in shown)
-    assert any(line[:5] == ["ratio", "×0.440", "×1.000", "×53.010", "×0.486"] for line in shown)
+    assert any(line[:6] == ["2:4", "after", "120", "16.00", "2344.57", "600.0"] for line in shown)
+    assert any(line[:6] == ["sparse", "ratio", "×0.440", "×1.000", "×53.010", "×0.486"] for line in shown)
     assert sum("no_speedup" in line for line in shown) == 1
+
+
+def test_flags_stay_whole_beside_the_longest_names_and_figures() -> None:
+    before, after = (
+        measured(273_000_000, 1234.56, perplexity=44.23),
+        measured(251_000_000, 600, perplexity=2344.57),
+    )
+    compared = report(before, after, perplexity_ratio=53.01, latency_ratio=0.486)
+    shown = lines(*(Outcome(job.label, {}, compared) for job in (*FIRST, *SECOND)))
+    assert sum("larger_than_original" in line for line in shown) == len((*FIRST, *SECOND))
 
 
 def test_an_encoder_shows_the_mean_and_the_least_cosine() -> None:

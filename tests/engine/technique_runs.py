@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import facts_of
 
-from app.spec.architectures import ARCHITECTURES
+from app.spec.architectures import ARCHITECTURES, Architecture
 from app.spec.base import Step
 from app.spec.compression import STEP_CLASSES
+from app.spec.layouts import limits_of_layout
 from workers.engine.technique import StepContext, StepOutcome, run_step
 
 # More than the defaults of a technique, or less where the defaults would train for minutes.
@@ -44,6 +45,13 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
 }  # fmt: skip
 # One of each family and kind of head. Settings after a technique's first run on these alone in the fast set.
 REPRESENTATIVE = ("LlamaForCausalLM", "BertModel", "DistilBertForSequenceClassification")
+# Built as others are, of the same kinds of layers: in the slow set alone.
+ALIKE = (
+    "CohereForCausalLM", "GraniteForCausalLM", "Olmo2ForCausalLM", "StableLmForCausalLM", "Starcoder2ForCausalLM",
+    "GPTNeoXForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "ElectraForMaskedLM", "ElectraForSequenceClassification",
+    "ModernBertForMaskedLM", "ModernBertForSequenceClassification", "DebertaV2ForMaskedLM",
+    "DebertaV2ForSequenceClassification",
+)  # fmt: skip
 # Seconds a run: every architecture only in the slow set.
 EXPENSIVE: dict[str, tuple[str, ...]] = {
     "distill.logits": ("LlamaForCausalLM", "BertModel", "RobertaForSequenceClassification"),
@@ -68,7 +76,7 @@ class Case:
     def is_slow(self) -> bool:
         """Whether it is left out of the fast set."""
         is_first = self.label == next(iter(SETTINGS.get(self.technique, {self.label: {}})))
-        fast = tuple(ARCHITECTURES) if is_first else REPRESENTATIVE
+        fast = tuple(a for a in ARCHITECTURES if a not in ALIKE) if is_first else REPRESENTATIVE
         return self.architecture not in EXPENSIVE.get(self.technique, fast)
 
     @property
@@ -88,10 +96,13 @@ def all_cases() -> list[Case]:
         name = step_class.model_fields["technique"].default
         for label, settings in SETTINGS.get(name, {"defaults": {}}).items():
             step = step_class(**settings)
-            cases += [
-                Case(step, a.name, label) for a in ARCHITECTURES.values() if a.family in step_class.families
-            ]
+            cases += [Case(step, a.name, label) for a in ARCHITECTURES.values() if _is_possible(step, a)]
     return cases
+
+
+def _is_possible(step: Step, architecture: Architecture) -> bool:
+    """Whether a job of this step alone would be accepted for such a model."""
+    return architecture.family in step.families and not [*limits_of_layout(step, architecture, ())]
 
 
 @dataclass

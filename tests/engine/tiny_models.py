@@ -24,6 +24,7 @@ KEY_VALUE_HEADS = 2
 HEAD_DIM = 16
 POSITIONS = 128
 VOCABULARY = 320
+EXPERTS = 4
 
 SENTENCES = (
     "The river runs past the old mill and under the bridge where children fish in summer.",
@@ -37,7 +38,32 @@ SENTENCES = (
 )
 _SPECIAL_WORDPIECE = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _SPECIAL_BPE = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-_WORDPIECE_TYPES = ("bert", "distilbert", "mpnet")
+_WORDPIECE_TYPES = ("bert", "distilbert", "mpnet", "electra")
+_WITH_HEAD_DIM = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "mixtral", "qwen3_moe",
+)  # fmt: skip
+_DECODER_EXTRAS: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": 32, "query_pre_attn_scalar": HEAD_DIM},
+    "gemma3_text": {"sliding_window": 32, "query_pre_attn_scalar": HEAD_DIM},
+    # Embeddings narrower than the blocks, as in OPT-350M; GELU as in Galactica, for after ReLU random features are dead.
+    "opt": {"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN // 2, "activation_function": "gelu"},
+    "mixtral": {"num_experts_per_tok": 2, "num_local_experts": EXPERTS},
+    # The third block is dense.
+    "qwen2_moe": {
+        "num_experts_per_tok": 2, "num_experts": EXPERTS, "moe_intermediate_size": INTERMEDIATE // 4,
+        "shared_expert_intermediate_size": INTERMEDIATE // 2, "mlp_only_layers": [2],
+    },
+    "qwen3_moe": {
+        "num_experts_per_tok": 2, "num_experts": EXPERTS, "moe_intermediate_size": INTERMEDIATE // 4,
+    },
+}  # fmt: skip
+_ENCODER_EXTRAS: dict[str, dict[str, Any]] = {
+    "electra": {"embedding_size": HIDDEN // 2},
+    "modernbert": {
+        "bos_token_id": 0, "cls_token_id": 0, "eos_token_id": 2, "sep_token_id": 2, "local_attention": 32,
+    },
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 32},
+}  # fmt: skip
 
 
 def tiny_model(
@@ -61,7 +87,7 @@ def tiny_model(
                 if parameter.dim() == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(str(directory))
-    write_tokenizer(directory, wordpiece=kind in _WORDPIECE_TYPES, segments=kind == "bert")
+    write_tokenizer(directory, wordpiece=kind in _WORDPIECE_TYPES, segments=kind in ("bert", "electra"))
     return directory
 
 
@@ -82,7 +108,6 @@ def facts_of(directory: Path) -> ModelFacts:
     architecture = ARCHITECTURES[config["architectures"][0]]
     files = sorted(directory.glob("*.safetensors"))
     tensors = tuple(fact for file in files for fact in _header(file))
-    is_classifier = architecture.name.endswith("ForSequenceClassification")
     return ModelFacts(
         format="safetensors",
         architecture=architecture.name,
@@ -95,8 +120,9 @@ def facts_of(directory: Path) -> ModelFacts:
         vocab_size=config["vocab_size"],
         max_positions=config[architecture.positions_key],
         tied_embeddings=architecture.family is Family.CAUSAL_LM
-        and not any(t.name == "lm_head.weight" for t in tensors),
-        num_labels=len(config.get("id2label", {0: 0, 1: 1})) if is_classifier else None,
+        and not any(t.name == architecture.head for t in tensors),
+        num_labels=len(config.get("id2label", {0: 0, 1: 1})) if architecture.has_labels else None,
+        experts_per_token=config["num_experts_per_tok"] if architecture.expert_layers else None,
         tensors=tensors,
     )
 
@@ -127,6 +153,7 @@ def _config(architecture: str, kind: str) -> dict[str, Any]:
         return common | _decoder_config(kind)
     if kind in _WORDPIECE_TYPES:
         common["pad_token_id"] = 0
+    common |= _ENCODER_EXTRAS.get(kind, {})
     if kind == "distilbert":
         return common | {
             "dim": HIDDEN, "hidden_dim": INTERMEDIATE, "n_layers": BLOCKS, "n_heads": HEADS,
@@ -140,16 +167,19 @@ def _config(architecture: str, kind: str) -> dict[str, Any]:
 
 
 def _decoder_config(kind: str) -> dict[str, Any]:
+    if kind == "gpt2":
+        return {
+            "n_embd": HIDDEN, "n_inner": INTERMEDIATE, "n_layer": BLOCKS, "n_head": HEADS, "n_positions": POSITIONS,
+            "bos_token_id": 0, "eos_token_id": 2,
+        }  # fmt: skip
     config: dict[str, Any] = {
         "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": BLOCKS,
         "num_attention_heads": HEADS, "num_key_value_heads": KEY_VALUE_HEADS, "max_position_embeddings": POSITIONS,
         "bos_token_id": 0, "eos_token_id": 2,
     }  # fmt: skip
-    if kind != "phi3":
+    if kind in _WITH_HEAD_DIM:
         config["head_dim"] = HEAD_DIM
-    if kind in ("gemma2", "gemma3_text"):
-        config |= {"sliding_window": 32, "query_pre_attn_scalar": HEAD_DIM}
-    return config
+    return config | _DECODER_EXTRAS.get(kind, {})
 
 
 def _byte_level_bpe() -> Any:

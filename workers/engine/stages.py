@@ -201,6 +201,7 @@ def _step(name: str, context: StageContext) -> Metrics:
             training_text=context.text(context.spec.training, "calibration") if step.needs_training else None,
             device=context.device,
             threads=context.threads,
+            journal=context.directory.parent.parent / "journal" / str(index),
             memory_budget=context.memory_budget,
             max_shard_bytes=context.spec.export.max_shard_bytes,
             seed=context.spec.seed,

@@ -40,6 +40,9 @@ class StepContext:
     """The same, when the step trains."""
     device: str = "cpu"
     threads: int = 1
+    journal: Path | None = None
+    """A directory that outlives this process, for a step that was killed to go on where it was; it may hold what an
+    earlier try left. The step removes it when it is done."""
     memory_budget: int | None = None
     """Bytes this process may use; None for no limit."""
     max_shard_bytes: int = 5_000_000_000

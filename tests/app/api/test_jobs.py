@@ -23,6 +23,7 @@ FILES = {
     "report.json": ("report", b'{"version": 1}'),
     "report.html": ("report_html", b"<html>"),
 }
+INT8 = {"steps": [{"technique": "quantize.weights", "bits": 8}]}
 
 
 def submit(client: TestClient, model: str, **body: Any) -> dict[str, Any]:
@@ -46,9 +47,7 @@ def test_a_job_is_accepted_with_its_stages_and_first_event(
     any_database: Database, client: TestClient, add_model: AddModel
 ) -> None:
     model = add_model()
-    answer = client.post(
-        "/v1/jobs", json={"model": model, "recipe": "int8", "name": "try", "labels": {"a": "b"}}
-    )
+    answer = client.post("/v1/jobs", json={"model": model, "spec": INT8, "name": "try", "labels": {"a": "b"}})
     assert answer.status_code == 202
     job = answer.json()
     assert answer.headers["location"] == job["urls"]["self"] == f"/v1/jobs/{job['id']}"
@@ -62,7 +61,7 @@ def test_a_job_is_accepted_with_its_stages_and_first_event(
 
 
 def test_the_spec_of_a_job_has_every_default_written_out(client: TestClient, add_model: AddModel) -> None:
-    job = submit(client, add_model())
+    job = submit(client, add_model(), recipe=None, spec=INT8)
     assert job["spec"]["steps"][0] == {
         "technique": "quantize.weights", "bits": 8, "group_size": None, "symmetric": True, "scale_search": "mse",
         "ignore": [],
@@ -306,6 +305,19 @@ def test_a_failed_job_shows_its_error_and_can_be_retried(
     retried = client.post(job["urls"]["retry"])
     assert (retried.status_code, retried.json()["status"], retried.json()["error"]) == (202, "queued", None)
     assert retried.json()["durations"]["total"] < 5
+
+
+def test_the_stage_a_job_failed_in_is_shown_as_stopped_not_as_running(
+    database: Database, client: TestClient, add_model: AddModel
+) -> None:
+    job = submit(client, add_model())
+    with database.write() as session:
+        claim = claim_in(session, job["id"])
+        assert job_claims.start_stage(session, claim, 0)
+    assert client.get(job["urls"]["self"]).json()["stages"][0]["status"] == "running"
+    with database.write() as session:
+        job_claims.fail(session, claim, {"code": "out_of_memory", "detail": "Memory ran out."})
+    assert client.get(job["urls"]["self"]).json()["stages"][0]["status"] == "stopped"
 
 
 def claim_in(session: Any, job_id: str) -> job_claims.Claim:

@@ -33,8 +33,8 @@ def test_queues_are_there_before_the_first_job(client: TestClient) -> None:
 def test_jobs_are_counted_by_queue_and_timed_by_technique_and_outcome(
     any_database: Database, client: TestClient, add_model: Callable[..., str]
 ) -> None:
-    model = add_model()
-    ids = [client.post("/v1/jobs", json={"model": model, "recipe": "int8"}).json()["id"] for _ in range(3)]
+    body = {"model": add_model(), "spec": {"steps": [{"technique": "quantize.weights"}]}}
+    ids = [client.post("/v1/jobs", json=body).json()["id"] for _ in range(3)]
     for job_id in ids[:2]:
         finish(any_database, claim(any_database, job_id), {"a": ("model", b"xyz")})
     with any_database.write() as session:

@@ -34,7 +34,8 @@ def plan(client: TestClient, model: str, **body: Any) -> dict[str, Any]:
 def test_a_plan_covers_every_stage_and_keeps_nothing(
     client: TestClient, add_model: Callable[..., str]
 ) -> None:
-    answer = plan(client, add_model())
+    spec = {"steps": [{"technique": "quantize.weights", "bits": 8}]}
+    answer = plan(client, add_model(), recipe=None, spec=spec)
     assert [stage["name"] for stage in answer["plan"]["stages"]] == [
         "load", "baseline", "step 1: quantize.weights", "export", "verify", "report",
     ]  # fmt: skip

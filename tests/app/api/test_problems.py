@@ -31,12 +31,12 @@ def test_an_unknown_path_is_a_problem(client: TestClient) -> None:
     assert answer.json()["request_id"] == answer.headers["x-request-id"]
 
 
-def test_a_wrong_method_is_a_problem_that_names_the_right_one(client: TestClient) -> None:
+def test_a_wrong_method_is_a_problem_that_names_the_right_ones(client: TestClient) -> None:
     answer = client.put("/v1/jobs")
     assert answer.status_code == 405
     assert answer.json()["code"] == "method_not_allowed"
-    assert "POST" in answer.headers["allow"]
-    assert "PUT" in answer.json()["detail"]
+    assert answer.headers["allow"] == "GET, POST"
+    assert answer.json()["detail"] == "/v1/jobs does not take PUT, but GET, POST."
 
 
 def test_a_request_id_that_is_given_is_kept_and_a_strange_one_is_not(client: TestClient) -> None:
@@ -120,6 +120,35 @@ def test_a_body_that_is_no_json_is_told_where_it_breaks(client: TestClient) -> N
     assert answer.status_code == 400
     assert answer.json()["code"] == "malformed_body"
     assert "character 10" in answer.json()["detail"]
+
+
+def test_a_body_without_its_content_type_is_told_which_to_send(client: TestClient) -> None:
+    answer = client.post("/v1/jobs", content=b'{"model": "mdl_1"}')
+    assert answer.status_code == 422
+    assert answer.json()["errors"] == [
+        {
+            "pointer": "",
+            "detail": "Must be a JSON object; send it with `Content-Type: application/json`.",
+        }
+    ]
+
+
+def test_a_body_that_is_a_list_is_told_to_be_an_object(client: TestClient) -> None:
+    answer = client.post("/v1/jobs", json=[])
+    assert answer.json()["errors"] == [{"pointer": "", "detail": "Must be a JSON object."}]
+
+
+@pytest.mark.parametrize(
+    ("path", "prefix"), [("/v1/jobs/nope", "job_"), ("/v1/models/nope", "mdl_"), ("/v1/uploads/nope", "upl_")]
+)
+def test_an_id_of_another_kind_is_told_how_ids_start(client: TestClient, path: str, prefix: str) -> None:
+    (fault,) = client.get(path).json()["errors"]
+    assert fault["detail"] == f"Must be an id that starts with {prefix}; got 'nope'."
+
+
+def test_a_file_name_with_a_path_is_told_so(client: TestClient) -> None:
+    (fault,) = client.post("/v1/uploads", json={"name": "../m.gguf", "size": 1}).json()["errors"]
+    assert fault["detail"] == "Must be a file's name without a path; got '../m.gguf'."
 
 
 def test_an_unforeseen_error_gives_an_id_that_is_in_the_log_and_no_traceback(

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from technique_runs import ALIKE
 from tiny_models import BLOCKS, facts_of, tiny_model
 from torch import Tensor, nn
 
-from app.errors import InvalidRequest
+from app.errors import InvalidRequest, UnsupportedForModel
 from app.spec.architectures import ARCHITECTURES
+from app.spec.base import Family
 from app.spec.prune import PruneDepth
 from workers.engine.architectures.block_removal import remove_blocks
 from workers.engine.architectures.loading import load_model, load_tokenizer
@@ -32,12 +34,20 @@ PLACED: dict[str, tuple[str, dict[str, Any]]] = {
         "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2,
     }),
     "no rotary embedding in every second": ("SmolLM3ForCausalLM", {"no_rope_layer_interval": 2}),
+    "experts in every second": ("Qwen3MoeForCausalLM", {"decoder_sparse_step": 2}),
+    "no experts in the second": ("Qwen2MoeForCausalLM", {"mlp_only_layers": [1]}),
 }  # fmt: skip
 
 
 # One class of each family of weights' names, and every kind of prefix that heads put before them.
 STREAMED = [n for n in ARCHITECTURES if n.endswith(("CausalLM", "Model"))] + ["BertForMaskedLM"]
-REMOVED = [n for n in ARCHITECTURES if n.endswith(("CausalLM", "Classification"))] + ["MPNetForMaskedLM"]
+REMOVED = [n for n in ARCHITECTURES if n.endswith(("CausalLM", "Classification"))] + [
+    "MPNetForMaskedLM", "GPT2LMHeadModel",
+]  # fmt: skip
+
+
+def _fast(names: list[str]) -> list[Any]:
+    return [pytest.param(n, marks=[pytest.mark.slow] if n in ALIKE else []) for n in names]
 
 
 def _ignore(fraction: float, message: str) -> None:
@@ -64,17 +74,17 @@ def _skipping(directory: Path, dropped: list[int], windows: Tensor) -> Tensor:
     """Output of the original with some blocks handing their input on unchanged."""
     model = load_model(directory)
     for index in dropped:
-        as_tuple = "MPNet" in type(model).__name__
+        others = {"MPN": (), "Deb": (None,)}.get(type(model).__name__[:3])
 
-        def hand_on(hidden: Tensor, *args: Any, as_tuple: bool = as_tuple, **kwargs: Any) -> Any:
-            return (hidden,) if as_tuple else hidden
+        def hand_on(hidden: Tensor, *args: Any, others: Any = others, **kwargs: Any) -> Any:
+            return hidden if others is None else (hidden, *others)
 
         _blocks(model)[index].forward = hand_on
     return model(windows, **_no_cache(model))[0]
 
 
 def _no_cache(model: nn.Module) -> dict[str, Any]:
-    return {"use_cache": False} if type(model).__name__.endswith("CausalLM") else {}
+    return {"use_cache": False} if ARCHITECTURES[type(model).__name__].family is Family.CAUSAL_LM else {}
 
 
 def _calibration(directory: Path, windows: Tensor, spool: Path) -> Calibration:
@@ -83,7 +93,7 @@ def _calibration(directory: Path, windows: Tensor, spool: Path) -> Calibration:
     )
 
 
-@pytest.mark.parametrize("architecture", STREAMED)
+@pytest.mark.parametrize("architecture", _fast(STREAMED))
 @torch.inference_mode()
 def test_streamed_hidden_states_are_those_of_the_whole_model(
     architecture: str, tiny: Callable[[str], Path], tiny_text: Path, tmp_path: Path
@@ -130,17 +140,18 @@ def test_influence_is_one_minus_the_cosine_in_float64(
     assert influence == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("architecture", REMOVED)
+@pytest.mark.parametrize("architecture", _fast(REMOVED))
 def test_the_smaller_model_is_the_original_with_blocks_skipped(
     architecture: str, tiny: Callable[[str], Path], tiny_text: Path, tmp_path: Path
 ) -> None:
     directory = tiny(architecture)
     windows = _windows(directory, tiny_text)
-    remove_blocks(directory, tmp_path / "out", [0, 2], max_shard_bytes=10**9, progress=_ignore)
+    dropped = [1, 2] if ARCHITECTURES[architecture].keeps_first_block else [0, 2]
+    remove_blocks(directory, tmp_path / "out", dropped, max_shard_bytes=10**9, progress=_ignore)
     smaller = load_model(tmp_path / "out")
     with torch.inference_mode():
         output = smaller(windows, **_no_cache(smaller))[0]
-    torch.testing.assert_close(output, _skipping(directory, [0, 2], windows), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output, _skipping(directory, dropped, windows), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("what", PLACED)
@@ -158,6 +169,18 @@ def test_kept_blocks_behave_as_in_their_old_place(
     with torch.inference_mode():
         output = smaller(windows, use_cache=False)[0]
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_first_block_that_is_built_differently_stays(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="first block"):
+        remove_blocks(tiny("ModernBertModel"), tmp_path / "out", [0], max_shard_bytes=10**9, progress=_ignore)
+    assert least_influential([0.0, 0.3, 0.2], 1, first=1) == [2]
+
+
+def test_blocks_that_are_scaled_by_their_number_stay(tmp_path: Path) -> None:
+    directory = tiny_model("GPT2LMHeadModel", tmp_path / "source", scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(UnsupportedForModel, match="number of the block"):
+        remove_blocks(directory, tmp_path / "out", [1], max_shard_bytes=10**9, progress=_ignore)
 
 
 def _forget_lists(directory: Path) -> None:

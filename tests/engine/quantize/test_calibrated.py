@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from app.errors import InvalidRequest
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from workers.engine.architectures.loading import load_model, load_tokenizer
-from workers.engine.calibration.input_moments import input_moments
+from workers.engine.architectures.skeleton import BlockCall
+from workers.engine.calibration.block_stream import LiveBlock
+from workers.engine.calibration.input_moments import gather_moments, input_sites
 from workers.engine.calibration.windows import model_windows
 from workers.engine.technique import StepContext, StepOutcome, run_step
 
@@ -110,20 +112,19 @@ def test_layers_that_share_an_input_share_its_moments() -> None:
             hidden: Tensor = self.after(self.left(inputs) + self.right(inputs))
             return hidden
 
-    block, given = Block(), torch.randn(3, 2, 5, 4)
+    module, given = Block(), torch.randn(3, 2, 5, 4)
     seen: list[Tensor] = []
-    block.after.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].reshape(-1, 4)))
-
-    def run_all() -> None:
-        for window in given:
-            block(window)
-
+    block = LiveBlock(0, module, {}, BlockCall((), {}), lambda: iter(given))
     with torch.inference_mode():
-        first, second = input_moments(block, ("left", "right", "after"), run_all)
-    assert (first.layers, second.layers) == (["left", "right"], ["after"])
+        sites = input_sites(block, ("left", "right", "after"))
+        handle = module.after.register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0].reshape(-1, 4))
+        )
+        gather_moments(block, sites)
+        handle.remove()
+        moments = [site.second_moment() for site in sites]
+    assert [site.layers for site in sites] == [["left", "right"], ["after"]]
     rows, later = given.reshape(-1, 4), torch.cat(seen)
-    with torch.inference_mode():
-        moments = first.second_moment(), second.second_moment()
     torch.testing.assert_close(moments[0], rows.t() @ rows / len(rows))
     torch.testing.assert_close(moments[1], later.t() @ later / len(later))
-    assert not block.left._forward_pre_hooks
+    assert not module.left._forward_pre_hooks

@@ -10,7 +10,6 @@ from workers.engine.quantize.compensation import (
     NotPositiveDefinite,
     compensated,
     factorize,
-    inverse_factor,
     output_error,
     row_errors,
 )
@@ -97,13 +96,22 @@ def test_independent_inputs_of_one_size_leave_nothing_to_compensate(weight: Tens
     assert torch.equal(compensated(weight, factorize(torch.eye(COLUMNS), 0.01), fit).codes, fit.codes)
 
 
-def test_inverse_factor_times_itself_is_the_inverse(second_moment: Tensor) -> None:
+def test_factor_times_itself_is_the_inverse(second_moment: Tensor) -> None:
     second_moment.diagonal().add_(1.0)
-    upper = inverse_factor(second_moment, 0.5)
-    assert upper is not None
+    factor = factorize(second_moment.clone(), 0.01)
+    upper = factor.flipped.flip(0, 1).double()
     assert torch.equal(upper, upper.triu())
-    expected = torch.linalg.inv(second_moment.double() + 0.5 * torch.eye(COLUMNS, dtype=torch.float64))
-    torch.testing.assert_close(upper.double().t() @ upper.double(), expected, atol=1e-5, rtol=1e-4)
+    damped = second_moment.double()
+    damped.diagonal().add_(0.01 * damped.diagonal().mean())
+    expected = torch.linalg.inv(damped[factor.order][:, factor.order])
+    torch.testing.assert_close(upper.t() @ upper, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_coupling_is_the_factor_over_its_diagonal(second_moment: Tensor) -> None:
+    factor = factorize(second_moment, 0.01)
+    upper = factor.flipped.flip(0, 1)
+    expected = (upper / upper.diagonal().unsqueeze(1))[10:30, 40:70].t()
+    torch.testing.assert_close(factor.coupling(slice(40, 70), slice(10, 30)), expected)
 
 
 def test_damping_grows_tenfold_until_there_is_a_factor() -> None:

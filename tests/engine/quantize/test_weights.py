@@ -29,6 +29,9 @@ ARCHITECTURES = (
     "DistilBertModel",
     "MPNetModel",
     "RobertaModel",
+    "OPTForCausalLM",
+    "GPT2LMHeadModel",
+    "ModernBertModel",
 )
 SCHEMES = [
     QuantizeWeights(bits=bits, symmetric=symmetric, group_size=size)  # type: ignore[arg-type]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from app.errors import InvalidRequest
-from app.spec.architectures import ARCHITECTURES, block_index, with_block_index
+from app.errors import InvalidRequest, UnsupportedForModel
+from app.spec.architectures import architecture_in, block_index, with_block_index
 from app.spec.facts import TensorFact
 from workers.engine.checkpoint import (
     Checkpoint,
@@ -24,7 +24,8 @@ def remove_blocks(
 ) -> None:
     """Copy a model to `target` without the blocks in `dropped`; the others keep their weights and their behaviour.
 
-    Streamed slab by slab. Raises InvalidRequest when no block would be left.
+    Streamed slab by slab. Raises InvalidRequest when no block would be left, or a first one that is built differently
+    would go.
     """
     checkpoint = Checkpoint.open(source)
     blocks = number_of_blocks(checkpoint.config)
@@ -34,6 +35,12 @@ def remove_blocks(
             f"All {blocks} blocks of the model would be removed.",
             code="too_many_blocks",
             hint=f"Remove at most {blocks - 1} blocks.",
+        )
+    if architecture_in(checkpoint.config).keeps_first_block and kept[0] != 0:
+        raise InvalidRequest(
+            "The first block of this model is built differently, and no other can take its place.",
+            code="first_block_differs",
+            hint="Keep the first block.",
         )
     new_names = {
         entry.name: name
@@ -57,7 +64,7 @@ def remove_blocks(
 
 def number_of_blocks(config: dict[str, Any]) -> int:
     """How many blocks the model of a config.json has."""
-    return int(config[ARCHITECTURES[config["architectures"][0]].blocks_key])
+    return int(config[architecture_in(config).blocks_key])
 
 
 def config_without_blocks(source: Path, config: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
@@ -65,8 +72,17 @@ def config_without_blocks(source: Path, config: dict[str, Any], kept: Sequence[i
 
     What depends on a block's place (attention windows, rotary embeddings) is spelled out per block, as transformers
     resolves it for the whole model: rules such as "every sixth" or "the first so many" would hit other blocks now.
+    Raises UnsupportedForModel for a GPT-2 that divides attention scores by the number of the block.
     """
     import transformers
+
+    if config.get("scale_attn_by_inverse_layer_idx"):
+        raise UnsupportedForModel(
+            "This model divides attention scores by the number of the block, and without a block the others would be"
+            " numbered anew.",
+            code="scaled_by_block_number",
+            hint="Keep all blocks: use a technique other than removing some.",
+        )
 
     resolved = transformers.AutoConfig.from_pretrained(
         str(source), local_files_only=True, trust_remote_code=False
@@ -77,7 +93,22 @@ def config_without_blocks(source: Path, config: dict[str, Any], kept: Sequence[i
         for key, value in (resolved | config).items()
         if "layer" in key and isinstance(value, list) and len(value) == blocks
     }
-    return config | per_block | {ARCHITECTURES[config["architectures"][0]].blocks_key: len(kept)}
+    return (
+        config
+        | per_block
+        | _mixture_rules(resolved | config, kept)
+        | {architecture_in(config).blocks_key: len(kept)}
+    )
+
+
+def _mixture_rules(config: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """Which of the blocks in `kept` have one dense layer instead of experts, for models that say so by number."""
+    if "mlp_only_layers" not in config:
+        return {}
+    dense = set(config["mlp_only_layers"] or ())
+    every = config.get("decoder_sparse_step", 1)
+    is_dense = [index in dense or (index + 1) % every != 0 for index in kept]
+    return {"mlp_only_layers": [new for new, yes in enumerate(is_dense) if yes], "decoder_sparse_step": 1}
 
 
 def _renumbered(name: str, kept: Sequence[int]) -> str | None:

@@ -31,9 +31,9 @@ def loader_of(directory: Path) -> Any:
     import transformers
 
     architecture = architecture_of(directory)
-    if architecture.endswith("ForCausalLM"):
+    if ARCHITECTURES[architecture].family is Family.CAUSAL_LM:
         return transformers.AutoModelForCausalLM
-    if architecture.endswith("ForSequenceClassification"):
+    if ARCHITECTURES[architecture].has_labels:
         return transformers.AutoModelForSequenceClassification
     return transformers.AutoModel
 

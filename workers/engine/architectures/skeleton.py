@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from app.errors import IntakeError
+from app.spec.architectures import ARCHITECTURES, blocks_name
+from workers.engine.architectures.experts import separate_experts
 from workers.engine.architectures.loading import architecture_of
 from workers.engine.architectures.names import name_within_base
 from workers.engine.checkpoint import Checkpoint
@@ -52,9 +54,11 @@ class Skeleton:
     blocks: nn.ModuleList
     blocks_name: str
     device: str
+    dtype: torch.dtype
+    """What its parameters are in, and so what is computed in."""
 
     @classmethod
-    def open(cls, directory: Path, windows: Tensor, device: str) -> Skeleton:
+    def open(cls, directory: Path, windows: Tensor, device: str, dtype: torch.dtype) -> Skeleton:
         """Build the base model on the meta device and read what lies outside its blocks."""
         import transformers
         from accelerate import init_empty_weights
@@ -67,17 +71,24 @@ class Skeleton:
         with init_empty_weights(include_buffers=False):
             whole = getattr(transformers, architecture_of(directory))(config)
         model = whole.base_model.float().eval()
+        architecture = ARCHITECTURES[architecture_of(directory)]
+        if architecture.expert_layers is not None:
+            separate_experts(model, architecture.expert_layers)
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device)
-        name, blocks = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList))
         checkpoint = Checkpoint.open(directory)
         names = {name_within_base(stored, whole.base_model_prefix): stored for stored in checkpoint.tensors}
-        skeleton = cls(checkpoint, names, model, blocks, name, device)
+        # Models have other lists too: of experts, of norms for each head.
+        name = next(found for n in names if (found := blocks_name(n)) is not None)
+        blocks = model.get_submodule(name)
+        if not isinstance(blocks, nn.ModuleList):
+            raise TypeError(f"{name} of {architecture.name} is no list of blocks")
+        skeleton = cls(checkpoint, names, model, blocks, name, device, dtype)
         skeleton._read_outside_blocks(windows)
         return skeleton
 
     def materialise(self, module: nn.Module, *, prefix: str) -> dict[str, str]:
-        """Read the weights of a module in fp32 from the checkpoint. Returns their names there by those in the module."""
+        """Read the weights of a module from the checkpoint. Returns their names there by those in the module."""
         names: dict[str, str] = {}
         for name, _ in list(module.named_parameters()):
             stored = self.names.get(prefix + name)
@@ -88,7 +99,7 @@ class Skeleton:
                     hint="Save the model again with save_pretrained() and upload all of its files.",
                 )
             names[name] = stored
-            _set_parameter(module, name, self.checkpoint.read(stored).to(self.device, torch.float32))
+            _set_parameter(module, name, self.checkpoint.read(stored).to(self.device, self.dtype))
         return names
 
     def record_calls(self, window: Tensor) -> list[BlockCall]:
@@ -143,14 +154,14 @@ class Skeleton:
                 weight = self._rows_of(stored, torch.unique(windows).tolist())
             else:
                 weight = self.checkpoint.read(stored)
-            _set_parameter(self.model, name, weight.to(self.device, torch.float32))
+            _set_parameter(self.model, name, weight.to(self.device, self.dtype))
 
     def _rows_of(self, stored: str, tokens: list[int]) -> Tensor:
         """The embedding table with only these rows filled: the pages of the others are never touched."""
         entry = self.checkpoint.tensors[stored]
-        table = torch.empty(entry.shape, dtype=torch.float32)
+        table = torch.empty(entry.shape, dtype=self.dtype)
         for token in tokens:
-            table[token] = self.checkpoint.read_rows(stored, token, token + 1)[0].float()
+            table[token] = self.checkpoint.read_rows(stored, token, token + 1)[0].to(self.dtype)
         return table
 
 

@@ -1,46 +1,69 @@
 """Run a model over windows of tokens block by block, with one block's weights in memory at a time.
 
-Hidden states wait in a spool file between blocks.
+Hidden states wait in two files between blocks, one that is read and one that is written: a job that was killed goes on
+at the block it was at, with the states that block was given.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from workers.engine.architectures.skeleton import BlockCall, Skeleton
+from workers.engine.calibration.hidden_states import HiddenStates
 from workers.engine.technique import Progress
 
 Visit = Callable[[int, Tensor, Tensor], None]
-"""Called with a block's index, its input and its output, each (1, tokens, hidden) in fp32."""
+"""Called with a block's index, its input and its output, each (1, tokens, hidden)."""
+
+
+class EnoughSeen(Exception):  # noqa: N818 - control flow out of a forward that is not ours
+    """A hook raises it to end a window's forward through the block: what follows is not needed."""
 
 
 @dataclass(frozen=True)
 class LiveBlock:
-    """One block with its weights in memory, in fp32, and all inputs it has from the blocks before."""
+    """One block with its weights in memory, and all inputs it has from the blocks before."""
 
     index: int
     module: nn.Module
     stored_names: dict[str, str]
     """Names in the checkpoint by names within the block."""
-    run: Callable[[], None]
-    """Run the block on every window and forget the outputs: for hooks to look on."""
+    call: BlockCall
+    inputs: Callable[[], Iterator[Tensor]]
+    """The hidden states that each window brings: (1, tokens, hidden)."""
+
+    def run(self, *, windows: int | None = None) -> None:
+        """Run the block on every window (or the first few) and forget the outputs: for hooks to look on."""
+        for number, hidden in enumerate(self.inputs()):
+            if number == windows:
+                return
+            try:
+                self.call.run(self.module, hidden)
+            except EnoughSeen:
+                continue
 
 
 Prepare = Callable[[LiveBlock], None]
+Finished = Callable[[int], None]
+"""Called with a block's index once its outputs are on the disk."""
 
 
 def _nothing(block: LiveBlock) -> None:
     """Leave the block as it is."""
+
+
+def _unseen(index: int, before: Tensor, after: Tensor) -> None:
+    """Look at no outputs."""
+
+
+def _unnoticed(index: int) -> None:
+    """Keep nothing of a finished block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,73 +74,92 @@ class Calibration:
     windows: Tensor
     """(windows, tokens), int64, all of one length."""
     spool_directory: Path
-    """Needs windows × tokens × hidden × 4 bytes of disk for as long as blocks are streamed."""
+    """Needs twice windows × tokens × hidden × 4 bytes of disk (2 where 16 bits are computed in)."""
     device: str
     progress: Progress
+    dtype: torch.dtype = field(default=torch.float32)
+    """What is computed in; see `compute_dtype`."""
+
+
+def compute_dtype(stored: torch.dtype, device: str) -> torch.dtype:
+    """bfloat16 for checkpoints in it on hardware that multiplies it natively, else float32."""
+    if stored is not torch.bfloat16:
+        return torch.float32
+    native = device != "cpu" or torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 - there is no public question
+    return torch.bfloat16 if native else torch.float32
 
 
 @torch.inference_mode()
 def stream_blocks(
-    calibration: Calibration, visit: Visit | None = None, *, prepare: Prepare = _nothing
+    calibration: Calibration,
+    visit: Visit = _unseen,
+    *,
+    prepare: Prepare = _nothing,
+    finished: Finished = _unnoticed,
+    first_block: int = 0,
 ) -> None:
     """Call `visit` for every block and window, blocks in order.
 
     `prepare` is called for each block first and may change its weights: what follows sees the outputs of those.
+    With `first_block`, the blocks before it are skipped: the spool directory holds what an earlier run left there.
     Raises IntakeError when the checkpoint lacks a tensor of a block.
     """
-    windows, device, progress = calibration.windows, calibration.device, calibration.progress
-    skeleton = Skeleton.open(calibration.directory, windows, device)
+    windows, device = calibration.windows, calibration.device
+    skeleton = Skeleton.open(calibration.directory, windows, device, calibration.dtype)
     calls = skeleton.record_calls(windows[:1])
-    first = skeleton.embed(windows[:1])
-    with _Spool(calibration.spool_directory, len(windows), first.shape[1:]) as spool:
-        for number in range(len(windows)):
-            spool.write(number, skeleton.embed(windows[number : number + 1]))
-        passes = 1 if prepare is _nothing else 2
-
-        def said(index: int, done: int) -> None:
-            share = (index + done / (passes * len(windows))) / len(calls)
-            progress(share, f"block {index + 1} of {len(calls)}")
-
-        for index, (block, call) in enumerate(zip(skeleton.blocks, calls, strict=True)):
+    told = _Told(calibration.progress, len(calls), len(windows), passes=1 if prepare is _nothing else 2)
+    with _spools(calibration, skeleton, fill=first_block == 0) as spools:
+        for index in range(first_block, len(calls)):
+            block, call = skeleton.blocks[index], calls[index]
+            before, after = spools[index % 2], spools[(index + 1) % 2]
             stored = skeleton.materialise(block, prefix=f"{skeleton.blocks_name}.{index}.")
 
-            def run(index: int = index, block: nn.Module = block, call: BlockCall = call) -> None:
+            def inputs(index: int = index, states: HiddenStates = before) -> Iterator[Tensor]:
                 for number in range(len(windows)):
-                    call.run(block, spool.read(number).to(device))
-                    said(index, number + 1)
+                    yield states.read(number).to(device)
+                    told.window(index, number + 1, earlier=0)
 
-            prepare(LiveBlock(index, block, stored, run))
+            prepare(LiveBlock(index, block, stored, call, inputs))
             for number in range(len(windows)):
-                hidden = spool.read(number).to(device)
+                hidden = before.read(number).to(device)
                 output = call.run(block, hidden)
-                if visit is not None:
-                    visit(index, hidden, output)
-                spool.write(number, output)
-                said(index, (passes - 1) * len(windows) + number + 1)
+                visit(index, hidden, output)
+                after.write(number, output)
+                told.window(index, number + 1, earlier=told.passes - 1)
+            if finished is not _unnoticed:
+                after.sync()
+                finished(index)
             block.to("meta")
 
 
-class _Spool:
-    """Hidden states of all windows in one unnamed file: (windows, tokens, hidden) in fp32."""
+@contextmanager
+def _spools(calibration: Calibration, skeleton: Skeleton, *, fill: bool) -> Iterator[list[HiddenStates]]:
+    """The two files of hidden states; filled, the first holds what reaches the first block."""
+    windows = calibration.windows
+    shape = tuple(skeleton.embed(windows[:1]).shape[1:])
+    with ExitStack() as stack:
+        spools = [
+            stack.enter_context(HiddenStates(path, len(windows), shape, calibration.dtype))
+            for path in (calibration.spool_directory / f"states-{parity}" for parity in (0, 1))
+        ]
+        if fill:
+            for number in range(len(windows)):
+                spools[0].write(number, skeleton.embed(windows[number : number + 1]))
+        yield spools
 
-    def __init__(self, directory: Path, windows: int, shape: torch.Size) -> None:
-        self._shape = shape
-        self._nbytes = shape.numel() * 4
-        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed by __exit__
-        os.posix_fallocate(self._file.fileno(), 0, windows * self._nbytes)
 
-    def __enter__(self) -> Self:
-        return self
+@dataclass
+class _Told:
+    """Progress that never goes back, however often a block's windows are gone through."""
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+    progress: Progress
+    blocks: int
+    windows: int
+    passes: int
+    share: float = 0.0
 
-    def read(self, number: int) -> Tensor:
-        raw = bytearray(os.pread(self._file.fileno(), self._nbytes, number * self._nbytes))
-        return torch.frombuffer(raw, dtype=torch.float32).view(1, *self._shape)
-
-    def write(self, number: int, hidden: Tensor) -> None:
-        data = np.ascontiguousarray(hidden[0].float().cpu().numpy())
-        os.pwrite(self._file.fileno(), data.tobytes(), number * self._nbytes)
+    def window(self, index: int, done: int, *, earlier: int) -> None:
+        """Say that `done` windows of a pass over block `index` are through, after `earlier` whole passes."""
+        share = (index + (earlier + done / self.windows) / self.passes) / self.blocks
+        self.share = max(self.share, share)
+        self.progress(self.share, f"block {index + 1} of {self.blocks}")

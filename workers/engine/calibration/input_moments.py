@@ -1,14 +1,26 @@
-"""Second moments of what the linear layers of a block are given, one for each distinct input."""
+"""Second moments of what the linear layers of a block are given, one for each distinct input.
+
+Experts see only the tokens that are routed to them. Of one that saw too few its own statistics say nothing: it is taken
+for one whose inputs are white noise, H = I, for which every calibrated method does what it does without calibration.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from app.spec.architectures import is_expert
+from workers.engine.calibration.block_stream import EnoughSeen, LiveBlock
+
+Hook = Callable[[nn.Module, tuple[Any, ...]], None]
+
+# Tokens per input feature: with fewer, H has so low a rank that compensating by it fits the noise.
+_ENOUGH = 1 / 8
 # Blocks of columns of the symmetric product: those below the diagonal need not be computed.
 _GRAM_BLOCKS = 4
 _SMALLEST_GRAM_BLOCK = 128
@@ -24,6 +36,13 @@ class InputSite:
     """The upper triangle of Σ x xᵀ over the tokens seen: (features, features), float32; below it is no use."""
     tokens: int = 0
 
+    @property
+    def is_guess(self) -> bool:
+        """Whether it is an expert's and saw too few tokens, so that H is the identity; to be asked before H."""
+        return (
+            self.total is not None and is_expert(self.layers[0]) and self.tokens < _ENOUGH * len(self.total)
+        )
+
     def add(self, inputs: Tensor) -> None:
         """Take in more tokens: (..., tokens, features)."""
         rows = inputs.reshape(-1, inputs.shape[-1])
@@ -36,6 +55,8 @@ class InputSite:
         """H = Σ x xᵀ / T: (features, features). Takes the memory of the sum: to be called once, at the end."""
         if self.total is None:
             raise ValueError("this input was never seen")
+        if self.is_guess:
+            return torch.eye(len(self.total), device=self.total.device)
         moment, self.total = self.total.div_(self.tokens), None
         for start, stop in _spans(len(moment)):
             moment[stop:, start:stop] = moment[start:stop, stop:].t()
@@ -58,30 +79,73 @@ def _spans(features: int) -> list[tuple[int, int]]:
     return [(start, min(features, start + size)) for start in range(0, features, size)]
 
 
-def input_moments(block: nn.Module, names: Iterable[str], run: Callable[[], None]) -> list[InputSite]:
-    """Run the block and gather H for every input of the named layers; a layer that is never called is in no site."""
-    sites: dict[str, InputSite] = {}
-    last: list[tuple[Tensor, InputSite]] = []
+def input_sites(block: LiveBlock, names: Iterable[str]) -> list[InputSite]:
+    """The distinct inputs of the named layers, in the order they are called, from the first window alone.
 
-    def look(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    Layers called with the very same tensor share a site; a layer that is never called is in none. Experts are always
+    called, if with no token.
+    """
+    sites: list[tuple[Tensor, InputSite]] = []
+
+    def look(name: str) -> Hook:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             (given,) = inputs
-            site = sites.get(name)
+            # The tensors are held, so that their identities stay their own.
+            site = next((known for tensor, known in sites if tensor is given), None)
             if site is None:
-                # Layers called with the very same tensor share its moments; the tensor is held, so its id is its own.
-                site = next((known for tensor, known in last if tensor is given), None) or InputSite()
-                sites[name] = site
-                site.layers.append(name)
-                last.append((given, site))
-            if site.layers[0] == name:
-                site.add(given)
+                site = InputSite()
+                sites.append((given, site))
+            site.layers.append(name)
 
         return hook
 
-    handles = [block.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
+    with _hooked(block, {name: look(name) for name in names}):
+        block.run(windows=1)
+    return [site for _, site in sites]
+
+
+def gather_moments(block: LiveBlock, sites: Sequence[InputSite]) -> None:
+    """Run the block on every window as far as the last of the sites, and add up what each is given."""
+
+    def add(site: InputSite) -> Hook:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            site.add(inputs[0])
+            if site is sites[-1]:
+                raise EnoughSeen
+
+        return hook
+
+    with _hooked(block, {site.layers[0]: add(site) for site in sites}):
+        block.run()
+
+
+@contextmanager
+def _hooked(block: LiveBlock, hooks: dict[str, Hook]) -> Iterator[None]:
+    handles = [
+        block.module.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()
+    ]
     try:
-        run()
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return list({id(site): site for site in sites.values()}.values())
+
+
+def expert_of(layer: str) -> str:
+    """`model.layers.0.mlp.experts.3` of `model.layers.0.mlp.experts.3.up_proj.weight`."""
+    mixture, _, rest = layer.partition(".experts.")
+    return f"{mixture}.experts.{rest.partition('.')[0]}"
+
+
+def warning_of_seldom_used(experts: dict[str, int]) -> list[str]:
+    """One warning that names experts and the tokens they saw, those without any first; none where there are none."""
+    unseen = [name for name, tokens in experts.items() if tokens == 0]
+    few = [f"{name} ({tokens})" for name, tokens in experts.items() if tokens]
+    parts = [
+        f"{what}: {', '.join(names)}"
+        for what, names in (("experts that saw no token", unseen), ("experts that saw too few tokens", few))
+        if names
+    ]
+    if not parts:
+        return []
+    return [f"rounded to nearest for want of calibration, {'; '.join(parts)}. Raise calibration_tokens."]

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from workers.engine.architectures.loading import load_tokenizer
 from workers.engine.calibration.block_stream import Calibration
 from workers.engine.calibration.windows import model_windows
@@ -16,27 +19,42 @@ WINDOW_TOKENS = 512
 
 
 @contextmanager
-def step_calibration(
-    context: StepContext, *, tokens: int, share: float, length: int = WINDOW_TOKENS
-) -> Iterator[Calibration]:
-    """Calibrate `context.source` on `tokens` tokens of the step's text, in windows of `length`; its progress runs from 0 to `share`.
+def step_calibration(context: StepContext, *, tokens: int, share: float) -> Iterator[Calibration]:
+    """Calibrate `context.source` on `tokens` tokens of the step's text; its progress runs from 0 to `share`.
+
+    Raises InvalidRequest when the text is too short for one window.
+    """
+    windows = calibration_windows(context, tokens=tokens, length=WINDOW_TOKENS)
+    with tempfile.TemporaryDirectory(dir=context.target.parent, prefix="spool-") as spool:
+        yield calibration_in(Path(spool), context, windows, share=share)
+
+
+def calibration_windows(context: StepContext, *, tokens: int, length: int) -> Tensor:
+    """Windows of at most `length` tokens of the step's text: (windows, tokens), int64.
 
     Raises InvalidRequest when the text is too short for one window.
     """
     if context.calibration_text is None:
         raise ValueError("the step needs calibration text")
-    windows = model_windows(
-        load_tokenizer(context.source),
-        context.calibration_text,
-        context.facts,
-        tokens=tokens,
-        length=length,
+    return model_windows(
+        load_tokenizer(context.source), context.calibration_text, context.facts, tokens=tokens, length=length
     )
-    with tempfile.TemporaryDirectory(dir=context.target.parent, prefix="spool-") as spool:
-        yield Calibration(
-            directory=context.source,
-            windows=windows,
-            spool_directory=Path(spool),
-            device=context.device,
-            progress=lambda fraction, message: context.progress(share * fraction, message),
-        )
+
+
+def calibration_in(
+    spool: Path,
+    context: StepContext,
+    windows: Tensor,
+    *,
+    share: float,
+    dtype: torch.dtype = torch.float32,
+) -> Calibration:
+    """The step's model on these windows, with hidden states in the directory `spool`; progress as above."""
+    return Calibration(
+        directory=context.source,
+        windows=windows,
+        spool_directory=spool,
+        device=context.device,
+        progress=lambda fraction, message: context.progress(share * fraction, message),
+        dtype=dtype,
+    )

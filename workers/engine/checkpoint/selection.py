@@ -9,11 +9,12 @@ from fnmatch import fnmatchcase
 import torch
 
 from app.errors import InvalidRequest, UnsupportedForModel
-from app.spec.architectures import is_compressible
+from app.spec.architectures import is_compressible, is_router
 from app.spec.report import LayerOutcome
 from workers.engine.checkpoint.layout import TensorEntry
 from workers.engine.checkpoint.reader import Checkpoint
 
+_ROUTER = "a router: small, and an error in it sends tokens to other experts"
 _FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
@@ -49,7 +50,9 @@ def select_layers(checkpoint: Checkpoint, ignore: Sequence[str]) -> Selection:
         if not is_compressible(entry.name, entry.shape):
             continue
         pattern = next((p for p in ignore if fnmatchcase(module_name(entry.name), p)), None)
-        if pattern is None:
+        if is_router(entry.name):
+            untouched.append(_untouched(entry, _ROUTER))
+        elif pattern is None:
             chosen[entry.name] = _floating(entry)
         else:
             untouched.append(_untouched(entry, f"ignored by {pattern!r} in the spec"))

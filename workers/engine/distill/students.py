@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from app.errors import InvalidRequest, UnsupportedForModel
-from app.spec.architectures import ARCHITECTURES, is_compressible
+from app.spec.architectures import ARCHITECTURES, architecture_in, is_compressible
 from app.spec.facts import TensorFact
 from app.spec.report import LayerOutcome
+from workers.engine.architectures.experts import is_fused, separate_state
 from workers.engine.architectures.loading import architecture_of
 from workers.engine.architectures.names import name_within_base
 from workers.engine.checkpoint import Checkpoint, CheckpointWriter, copy_side_files
@@ -37,8 +38,7 @@ def evenly_spread(blocks: int, count: int) -> list[int]:
 def check_fit(student: Path, teacher: Path, student_tokenizer: Any, teacher_tokenizer: Any) -> None:
     """Raise UnsupportedForModel unless the student can be taught by the teacher: same kind, same vocabulary."""
     ours, theirs = (ARCHITECTURES[architecture_of(directory)] for directory in (student, teacher))
-    head = "ForSequenceClassification"
-    if ours.family != theirs.family or ours.name.endswith(head) != theirs.name.endswith(head):
+    if ours.family != theirs.family or ours.has_labels != theirs.has_labels:
         raise UnsupportedForModel(
             f"A {ours.name} cannot learn from a {theirs.name}.",
             hint="Choose a student of the same kind: language model, classifier or encoder.",
@@ -50,10 +50,14 @@ def check_fit(student: Path, teacher: Path, student_tokenizer: Any, teacher_toke
         )
 
 
-def parameter_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Names of a loaded model's parameters by the names its checkpoint gives them; what the model lacks is left out."""
+def state_by_stored_names(model: Any, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The state of a loaded model under the names its checkpoint gives; what the model lacks is left out."""
     prefix = model.base_model_prefix
-    within = {name_within_base(name, prefix): name for name in model.state_dict()}
+    state = model.state_dict()
+    experts = architecture_in(checkpoint.config).expert_layers
+    if experts is not None:
+        state = separate_state(state, experts)
+    within = {name_within_base(name, prefix): value for name, value in state.items()}
     stored = {name: name_within_base(name, prefix) for name in checkpoint.tensors}
     return {name: within[inner] for name, inner in stored.items() if inner in within}
 
@@ -63,7 +67,7 @@ def zeros_to_hold(model: Any) -> dict[str, Tensor]:
     masks = {
         name: parameter.detach() != 0
         for name, parameter in model.named_parameters()
-        if is_compressible(name, tuple(parameter.shape))
+        if is_compressible(name, tuple(parameter.shape)) or is_fused(name)
     }
     return {name: mask for name, mask in masks.items() if 1 - float(mask.float().mean()) > _PRUNED}
 
@@ -76,14 +80,13 @@ def write_student(
     Tensors that the loaded model has no place for (a head that was not trained) are copied.
     """
     checkpoint = Checkpoint.open(student)
-    names = parameter_names(model, checkpoint) if is_trained else {}
-    state = model.state_dict()
+    state = state_by_stored_names(model, checkpoint) if is_trained else {}
     copy_side_files(student, target)
     outcomes: dict[str, LayerOutcome] = {}
     with CheckpointWriter(target, checkpoint.facts(), max_shard_bytes) as writer:
         for fact in checkpoint.facts():
             before = checkpoint.read(fact.name)
-            after = state[names[fact.name]].to(before.dtype) if fact.name in names else before
+            after = state[fact.name].to(before.dtype) if fact.name in state else before
             writer.write(fact.name, after)
             if is_compressible(fact.name, fact.shape):
                 outcomes[fact.name] = _outcome(fact, before, after, is_trained=is_trained)

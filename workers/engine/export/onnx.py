@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from app.errors import JobFailed, VerificationFailed
+from app.spec.architectures import ARCHITECTURES
+from app.spec.base import Family
 from workers.engine.export.onnx_graph import clean, multiply_in_place, name_dimensions, token_embedding
 
 MODEL_FILE = "model.onnx"
@@ -54,7 +56,7 @@ def export_graph(model: nn.Module, architecture: str) -> ir.Model:
 
     Raises JobFailed (`onnx_export_failed`) for a model that torch.onnx cannot express.
     """
-    is_decoder = architecture.endswith("ForCausalLM")
+    is_decoder = ARCHITECTURES[architecture].family is Family.CAUSAL_LM
     forward = _Forward(model, {"use_cache": False} if is_decoder else {}).eval()
     # Plain products and a softmax run as fast as the Attention operator, which needs opset 23 (measured, onnxruntime 1.32).
     model.set_attn_implementation("eager")  # type: ignore[operator]  # a method of transformers' base class
@@ -91,7 +93,7 @@ def export_graph(model: nn.Module, architecture: str) -> ir.Model:
 def input_names(model: nn.Module) -> list[str]:
     """The graph's inputs, in order: segments only where the model was trained to tell them apart."""
     config: Any = model.config
-    segments = config.model_type == "bert" and config.type_vocab_size > 1
+    segments = config.model_type in ("bert", "electra") and config.type_vocab_size > 1
     return ["input_ids", "attention_mask", *(["token_type_ids"] if segments else [])]
 
 
@@ -215,7 +217,8 @@ def _outputs(
 
 
 def _has_logits(architecture: str) -> bool:
-    return architecture.endswith(("ForCausalLM", "ForSequenceClassification"))
+    known = ARCHITECTURES[architecture]
+    return known.family is Family.CAUSAL_LM or known.has_labels
 
 
 def _invalid(what: str) -> VerificationFailed:

@@ -124,12 +124,18 @@ def pack_columns(zeros: Tensor, bits: int) -> Tensor:
 
 
 def quantization_config(
-    *, bits: int, symmetric: bool, group_size: int | None, ignored_modules: list[str]
+    *,
+    bits: int,
+    symmetric: bool,
+    group_size: int | None,
+    ignored_modules: list[str],
+    unpack_to_load: bool = False,
 ) -> dict[str, Any]:
     """What `quantization_config` in config.json says, for compressed-tensors, transformers and vLLM.
 
     `ignored_modules` are the linear layers inside blocks left as they were; everything outside the blocks (heads,
-    poolers, classifiers) is left out by pattern, under whatever prefix the loading class gives it.
+    poolers, classifiers) is left out by pattern, under whatever prefix the loading class gives it. `unpack_to_load` asks
+    transformers to dequantize while loading.
     """
     weights = {
         "num_bits": bits,
@@ -152,8 +158,8 @@ def quantization_config(
                 "format": FORMAT,
             }
         },
-        "ignore": ["lm_head", r"re:^(?!.*\blayers?\.\d+\.).*", *ignored_modules],
+        "ignore": ["lm_head", r"re:^(?!.*\b(?:layers?|h)\.\d+\.).*", *ignored_modules],
     }
     # transformers 5.23 makes room for unpacked zero points when it keeps weights packed, and then refuses packed ones;
     # asked to dequantize while loading, it reads them rightly. vLLM ignores the key.
-    return declared if symmetric else declared | {"dequantize": True}
+    return declared | ({"dequantize": True} if unpack_to_load or not symmetric else {})

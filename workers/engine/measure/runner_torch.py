@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from workers.engine.architectures.loading import architecture_of, loader_of
+from app.spec.base import Family
+from workers.engine.architectures.loading import family_of, loader_of
 from workers.engine.measure.results import Loading, RunnerFacts
 
 
@@ -24,7 +25,7 @@ class TorchRunner:
         started = time.perf_counter()
         torch.set_num_threads(threads)
         self._device = device
-        self._is_causal = architecture_of(directory).endswith("ForCausalLM")
+        self._is_causal = family_of(directory) is Family.CAUSAL_LM
         compressed = "quantization_config" in json.loads((directory / "config.json").read_text())
         self._model, loading = _load(directory, device, compressed=compressed)
         self._cache: Any = None

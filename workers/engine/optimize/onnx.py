@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 
 from app.spec.optimize import OptimizeOnnx
 from workers.engine.architectures.loading import architecture_of, load_model
+from workers.engine.architectures.transposed import use_linear_layers
 from workers.engine.checkpoint.reader import Checkpoint
 from workers.engine.checkpoint.side_files import copy_side_files
 from workers.engine.export.onnx import check_graph, export_graph, input_names, publish_graph, run
@@ -58,6 +59,7 @@ def _variants_and_times(
     """
     context.progress(0.0, "loading the model")
     model = load_model(context.source)
+    use_linear_layers(model)
     context.progress(0.05, "exporting to ONNX")
     graph = export_graph(model, architecture_of(context.source))
     context.progress(0.5, "running the original")

@@ -10,7 +10,7 @@ Left out: measuring again after each removal, and repairing the neighbours; dist
 from __future__ import annotations
 
 from app.errors import InvalidRequest
-from app.spec.architectures import block_index, is_compressible
+from app.spec.architectures import architecture_in, block_index, is_compressible
 from app.spec.facts import TensorFact
 from app.spec.prune import PruneDepth
 from app.spec.report import LayerOutcome
@@ -41,7 +41,8 @@ def prune_depth(spec: PruneDepth, context: StepContext) -> StepOutcome:
         )
     with step_calibration(context, tokens=spec.calibration_tokens, share=_MEASURING) as calibration:
         influence = block_influence(calibration)
-    dropped = least_influential(influence, count)
+    keeps_first = architecture_in(checkpoint.config).keeps_first_block
+    dropped = least_influential(influence, count, first=1 if keeps_first else 0)
     remove_blocks(
         context.source,
         context.target,
@@ -62,9 +63,9 @@ def prune_depth(spec: PruneDepth, context: StepContext) -> StepOutcome:
     )
 
 
-def least_influential(influence: list[float], count: int) -> list[int]:
-    """Indices of the `count` blocks of least influence, ascending; the earlier one wins a tie."""
-    return sorted(sorted(range(len(influence)), key=lambda index: influence[index])[:count])
+def least_influential(influence: list[float], count: int, *, first: int = 0) -> list[int]:
+    """Indices of the `count` blocks of least influence from block `first` on, ascending; the earlier one wins a tie."""
+    return sorted(sorted(range(first, len(influence)), key=lambda index: influence[index])[:count])
 
 
 def _outcome(fact: TensorFact, dropped: list[int]) -> LayerOutcome:

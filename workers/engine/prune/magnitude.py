@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from app.errors import UnsupportedForModel
+from app.spec.architectures import Architecture, architecture_in
+from app.spec.layouts import inputs_of
 from app.spec.prune import PruneMagnitude
 from app.spec.report import LayerOutcome
 from workers.engine.checkpoint import (
@@ -49,20 +51,26 @@ def prune_magnitude(step: PruneMagnitude, context: StepContext) -> StepOutcome:
     """Write `context.target` with the chosen layers pruned, everything else as it was."""
     checkpoint = Checkpoint.open(context.source)
     selection = select_layers(checkpoint, step.ignore)
+    architecture = architecture_in(checkpoint.config)
     if step.pattern == "2:4":
-        _check_fours(selection)
+        _check_fours(selection, architecture)
         thresholds = {}
     else:
         thresholds = _thresholds(checkpoint, selection, step, context)
+    is_turned = step.pattern == "2:4" and architecture.inputs_first
     begin = _SEARCH_SHARE if thresholds else 0.0
     outcomes: dict[str, list[SlabOutcome]] = {name: [] for name in selection.chosen}
-    slabs = [slab for entry in checkpoint.tensors.values() for slab in row_slabs(entry)]
+    # Slabs hold whole fours also where inputs are rows.
+    slabs = [slab for entry in checkpoint.tensors.values() for slab in row_slabs(entry, multiple=4)]
     with CheckpointWriter(context.target, checkpoint.facts(), context.max_shard_bytes) as writer:
 
         def work(slab: Slab, rows: Tensor) -> SlabOutcome:
             outcome = SlabOutcome()
             if slab.entry.name in selection.chosen:
-                outcome = _prune_rows(rows, thresholds.get(slab.entry.name), slab.entry.name)
+                # 2:4 is along inputs, which are columns unless the architecture stores its weights (in, out).
+                turned = rows.t().contiguous() if is_turned else rows
+                outcome = _prune_rows(turned, thresholds.get(slab.entry.name), slab.entry.name)
+                rows = turned.t().contiguous() if is_turned else turned
             writer.write_rows(slab.entry.name, slab.start, rows)
             return outcome
 
@@ -131,8 +139,8 @@ def _two_of_four(keys: Tensor) -> Tensor:
     return (larger >= 2).t().reshape(-1)
 
 
-def _check_fours(selection: Selection) -> None:
-    wrong = [entry.name for entry in selection.chosen.values() if entry.shape[1] % 4]
+def _check_fours(selection: Selection, architecture: Architecture) -> None:
+    wrong = [entry.name for entry in selection.chosen.values() if inputs_of(entry.shape, architecture) % 4]
     if wrong:
         raise UnsupportedForModel(
             f"2:4 needs inputs in fours; {len(wrong)} layers have another number, e.g. {wrong[0]}.",

@@ -11,17 +11,17 @@ Left out: matching the outputs of the original rather than of the quantized bloc
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+from dataclasses import replace
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from app.errors import JobFailed
-from app.spec.facts import TensorFact
 from app.spec.quantize import QuantizeCalibrated
-from workers.engine.calibration.block_stream import LiveBlock, stream_blocks
-from workers.engine.calibration.input_moments import InputSite, input_moments
-from workers.engine.calibration.step_calibration import step_calibration
+from workers.engine.calibration.block_journal import BlockJournal, open_journal
+from workers.engine.calibration.block_stream import LiveBlock, compute_dtype, stream_blocks
+from workers.engine.calibration.input_moments import warning_of_seldom_used
+from workers.engine.calibration.step_calibration import calibration_in, calibration_windows
 from workers.engine.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -30,10 +30,10 @@ from workers.engine.checkpoint import (
     row_slabs,
     write_config,
 )
-from workers.engine.checkpoint.selection import module_name, non_finite, select_layers
+from workers.engine.checkpoint.layout import TensorEntry, weight_files
+from workers.engine.checkpoint.selection import select_layers
 from workers.engine.export.pack_quantized import PackedLayer
-from workers.engine.quantize.compensation import output_error
-from workers.engine.quantize.layer_solver import LayerSolver
+from workers.engine.quantize.block_solver import BlockSolver
 from workers.engine.quantize.packed_layers import (
     WeightError,
     config_with_quantization,
@@ -44,17 +44,8 @@ from workers.engine.quantize.packed_layers import (
 )
 from workers.engine.technique import StepContext, StepOutcome, implements
 
-# Copying embeddings and norms takes little of the time.
-_SOLVING = 0.95
-
-
-@dataclass
-class _Solved:
-    """What is known of the layers done so far."""
-
-    errors: dict[str, list[WeightError]] = field(default_factory=dict)
-    output_errors: list[tuple[float, float]] = field(default_factory=list)
-    """Per layer: tr(D H Dᵀ) and tr(W H Wᵀ)."""
+# Writing what was found takes little of the time.
+_SOLVING = 0.97
 
 
 @implements(QuantizeCalibrated)
@@ -66,111 +57,91 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
     """
     checkpoint = Checkpoint.open(context.source)
     selection = select_layers(checkpoint, step.ignore)
-    layers = plan_layers(selection, step)
-    facts: list[TensorFact] = []
-    for name, entry in checkpoint.tensors.items():
-        facts += layers[name].facts() if name in layers else [entry.fact]
-    solver = LayerSolver(step, context.threads)
-    solved = _Solved()
-    with CheckpointWriter(context.target, facts, context.max_shard_bytes) as writer:
-        blocks = _Blocks(layers, solver, writer, solved)
-        with step_calibration(
-            context, tokens=step.calibration_tokens, length=step.sequence_length, share=_SOLVING
-        ) as calibration:
-            stream_blocks(calibration, prepare=blocks.solve)
-        _copy_others(checkpoint, layers, writer, context)
+    layers = plan_layers(checkpoint, selection, step)
+    windows = calibration_windows(context, tokens=step.calibration_tokens, length=step.sequence_length)
+    with open_journal(context.journal, context.target.parent, _key(step, context, windows)) as journal:
+        _solve(step, context, layers, windows, journal)
+        records = journal.records()
+        _write(checkpoint, layers, journal, context)
     copy_side_files(context.source, context.target)
     write_config(context.target, config_with_quantization(checkpoint, step, selection))
-    lost, had = (sum(values) for values in zip(*solved.output_errors, strict=True))
+    errors = {
+        name: [WeightError(*found)] for record in records for name, found in record["weight_errors"].items()
+    }
+    lost, had = (sum(record[key] for record in records) for key in ("outputs_lost", "outputs_had"))
     return StepOutcome(
-        layers=layer_outcomes(layers, solved.errors, selection),
-        metrics=totals(layers, solved.errors)
+        layers=layer_outcomes(layers, errors, selection),
+        metrics=totals(layers, errors)
         | {
             "relative_output_error": (lost / had) ** 0.5 if had else 0.0,
-            "calibration_tokens": int(calibration.windows.numel()),
+            "calibration_tokens": windows.numel(),
         },
-        warnings=warnings_of(layers, selection) + tuple(solver.warnings),
+        warnings=(
+            *warnings_of(layers, selection, checkpoint),
+            *(warning for record in records for warning in record["warnings"]),
+            *warning_of_seldom_used(
+                {name: tokens for record in records for name, tokens in record["seldom_used"].items()}
+            ),
+        ),
     )
 
 
-@dataclass(frozen=True)
-class _Blocks:
-    """Quantizes block after block and writes what it finds."""
-
-    layers: dict[str, PackedLayer]
-    """By the name of the weight."""
-    solver: LayerSolver
-    writer: CheckpointWriter
-    solved: _Solved
-
-    def solve(self, block: LiveBlock) -> None:
-        """Quantize the chosen layers of a block, and leave it with the weights that a user will run."""
-        chosen = {
-            module_name(name): stored for name, stored in block.stored_names.items() if stored in self.layers
-        }
-        for site in input_moments(block.module, chosen, block.run):
-            stored = {name: chosen.pop(name) for name in site.layers}
-            self._solve_site(block, site, stored)
-        if chosen:
-            unseen = ", ".join(chosen.values())
-            raise JobFailed(
-                f"Calibration never reached {unseen}.",
-                code="layer_never_called",
-                hint="Put these layers on the step's ignore list, or use quantize.weights.",
-            )
-
-    def _solve_site(self, block: LiveBlock, site: InputSite, stored: dict[str, str]) -> None:
-        """Quantize the layers that share an input; `stored` are their weights' names by theirs in the block."""
-        second_moment = site.second_moment()
-        if not torch.isfinite(second_moment).all():
-            raise JobFailed(
-                f"The inputs of {', '.join(stored.values())} are NaN or infinite on the calibration text.",
-                code="non_finite_activations",
-                hint="Check that the original gives sensible outputs in float32; quantize.weights needs no activations.",
-            )
-        weights: dict[str, Tensor] = {}
-        for name, weight in stored.items():
-            parameter = block.module.get_parameter(f"{name}.weight").float()
-            if not torch.isfinite(parameter).all():
-                raise non_finite(weight)
-            weights[weight] = parameter
-        fits = self.solver.solve(weights, {name: self.layers[name] for name in weights}, second_moment)
-        for name, weight in stored.items():
-            restored = fits[weight].restored()
-            self._note(weight, weights[weight], restored, second_moment)
-            for tensor, content in self.layers[weight].tensors(fits[weight]).items():
-                self.writer.write(tensor, content)
-            # What a loader makes of the file, so that the next block is calibrated on what it will be given.
-            target = block.module.get_parameter(f"{name}.weight")
-            target.copy_(restored.to(fits[weight].dtype))
-
-    def _note(self, name: str, weight: Tensor, restored: Tensor, second_moment: Tensor) -> None:
-        difference = restored - weight
-        self.solved.errors[name] = [WeightError(_squared_norm(difference), _squared_norm(weight))]
-        self.solved.output_errors.append(
-            (output_error(difference, second_moment), output_error(weight, second_moment))
-        )
-
-
-def _squared_norm(weight: Tensor) -> float:
-    return float(torch.linalg.vector_norm(weight).double().square())
-
-
-def _copy_others(
-    checkpoint: Checkpoint, layers: dict[str, PackedLayer], writer: CheckpointWriter, context: StepContext
-) -> None:
-    """Everything that is not quantized, slab by slab."""
-    slabs = [
-        slab for name, entry in checkpoint.tensors.items() if name not in layers for slab in row_slabs(entry)
+def _key(step: QuantizeCalibrated, context: StepContext, windows: Tensor) -> str:
+    """The same for the same work: what a journal was begun for."""
+    files = [
+        (file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in weight_files(context.source)
     ]
-    for _ in map_slabs(
-        checkpoint,
-        slabs,
-        lambda slab, rows: writer.write_rows(slab.entry.name, slab.start, rows),
-        threads=context.threads,
-        progress=lambda share: context.progress(
-            _SOLVING + (1 - _SOLVING) * share, "copying the other weights"
-        ),
-    ):
-        pass
+    digest = hashlib.sha256(windows.numpy().tobytes())
+    digest.update(f"{step.model_dump_json()} {files} {context.device} {context.seed}".encode())
+    return digest.hexdigest()
+
+
+def _solve(
+    step: QuantizeCalibrated,
+    context: StepContext,
+    layers: dict[str, PackedLayer],
+    windows: Tensor,
+    journal: BlockJournal,
+) -> None:
+    """Quantize block after block into the journal, from the first that is not finished."""
+    checkpoint = Checkpoint.open(context.source)
+    stored = checkpoint.tensors[next(iter(layers))].dtype
+    calibration = calibration_in(
+        journal.directory, context, windows, share=_SOLVING, dtype=compute_dtype(stored, context.device)
+    )
+    solver = BlockSolver(step, layers, context.threads, one_site_at_a_time=False)
+    records: dict[int, dict[str, Any]] = {}
+
+    def prepare(block: LiveBlock) -> None:
+        done = solver.solve(block)
+        journal.put(block.index, done.tensors)
+        records[block.index] = done.record()
+
+    stream_blocks(
+        calibration,
+        prepare=prepare,
+        finished=lambda index: journal.commit(index, records.pop(index)),
+        first_block=journal.blocks_done,
+    )
+
+
+def _write(
+    checkpoint: Checkpoint, layers: dict[str, PackedLayer], journal: BlockJournal, context: StepContext
+) -> None:
+    """Put what the blocks became where their weights were, and copy everything else, slab by slab."""
+    found = {entry.name: entry for entry in journal.entries()}
+    entries: dict[str, TensorEntry] = {}
+    for name, entry in checkpoint.tensors.items():
+        parts = [fact.name for fact in layers[name].facts()] if name in layers else [name]
+        entries |= {part: found.get(part, entry) for part in parts}
+    merged = replace(checkpoint, tensors=entries)
+    with CheckpointWriter(context.target, merged.facts(), context.max_shard_bytes) as writer:
+        for _ in map_slabs(
+            merged,
+            [slab for entry in entries.values() for slab in row_slabs(entry)],
+            lambda slab, rows: writer.write_rows(slab.entry.name, slab.start, rows),
+            threads=context.threads,
+            progress=lambda share: context.progress(_SOLVING + (1 - _SOLVING) * share, "writing"),
+        ):
+            pass
     context.progress(1.0, "done")

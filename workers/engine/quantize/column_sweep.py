@@ -1,12 +1,13 @@
 """One pass over the columns of a weight in which rounding one moves the targets of those that follow.
 
-A column k that comes after j is moved by −coupling[k, j] times what column j gave: GPTQ gives its rounding error,
+A column k that comes after j is moved by −coupling(k, j) times what column j gave: GPTQ gives its rounding error,
 coordinate descent the change of its weight. Ranges are halved down to a few columns: between halves the targets move by
 one matrix product, within the last few by outer products that stay in a core's cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,15 +18,20 @@ from workers.engine.checkpoint.streaming import one_torch_thread
 from workers.engine.quantize.grid import WeightGrid
 from workers.engine.quantize.layer_fit import LayerFit
 
+Coupling = Callable[[slice, slice], Tensor]
+"""(rows, columns), both ranges of places in the order: how far each of the rows moves for one of each column."""
+
 _LEAF_COLUMNS = 16
 # With fewer, threads wait for each other longer than they save: two threads took 0.6 of the time of one at 4096 rows of
 # 4096 columns, and twice the time at 960 rows of 576.
 _ROWS_PER_THREAD = 2048
+# Of a large layer: five float32 copies of them are alive in a thread.
+_WEIGHTS_AT_ONCE = 2**24
 
 
 def round_in_order(
     targets: Tensor,
-    coupling: Tensor,
+    coupling: Coupling,
     order: Tensor,
     fit: LayerFit,
     *,
@@ -34,26 +40,30 @@ def round_in_order(
 ) -> Tensor:
     """Codes (rows, columns) for targets (rows, columns), both in the checkpoint's order of columns.
 
-    `order` (columns,): in which columns are rounded. `coupling` (columns, columns): rows and columns in that order,
-    read below the diagonal. `previous` (rows, columns): the weights before; with it a column gives its change, without
-    it its rounding error. Rows do not depend on each other: each of `threads` threads takes some if it is worth it.
+    `order` (columns,): in which columns are rounded. `previous` (rows, columns): the weights before; with it a column
+    gives its change, without it its rounding error. Rows do not depend on each other: each of `threads` threads takes
+    some if it is worth it, and a few at a time, to bound memory.
     """
-    parts = min(threads, len(targets) // _ROWS_PER_THREAD) if targets.device.type == "cpu" else 1
-    step = -(-len(targets) // max(1, parts))
-    slices = [slice(start, start + step) for start in range(0, len(targets), step)]
+    slices = _row_slices(len(targets), len(order), threads if targets.device.type == "cpu" else 1)
+    codes = torch.empty_like(targets)
 
     @torch.inference_mode()
-    def run(rows: slice) -> Tensor:
+    def run(rows: slice) -> None:
         before = None if previous is None else _by_columns(previous[rows], order)
         sweep = _Sweep.over(_by_columns(targets[rows], order), coupling, order, fit.of_rows(rows), before)
         sweep.range(0, len(order))
-        codes = torch.empty_like(sweep.codes)
-        codes[order] = sweep.codes
-        return codes.t()
+        codes[rows] = torch.empty_like(sweep.codes).index_copy_(0, order, sweep.codes).t()
 
     # Steps are too small for torch's own threads: waking them takes longer than one does.
-    with one_torch_thread(), ThreadPoolExecutor(len(slices)) as pool:
-        return torch.cat(list(pool.map(run, slices)))
+    with one_torch_thread(), ThreadPoolExecutor(min(threads, len(slices))) as pool:
+        list(pool.map(run, slices))
+    return codes
+
+
+def _row_slices(rows: int, columns: int, threads: int) -> list[slice]:
+    parts = max(1, min(threads, rows // _ROWS_PER_THREAD), -(-rows * columns // _WEIGHTS_AT_ONCE))
+    step = -(-rows // parts)
+    return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
 
 
 def _by_columns(weight: Tensor, order: Tensor) -> Tensor:
@@ -67,7 +77,7 @@ class _Sweep:
 
     grid: WeightGrid
     targets: Tensor
-    coupling: Tensor
+    coupling: Coupling
     previous: Tensor | None
     codes: Tensor
     given: Tensor
@@ -78,7 +88,7 @@ class _Sweep:
 
     @classmethod
     def over(
-        cls, targets: Tensor, coupling: Tensor, order: Tensor, fit: LayerFit, previous: Tensor | None
+        cls, targets: Tensor, coupling: Coupling, order: Tensor, fit: LayerFit, previous: Tensor | None
     ) -> _Sweep:
         scale = fit.scale.t().contiguous()
         return cls(
@@ -101,13 +111,13 @@ class _Sweep:
             return
         middle = (start + stop) // 2
         self.range(start, middle)
-        moved = self.coupling[middle:stop, start:middle]
+        moved = self.coupling(slice(middle, stop), slice(start, middle))
         self.targets[middle:stop].addmm_(moved, self.given[start:middle], alpha=-1)
         self.range(middle, stop)
 
     def _leaf(self, start: int, stop: int) -> None:
         targets, codes, given = (t[start:stop].unbind() for t in (self.targets, self.codes, self.given))
-        coupling = self.coupling[start:stop, start:stop].t().contiguous()
+        coupling = self.coupling(slice(start, stop), slice(start, stop)).t().contiguous()
         for j, group in enumerate(self.groups[start:stop]):
             scale, zero = self.scale[group], self.zero[group]
             code = codes[j]

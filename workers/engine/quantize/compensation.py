@@ -14,8 +14,10 @@ from torch import Tensor
 
 from workers.engine.quantize.column_sweep import round_in_order
 from workers.engine.quantize.layer_fit import LayerFit
+from workers.engine.quantize.triangular import invert_lower_
 
 _ATTEMPTS = 4
+_ROWS_AT_ONCE = 512
 
 
 class NotPositiveDefinite(Exception):  # noqa: N818 - the caller decides whether that is an error
@@ -24,54 +26,67 @@ class NotPositiveDefinite(Exception):  # noqa: N818 - the caller decides whether
 
 @dataclass(frozen=True)
 class Factor:
-    """In which order to round the columns, and how those still free follow."""
+    """In which order to round the columns, and how those still free follow.
+
+    In that order (H + damping)⁻¹ = Uᵀ U with U upper triangular. U = J·L⁻¹·J, L the Cholesky factor of J·H·J and J the
+    flip: no inverse of H is formed, and U stays flipped as it comes, in the memory of H's copy.
+    """
 
     order: Tensor
     """(n,), int64: columns by descending moment of their inputs."""
-    upper: Tensor
-    """(n, n), upper triangular, in that order: (H + damping)⁻¹ = Uᵀ U."""
+    flipped: Tensor
+    """(n, n), lower triangular: J·U·J."""
     damping: float
     """As a share of the mean of diag H."""
+
+    def coupling(self, rows: slice, columns: slice) -> Tensor:
+        """(U_{c,r} / U_{c,c})ᵀ: how far column r moves for one of column c's error; rows after columns, or the same."""
+        n = len(self.order)
+        part = self.flipped[n - columns.stop : n - columns.start, n - rows.stop : n - rows.start].flip(0, 1)
+        diagonal = self.flipped.diagonal()[n - columns.stop : n - columns.start].flip(0)
+        return (part / diagonal.unsqueeze(1)).t()
 
 
 def factorize(second_moment: Tensor, damping: float) -> Factor:
     """Order the columns and factor H⁻¹: (n, n), float32. Inputs that were always zero get a moment of one.
 
-    A factorization that fails is tried again with ten times the damping, three times. Raises NotPositiveDefinite then.
+    Needs 1.3 times the memory of H beside it. A factorization that fails is tried again with ten times the damping, three times.
+    Raises NotPositiveDefinite then.
     """
     moments = second_moment.diagonal()
     order = torch.argsort(moments, descending=True, stable=True)
-    ordered = second_moment[order][:, order]
-    ordered.diagonal()[moments[order] == 0] = 1.0
+    moments = torch.where(moments == 0, torch.ones_like(moments), moments)
     for attempt in range(_ATTEMPTS):
         strength = damping * 10**attempt
-        upper = inverse_factor(ordered, strength * ordered.diagonal().mean())
-        if upper is not None:
-            return Factor(order, upper, strength)
+        flipped = _rearranged(second_moment, order.flip(0))
+        flipped.diagonal().copy_(moments[order.flip(0)] + strength * moments.mean())
+        if _factor_inverse_(flipped):
+            return Factor(order, flipped, strength)
     raise NotPositiveDefinite
 
 
-def inverse_factor(second_moment: Tensor, added: Tensor | float) -> Tensor | None:
-    """U with (H + added·I)⁻¹ = Uᵀ U, upper triangular: (n, n) -> (n, n); None if there is none in float32.
+def _rearranged(matrix: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns in that order, without a second copy on the way."""
+    result = torch.empty_like(matrix)
+    for start in range(0, len(order), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        result[rows] = matrix[order[rows]].index_select(1, order)
+    return result
 
-    U = J·L⁻¹·J with L the Cholesky factor of J·H·J and J the flip: no inverse is formed.
-    """
-    flipped = second_moment.flip(0, 1)
-    flipped.diagonal().add_(added)
-    lower, failed = torch.linalg.cholesky_ex(flipped)
-    if failed:
-        return None
-    del flipped
-    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-    return upper if torch.isfinite(upper).all() else None
+
+def _factor_inverse_(matrix: Tensor) -> bool:
+    """L⁻¹ for matrix = L Lᵀ, in place: (n, n); False if there is none in float32."""
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, out=(matrix, info))
+    if int(info):
+        return False
+    invert_lower_(matrix)
+    return bool(torch.isfinite(matrix.diagonal()).all() and torch.isfinite(matrix.sum()))
 
 
 def compensated(weight: Tensor, factor: Factor, fit: LayerFit, *, threads: int = 1) -> LayerFit:
     """The same scales and zero points with the codes that GPTQ finds: weight (rows, columns), float32."""
-    coupling = (factor.upper / factor.upper.diagonal().unsqueeze(1)).t()
-    codes = round_in_order(weight, coupling, factor.order, fit, threads=threads)
-    return replace(fit, codes=codes)
+    return replace(fit, codes=round_in_order(weight, factor.coupling, factor.order, fit, threads=threads))
 
 
 def output_error(difference: Tensor, second_moment: Tensor) -> float:

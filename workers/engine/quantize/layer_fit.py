@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -31,7 +31,7 @@ class LayerFit:
     zero: Tensor
     """(rows, groups), float32."""
     codes: Tensor
-    """(rows, columns), float32."""
+    """(rows, columns), float32, or float16 where it is only kept."""
 
     @property
     def group_size(self) -> int:
@@ -55,6 +55,10 @@ class LayerFit:
     def of_rows(self, rows: slice) -> LayerFit:
         """Some rows of it."""
         return replace(self, scale=self.scale[rows], zero=self.zero[rows], codes=self.codes[rows])
+
+    def compact(self) -> LayerFit:
+        """The same in less memory: the codes of all grids are few, and exact in float16."""
+        return replace(self, codes=self.codes.half())
 
     def _grouped(self, values: Tensor) -> Tensor:
         return values.reshape(len(values), -1, self.group_size)
@@ -88,6 +92,16 @@ def fit_layer(
         scale=torch.cat([part.scale for part in parts]).view(rows, -1),
         zero=torch.cat([part.zero for part in parts]).view(rows, -1),
         codes=torch.cat([part.codes for part in parts]).view(rows, columns),
+    )
+
+
+def joined(parts: Sequence[LayerFit]) -> LayerFit:
+    """Rows of one layer, put together again."""
+    return replace(
+        parts[0],
+        scale=torch.cat([part.scale for part in parts]),
+        zero=torch.cat([part.zero for part in parts]),
+        codes=torch.cat([part.codes for part in parts]),
     )
 
 

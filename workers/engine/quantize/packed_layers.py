@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from app.errors import InvalidRequest
-from app.spec.architectures import ARCHITECTURES, block_index
+from app.errors import InvalidRequest, UnsupportedForModel
+from app.spec.architectures import architecture_in, block_index, is_compressible
 from app.spec.base import Family
+from app.spec.layouts import limits_of_layout
 from app.spec.quantize import IntegerWeights
 from app.spec.report import LayerOutcome
 from workers.engine.checkpoint import DTYPE_NAMES, Checkpoint
@@ -18,6 +19,10 @@ from workers.engine.export.pack_quantized import PackedLayer, quantization_confi
 
 _FEW_BITS_WARNING = (
     "vLLM runs packed integers of 4 and 8 bits only; transformers loads these and computes in floating point"
+)
+_TRANSPOSED_WARNING = (
+    "scales run along outputs, one set for each input, as the architecture stores its weights; transformers 5.23 loads "
+    "these and computes in floating point, vLLM does not load them"
 )
 
 
@@ -29,8 +34,15 @@ class WeightError:
     of_weights: float = 0.0
 
 
-def plan_layers(selection: Selection, step: IntegerWeights) -> dict[str, PackedLayer]:
-    """What each chosen weight becomes. Raises InvalidRequest if the group size does not divide a layer's inputs."""
+def plan_layers(checkpoint: Checkpoint, selection: Selection, step: IntegerWeights) -> dict[str, PackedLayer]:
+    """What each chosen weight becomes.
+
+    Raises UnsupportedForModel for a layout that no runtime would read packed, InvalidRequest if the group size does not
+    divide a layer's inputs.
+    """
+    compressible = [fact for fact in checkpoint.facts() if is_compressible(fact.name, fact.shape)]
+    for _, why in limits_of_layout(step, architecture_in(checkpoint.config), compressible):
+        raise UnsupportedForModel(why, hint="Submitting the job anew says the same before it starts.")
     layers = {name: _planned(entry, step) for name, entry in selection.chosen.items()}
     _check_group_sizes(list(layers.values()))
     return layers
@@ -53,8 +65,8 @@ def config_with_quantization(
     checkpoint: Checkpoint, step: IntegerWeights, selection: Selection
 ) -> dict[str, Any]:
     """The model's config.json with the entry that loaders of compressed-tensors go by."""
-    architecture = ARCHITECTURES.get((checkpoint.config.get("architectures") or ["?"])[0])
-    by_pattern = architecture is not None and architecture.family is Family.ENCODER
+    architecture = architecture_in(checkpoint.config)
+    by_pattern = architecture.family is Family.ENCODER
     left = [module_name(layer.name) for layer in selection.untouched]
     return checkpoint.config | {
         "quantization_config": quantization_config(
@@ -62,6 +74,7 @@ def config_with_quantization(
             symmetric=step.symmetric,
             group_size=step.group_size,
             ignored_modules=[_ignore_entry(module, by_pattern=by_pattern) for module in left],
+            unpack_to_load=architecture.unpack_to_load,
         )
     }
 
@@ -71,7 +84,7 @@ def _ignore_entry(module: str, *, by_pattern: bool) -> str:
     if not by_pattern:
         return module
     tail = module[module.index(f".{block_index(module)}.") :].replace(".", r"\.")
-    return rf"re:.*\blayer{tail}$"
+    return rf"re:.*\blayers?{tail}$"
 
 
 def layer_outcomes(
@@ -104,10 +117,16 @@ def totals(
     }
 
 
-def warnings_of(layers: dict[str, PackedLayer], selection: Selection) -> tuple[str, ...]:
-    """What a user should know about the layers chosen and the bits."""
+def warnings_of(
+    layers: dict[str, PackedLayer], selection: Selection, checkpoint: Checkpoint
+) -> tuple[str, ...]:
+    """What a user should know about the layers chosen, the bits and the layout."""
     few = any(layer.bits < 4 for layer in layers.values())
-    return selection.warnings + ((_FEW_BITS_WARNING,) if few else ())
+    return (
+        *selection.warnings,
+        *((_FEW_BITS_WARNING,) if few else ()),
+        *((_TRANSPOSED_WARNING,) if architecture_in(checkpoint.config).inputs_first else ()),
+    )
 
 
 def _check_group_sizes(layers: list[PackedLayer]) -> None:

@@ -36,10 +36,14 @@ def descended(
     weight: Tensor, fit: LayerFit, second_moment: Tensor, order: Tensor, *, threads: int = 1
 ) -> LayerFit:
     """One sweep of coordinate descent over all columns in `order` (columns,); scales stay."""
-    moments = second_moment / second_moment.diagonal().unsqueeze(1)
+    diagonal = second_moment.diagonal()
+
+    def coupling(rows: slice, columns: slice) -> Tensor:
+        part = second_moment[order[rows]].index_select(1, order[columns])
+        return part.div_(diagonal[order[rows]].unsqueeze(1))
+
     before = fit.restored()
-    targets = torch.addmm(before, weight - before, moments.t())
-    coupling = moments[order][:, order]
+    targets = ((weight - before) @ second_moment).div_(diagonal).add_(before)
     codes = round_in_order(targets, coupling, order, fit, previous=before, threads=threads)
     return replace(fit, codes=codes)
 

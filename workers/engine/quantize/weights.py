@@ -51,7 +51,7 @@ def quantize_weights(step: QuantizeWeights, context: StepContext) -> StepOutcome
     """Write `context.target` with all linear layers inside blocks quantized, everything else as it was."""
     checkpoint = Checkpoint.open(context.source)
     selection = select_layers(checkpoint, step.ignore)
-    layers = plan_layers(selection, step)
+    layers = plan_layers(checkpoint, selection, step)
     facts: list[TensorFact] = []
     slabs: list[Slab] = []
     for name, entry in checkpoint.tensors.items():
@@ -80,7 +80,7 @@ def quantize_weights(step: QuantizeWeights, context: StepContext) -> StepOutcome
     return StepOutcome(
         layers=layer_outcomes(layers, errors, selection),
         metrics=totals(layers, errors),
-        warnings=warnings_of(layers, selection),
+        warnings=warnings_of(layers, selection, checkpoint),
     )
 
 

@@ -1,0 +1,62 @@
+"""What the layout of an architecture's weights rules out, and which way its matrices lie.
+
+Each limit is one of the runtimes that read the result, tried out: transformers 5.23 with compressed-tensors 0.20, and
+vLLM's loaders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+
+from app.spec.architectures import Architecture, is_expert
+from app.spec.base import Step
+from app.spec.facts import TensorFact
+from app.spec.optimize import OptimizeOnnx
+from app.spec.quantize import IntegerWeights, QuantizeWeights
+
+_TRANSPOSED = (
+    "{name} keeps its weights as (in, out), and packed integers are read with scales along the last dimension: columns"
+    " cannot share scales here. Use quantize.weights, whose scales run along the outputs then."
+)
+_ASYMMETRIC_EXPERTS = "Neither transformers nor vLLM reads zero points of experts: leave symmetric true for {name}, e.g. with group_size 32."
+_SOME_EXPERTS = (
+    "{pattern!r} leaves experts out, and transformers loads experts only if all of a model are quantized. Name other "
+    "layers, e.g. *.self_attn.*"
+)
+_OTHER_EXPERTS = (
+    "{pattern!r} has settings of its own for experts, and transformers reads all experts of a model alike. Name other "
+    "layers, e.g. *.self_attn.*"
+)
+_ONNX_EXPERTS = "In an ONNX graph every token would run through every expert of {name}: use quantize.weights or quantize.calibrated."
+
+
+def inputs_of(shape: tuple[int, ...], architecture: Architecture) -> int:
+    """Input features of a linear layer's weight as it is stored."""
+    return shape[0] if architecture.inputs_first else shape[1]
+
+
+def limits_of_layout(
+    step: Step, architecture: Architecture, layers: Iterable[TensorFact]
+) -> Iterator[tuple[str, str]]:
+    """What of a step cannot be done to such weights: pointers into the step, and why with what would work."""
+    has_experts, name = architecture.expert_layers is not None, architecture.name
+    if isinstance(step, IntegerWeights):
+        if architecture.inputs_first and not isinstance(step, QuantizeWeights):
+            yield "/technique", _TRANSPOSED.format(name=name)
+        if has_experts and not step.symmetric:
+            yield "/symmetric", _ASYMMETRIC_EXPERTS.format(name=name)
+        if has_experts:
+            experts = [t.name.removesuffix(".weight") for t in layers if is_expert(t.name)]
+            ignored = [(f"/ignore/{n}", pattern) for n, pattern in enumerate(step.ignore)]
+            other = [(f"/overrides/{n}", override.layers) for n, override in enumerate(step.overrides)]
+            yield from _matching(ignored, experts, _SOME_EXPERTS)
+            yield from _matching(other, experts, _OTHER_EXPERTS)
+    if isinstance(step, OptimizeOnnx) and has_experts:
+        yield "/technique", _ONNX_EXPERTS.format(name=name)
+
+
+def _matching(patterns: list[tuple[str, str]], modules: list[str], why: str) -> Iterator[tuple[str, str]]:
+    for pointer, pattern in patterns:
+        if any(fnmatchcase(module, pattern) for module in modules):
+            yield pointer, why.format(pattern=pattern)

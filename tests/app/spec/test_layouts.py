@@ -1,0 +1,125 @@
+"""What an architecture's layout rules out is refused before a job starts, with words that say what would work."""
+
+from __future__ import annotations
+
+import pytest
+
+from app.spec.architectures import ARCHITECTURES
+from app.spec.base import Step
+from app.spec.compatibility import check_spec
+from app.spec.compression import CompressionSpec
+from app.spec.facts import ModelFacts, TensorFact
+from app.spec.optimize import OptimizeOnnx
+from app.spec.plan import plan_job
+from app.spec.prune import PruneMagnitude
+from app.spec.quantize import LayerOverride, QuantizeCalibrated, QuantizeWeights
+
+HIDDEN, INNER, EXPERTS = 64, 128, 4
+EXPERTS_IN_8 = LayerOverride(layers="*.w2", bits=8)
+
+
+def facts(architecture: str, shapes: dict[str, tuple[int, ...]], **more: int) -> ModelFacts:
+    """Two blocks, each of these weights."""
+    named = {f"{name.replace('#', str(n))}": shape for name, shape in shapes.items() for n in (0, 1)}
+    tensors = tuple(TensorFact(name=name, dtype="F32", shape=shape) for name, shape in named.items())
+    return ModelFacts(
+        format="safetensors",
+        architecture=architecture,
+        family=ARCHITECTURES[architecture].family,
+        parameters=sum(t.elements for t in tensors),
+        dtype="F32",
+        weight_bytes=sum(t.nbytes for t in tensors),
+        hidden_size=HIDDEN,
+        num_blocks=2,
+        vocab_size=320,
+        max_positions=128,
+        tensors=tensors,
+        **more,
+    )
+
+
+def mixture(experts_per_token: int = 1) -> ModelFacts:
+    expert = "model.layers.#.block_sparse_moe.experts"
+    layers = {"w1": (INNER, HIDDEN), "w2": (HIDDEN, INNER), "w3": (INNER, HIDDEN)}
+    shapes = {f"{expert}.{e}.{name}.weight": shape for e in range(EXPERTS) for name, shape in layers.items()}
+    others = {
+        "model.layers.#.block_sparse_moe.gate.weight": (EXPERTS, HIDDEN),
+        "model.layers.#.self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+    }
+    return facts("MixtralForCausalLM", shapes | others, experts_per_token=experts_per_token)
+
+
+def gpt2() -> ModelFacts:
+    # 66 outputs and 64 inputs.
+    return facts("GPT2LMHeadModel", {"transformer.h.#.attn.c_attn.weight": (HIDDEN, 66)})
+
+
+def faults(step: Step, model: ModelFacts) -> dict[str, str]:
+    return {fault.pointer: fault.detail for fault in check_spec(CompressionSpec(steps=(step,)), model)}
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        QuantizeWeights(group_size=32),
+        QuantizeCalibrated(group_size=32),
+        QuantizeWeights(ignore=("*.self_attn.*",)),
+        PruneMagnitude(ignore=("*.experts.0.*",)),
+    ],
+    ids=str,
+)
+def test_mixtures_are_quantized_symmetrically_and_pruned_as_one_likes(step: Step) -> None:
+    assert faults(step, mixture()) == {}
+
+
+@pytest.mark.parametrize(
+    ("step", "pointer", "words"),
+    [
+        (QuantizeWeights(symmetric=False), "/steps/0/symmetric", "leave symmetric true"),
+        (QuantizeCalibrated(ignore=("*.layers.0.*",)), "/steps/0/ignore/0", "only if all"),
+        (QuantizeWeights(ignore=("*.q_proj", "*.w2")), "/steps/0/ignore/1", "only if all"),
+        (QuantizeWeights(overrides=(EXPERTS_IN_8,)), "/steps/0/overrides/0", "all experts"),
+        (OptimizeOnnx(), "/steps/0/technique", "every expert"),
+    ],
+    ids=str,
+)
+def test_what_no_runtime_reads_of_a_mixture_is_refused(step: Step, pointer: str, words: str) -> None:
+    found = faults(step, mixture())
+    assert list(found) == [pointer]
+    assert words in found[pointer]
+
+
+def test_a_pattern_for_routers_alone_matches_no_layer() -> None:
+    assert list(faults(QuantizeWeights(ignore=("*.gate",)), mixture())) == ["/steps/0/ignore/0"]
+
+
+def test_transposed_weights_are_rounded_to_nearest_alone() -> None:
+    assert faults(QuantizeWeights(), gpt2()) == {}
+    assert "quantize.weights" in faults(QuantizeCalibrated(), gpt2())["/steps/0/technique"]
+
+
+def test_two_of_four_counts_the_inputs_of_transposed_weights() -> None:
+    assert faults(PruneMagnitude(pattern="2:4"), gpt2()) == {}
+    turned = facts("GPT2LMHeadModel", {"transformer.h.#.attn.c_attn.weight": (66, HIDDEN)})
+    assert "/steps/0/pattern" in faults(PruneMagnitude(pattern="2:4"), turned)
+
+
+def test_time_follows_the_weights_a_token_meets_and_memory_follows_all() -> None:
+    one, all_of_them = mixture(1), mixture(EXPERTS)
+    assert all_of_them.active_share() == 1.0
+    experts = 3 * EXPERTS * HIDDEN * INNER
+    rest = HIDDEN * HIDDEN + EXPERTS * HIDDEN
+    assert one.active_share() == pytest.approx((experts / EXPERTS + rest) / (experts + rest))
+    spec = CompressionSpec(steps=(QuantizeCalibrated(calibration_tokens=10_000_000),))
+    plans = [plan_job(spec, model) for model in (one, all_of_them)]
+    assert plans[0].seconds < plans[1].seconds
+    assert plans[0].peak_memory_bytes == plans[1].peak_memory_bytes
+
+
+def test_routers_keep_their_size() -> None:
+    spec = CompressionSpec(steps=(QuantizeWeights(bits=8),))
+    model = mixture()
+    layers = [t for t in model.compressible() if "gate" not in t.name]
+    routers = 4 * 2 * EXPERTS * HIDDEN
+    plan = plan_job(spec, model)
+    assert plan.output_bytes > sum(t.elements for t in layers) + routers

@@ -1,0 +1,54 @@
+"""Hidden states of all windows between two blocks, in a file: what one block leaves is what the next one takes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from workers.engine.checkpoint.layout import drop_from_page_cache
+
+
+class HiddenStates:
+    """(windows, tokens, hidden) in one dtype. A context manager that closes the file and leaves it."""
+
+    def __init__(self, path: Path, windows: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._shape, self._dtype = shape, dtype
+        self._nbytes = torch.Size(shape).numel() * dtype.itemsize
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        os.posix_fallocate(self._descriptor, 0, windows * self._nbytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    def read(self, number: int) -> Tensor:
+        """The states of one window: (1, tokens, hidden)."""
+        buffer = torch.empty(self._nbytes, dtype=torch.uint8)
+        view, done = buffer.numpy().data, 0
+        while done < self._nbytes:
+            count = os.preadv(self._descriptor, [view[done:]], number * self._nbytes + done)
+            if count == 0:
+                raise OSError("the file of hidden states ended early")
+            done += count
+        return buffer.view(self._dtype).view(1, *self._shape)
+
+    def write(self, number: int, hidden: Tensor) -> None:
+        """Put the states of one window: (1, tokens, hidden)."""
+        data = hidden[0].to(self._dtype).cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._descriptor, data[done:], number * self._nbytes + done)
+
+    def sync(self) -> None:
+        """Wait until all of it is on the disk."""
+        os.fsync(self._descriptor)
+        drop_from_page_cache(self._descriptor, 0, 0)
