@@ -1,6 +1,7 @@
 """llm-compressor: GPTQ, AWQ, and SmoothQuant + GPTQ with int8 activations, as its examples call them.
 
-The model is loaded in the dtype it is stored in, as the examples do; `options.dtype` says otherwise.
+The model is loaded in the dtype it is stored in, as the examples do; `options.dtype` says otherwise. AWQ in 0.14.0.1 pins
+memory for copies to a GPU and fails where there is none: pinning, which changes no value, is left out here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from torch import Tensor
 
 
@@ -46,6 +48,7 @@ def _recipe(job: Job) -> list[Any]:
     if job.method == "gptq":
         return [GPTQModifier(**grid)]
     if job.method == "awq":
+        IntermediatesCache.pin_memory = lambda *_: None
         return [AWQModifier(), QuantizationModifier(**grid)]
     if job.method == "smoothquant-gptq":
         return [SmoothQuantModifier(smoothing_strength=0.8), GPTQModifier(**grid)]
