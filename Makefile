@@ -59,8 +59,9 @@ format: $(STAMP) ## Format the code and fix what ruff can fix
 test: $(STAMP) ## All tests, against real servers that they start themselves
 	$(BIN)/pytest -m "not gpu" $(ARGS)
 
-# Modules of the benchmarks, and what takes hours or a checkout of its own to run.
-NOT_RUN := $(addprefix benchmarks/,figures.py machine.py llamacpp_toolchain.py onnx_peers.py)
+# Parts of benchmarks, and those that build or install gigabytes of peers and need a model by name: run them by hand.
+NOT_RUN := $(addprefix benchmarks/,figures.py machine.py growth_plot.py synthetic_llama.py llamacpp_toolchain.py \
+	onnx_peers.py onnx_vs_peers.py gguf_vs_llamacpp.py quantize_vs_peers.py)
 
 bench: $(STAMP) ## All benchmarks; fails when a floor is missed
 	@failed=0; for file in $(filter-out $(NOT_RUN),$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || failed=1; done; exit $$failed
