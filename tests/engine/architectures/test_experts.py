@@ -119,7 +119,18 @@ class Mixture(nn.Module):
 @torch.inference_mode()
 def test_experts_that_see_too_little_are_given_white_noise() -> None:
     torch.manual_seed(0)
-    block = LiveBlock(0, Mixture(), {}, BlockCall((), {}), lambda: iter(torch.randn(1, 1, 8, 32)))
+    given = torch.randn(1, 1, 8, 32)
+    block = LiveBlock(
+        index=0,
+        module=Mixture(),
+        stored_names={},
+        call=BlockCall((), {}),
+        inputs=lambda: iter(given),
+        windows=1,
+        window=given.__getitem__,
+        scratch=Path(),
+        alive=lambda: None,
+    )
     sites = input_sites(block, NAMES)
     gather_moments(block, sites)
     assert [site.layers for site in sites] == [[name] for name in NAMES]
