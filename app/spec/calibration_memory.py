@@ -40,6 +40,15 @@ _SHARING = (
 )
 
 
+_FEATURES_AT_ONCE = 2**22
+"""Numbers in the widest tensor of a forward through a block, if one window has no more."""
+
+
+def windows_at_once(tokens: int, widest: int) -> int:
+    """How many windows of so many tokens are run through a block together."""
+    return max(1, _FEATURES_AT_ONCE // (tokens * widest))
+
+
 @dataclass(frozen=True)
 class Site:
     """An input of a block that layers share."""
@@ -112,4 +121,5 @@ def _solving(sites: list[Site], window: int, width: int, *, one_site_at_a_time: 
         # A site's H is freed once its layers are solved.
         held = max(0, held - moment)
     widest = max(site.features for site in sites)
-    return max(peak + found, _ACTIVATIONS * window * widest * width + sum(moments))
+    tokens = window * windows_at_once(window, widest)
+    return max(peak + found, _ACTIVATIONS * tokens * widest * width + sum(moments))

@@ -32,7 +32,7 @@ class BlockCall:
     kwargs: dict[str, Any]
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Call the block as the model would: (1, tokens, hidden) -> (1, tokens, hidden)."""
+        """Call the block as the model would: (windows, tokens, hidden) -> the same."""
         output: Tensor | tuple[Tensor, ...] = block(hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
 

@@ -7,13 +7,14 @@ at the block it was at, with the states that block was given.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from app.spec.calibration_memory import windows_at_once
 from workers.engine.architectures.skeleton import BlockCall, Skeleton
 from workers.engine.calibration.hidden_states import HiddenStates
 from workers.engine.technique import Progress
@@ -36,7 +37,7 @@ class LiveBlock:
     """Names in the checkpoint by names within the block."""
     call: BlockCall
     inputs: Callable[[], Iterator[Tensor]]
-    """The hidden states that each window brings: (1, tokens, hidden)."""
+    """The hidden states that the windows bring, a few windows at a time: (windows, tokens, hidden)."""
     windows: int
     window: Callable[[int], Tensor]
     """The hidden states of one window, by its number."""
@@ -45,15 +46,18 @@ class LiveBlock:
     alive: Callable[[], None]
     """To be called every few seconds of other work: says again how far the stream is, and may raise to stop."""
 
-    def run(self, *, windows: int | None = None) -> None:
-        """Run the block on every window (or the first few) and forget the outputs: for hooks to look on."""
-        for number, hidden in enumerate(self.inputs()):
-            if number == windows:
-                return
-            try:
-                self.call.run(self.module, hidden)
-            except EnoughSeen:
-                continue
+    def run(self) -> None:
+        """Run the block on every window and forget the outputs: for hooks to look on."""
+        for hidden in self.inputs():
+            self._look(hidden)
+
+    def run_first(self) -> None:
+        """The same on the first window alone."""
+        self._look(self.window(0))
+
+    def _look(self, hidden: Tensor) -> None:
+        with suppress(EnoughSeen):
+            self.call.run(self.module, hidden)
 
 
 Prepare = Callable[[LiveBlock], None]
@@ -106,7 +110,7 @@ def stream_blocks(
     finished: Finished = _unnoticed,
     first_block: int = 0,
 ) -> None:
-    """Call `visit` for every block and window, blocks in order.
+    """Call `visit` for every block and all windows, a few at a time, blocks in order.
 
     `prepare` is called for each block first and may change its weights: what follows sees the outputs of those.
     With `first_block`, the blocks before it are skipped: the spool directory holds what an earlier run left there.
@@ -122,26 +126,39 @@ def stream_blocks(
             before, after = spools[index % 2], spools[(index + 1) % 2]
             stored = skeleton.materialise(block, prefix=f"{skeleton.blocks_name}.{index}.")
 
-            def inputs(index: int = index, states: HiddenStates = before) -> Iterator[Tensor]:
-                for number in range(len(windows)):
-                    yield states.read(number).to(device)
-                    told.window(index, number + 1, earlier=0)
+            parts = _parts(len(windows), windows_at_once(windows.shape[1], _widest(block)))
+
+            def inputs(
+                index: int = index, states: HiddenStates = before, parts: list[range] = parts
+            ) -> Iterator[Tensor]:
+                for part in parts:
+                    yield states.read(part.start, len(part)).to(device)
+                    told.windows_done(index, part.stop, earlier=0)
 
             def window(number: int, states: HiddenStates = before) -> Tensor:
                 return states.read(number).to(device)
 
             scratch = calibration.spool_directory
             prepare(LiveBlock(index, block, stored, call, inputs, len(windows), window, scratch, told.again))
-            for number in range(len(windows)):
-                hidden = before.read(number).to(device)
+            for part in parts:
+                hidden = before.read(part.start, len(part)).to(device)
                 output = call.run(block, hidden)
                 visit(index, hidden, output)
-                after.write(number, output)
-                told.window(index, number + 1, earlier=told.passes - 1)
+                after.write(part.start, output)
+                told.windows_done(index, part.stop, earlier=told.passes - 1)
             if finished is not _unnoticed:
                 after.sync()
                 finished(index)
             block.to("meta")
+
+
+def _widest(block: nn.Module) -> int:
+    """Features of the widest input or output of a block's layers."""
+    return max((max(p.shape) for p in block.parameters() if p.ndim > 1), default=1)
+
+
+def _parts(windows: int, at_once: int) -> list[range]:
+    return [range(start, min(windows, start + at_once)) for start in range(0, windows, at_once)]
 
 
 @contextmanager
@@ -171,7 +188,7 @@ class _Told:
     share: float = 0.0
     message: str = ""
 
-    def window(self, index: int, done: int, *, earlier: int) -> None:
+    def windows_done(self, index: int, done: int, *, earlier: int) -> None:
         """Say that `done` windows of a pass over block `index` are through, after `earlier` whole passes."""
         share = (index + (earlier + done / self.windows) / self.passes) / self.blocks
         self.share = max(self.share, share)

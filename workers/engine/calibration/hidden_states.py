@@ -30,20 +30,20 @@ class HiddenStates:
     ) -> None:
         os.close(self._descriptor)
 
-    def read(self, number: int) -> Tensor:
-        """The states of one window: (1, tokens, hidden)."""
-        buffer = torch.empty(self._nbytes, dtype=torch.uint8)
+    def read(self, number: int, count: int = 1) -> Tensor:
+        """The states of `count` windows from `number` on: (count, tokens, hidden)."""
+        buffer = torch.empty(count * self._nbytes, dtype=torch.uint8)
         view, done = buffer.numpy().data, 0
-        while done < self._nbytes:
-            count = os.preadv(self._descriptor, [view[done:]], number * self._nbytes + done)
-            if count == 0:
+        while done < len(view):
+            read = os.preadv(self._descriptor, [view[done:]], number * self._nbytes + done)
+            if read == 0:
                 raise OSError("the file of hidden states ended early")
-            done += count
-        return buffer.view(self._dtype).view(1, *self._shape)
+            done += read
+        return buffer.view(self._dtype).view(count, *self._shape)
 
     def write(self, number: int, hidden: Tensor) -> None:
-        """Put the states of one window: (1, tokens, hidden)."""
-        data = hidden[0].to(self._dtype).cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        """Put the states of windows from `number` on: (windows, tokens, hidden)."""
+        data = hidden.to(self._dtype).cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         done = 0
         while done < len(data):
             done += os.pwrite(self._descriptor, data[done:], number * self._nbytes + done)

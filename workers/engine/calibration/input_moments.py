@@ -86,12 +86,29 @@ class InputSite:
 def add_gram(total: Tensor, rows: Tensor) -> None:
     """Add xᵀ x to the blocks of `total` (features, features) on and above its diagonal: rows (tokens, features).
 
-    Products of 16-bit inputs are summed in float32 over the tokens given at once, and over all calls.
+    Products of 16-bit inputs are exact, and summed in float32.
     """
-    columns = rows.t()
-    for start, stop in _spans(len(total)):
-        product = columns[start:stop] @ rows[:, start:]
-        total[start:stop, start:] += product
+    with _products_in_16_bits(rows):
+        rows = rows.float()
+        columns = rows.t()
+        for start, stop in _spans(len(total)):
+            total[start:stop, start:].addmm_(columns[start:stop], rows[:, start:])
+
+
+@contextmanager
+def _products_in_16_bits(rows: Tensor) -> Iterator[None]:
+    """On a CPU, let float32 operands that came from bfloat16 be multiplied as that: twice as fast, and nothing lost.
+
+    A product in bfloat16 itself would be rounded to bfloat16: then H of many features may have no factor.
+    """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    if rows.dtype is torch.bfloat16 and rows.device.type == "cpu":
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _spans(features: int) -> list[tuple[int, int]]:
@@ -120,7 +137,7 @@ def input_sites(block: LiveBlock, names: Iterable[str]) -> list[InputSite]:
         return hook
 
     with _hooked(block, {name: look(name) for name in names}):
-        block.run(windows=1)
+        block.run_first()
     return [site for _, site in sites]
 
 

@@ -58,8 +58,10 @@ def original_outputs(block: LiveBlock) -> Iterator[HiddenStates]:
     first = block.window(0)
     try:
         with HiddenStates(path, block.windows, tuple(first.shape[1:]), first.dtype) as states:
-            for number, hidden in enumerate(block.inputs()):
-                states.write(number, block.call.run(block.module, hidden))
+            start = 0
+            for hidden in block.inputs():
+                states.write(start, block.call.run(block.module, hidden))
+                start += len(hidden)
             yield states
     finally:
         path.unlink(missing_ok=True)

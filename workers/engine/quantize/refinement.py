@@ -24,11 +24,11 @@ _RIDGE = 1e-6
 def refined(
     weight: Tensor, fit: LayerFit, second_moment: Tensor, order: Tensor, *, rounds: int, threads: int = 1
 ) -> LayerFit:
-    """Refit the scales and descend on the codes, `rounds` times: weight (rows, columns), H (columns, columns)."""
+    """Descend on the codes and refit the scales, `rounds` times: weight (rows, columns), H (columns, columns)."""
     for _ in range(rounds):
-        fit = refit_scales(weight, fit, second_moment)
         fit = descended(weight, fit, second_moment, order, threads=threads)
-    return refit_scales(weight, fit, second_moment) if rounds else fit
+        fit = refit_scales(weight, fit, second_moment)
+    return fit
 
 
 def descended(
