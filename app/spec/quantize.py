@@ -219,7 +219,7 @@ class QuantizeCalibrated(QuantizedWeights):
     """Tokens of calibration text the layers' inputs are gathered from; the time grows with it."""
     sequence_length: Annotated[int, Field(ge=16, le=131_072)] = 512
     """Tokens of one window of calibration text; cut to what the model can take."""
-    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Added to the diagonal of each layer's input statistics, as a share of its mean."""
 
     @model_validator(mode="after")
