@@ -16,7 +16,7 @@ _PROJECTIONS = (".self_attn.k_proj.weight", ".self_attn.qkv_proj.weight")
 
 
 def can_scale_cache(architecture: Architecture) -> bool:
-    """Whether transformers rounds such a model's cache by stored scales, so that a result can be measured."""
+    """Whether transformers was seen to round such a model's cache by its scales, so that results are measured with it."""
     return architecture.model_type in _MODEL_TYPES
 
 

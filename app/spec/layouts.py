@@ -34,8 +34,8 @@ _ALIKE = "{name} is unpacked while it is loaded, which transformers does in one 
 _EXPERT_FORMATS = "Experts of {name} are read as int, or as fp8 with group_size null."
 _EXPERT_INPUTS = "transformers does not round the inputs of experts, so {name} could not be measured: set activations to none."
 _CACHE = (
-    "Rounding the cache of {name} could not be measured: compressed-tensors does that for Llama, Mistral, Qwen2, Qwen3, "
-    "Gemma and Phi3. Set kv_cache to none."
+    "Scales of the key-value cache are written for Llama, Mistral, Qwen2, Qwen3, Gemma and Phi3, whose caches transformers "
+    "was seen to round by them, and not for {name}: set kv_cache to none."
 )
 
 
