@@ -12,8 +12,9 @@ from fnmatch import fnmatchcase
 from app.spec.architectures import Architecture, is_expert
 from app.spec.base import Step
 from app.spec.facts import TensorFact
+from app.spec.kv_cache import can_scale_cache
 from app.spec.optimize import OptimizeOnnx
-from app.spec.quantize import QuantizedWeights, QuantizeWeights
+from app.spec.quantize import QuantizeCalibrated, QuantizedWeights, QuantizeWeights
 
 _TRANSPOSED = (
     "{name} keeps its weights as (in, out), and packed integers are read with scales along the last dimension: columns"
@@ -32,6 +33,10 @@ _ONNX_EXPERTS = "In an ONNX graph every token would run through every expert of 
 _ALIKE = "{name} is unpacked while it is loaded, which transformers does in one way for all layers and without rounding inputs."
 _EXPERT_FORMATS = "Experts of {name} are read as int, or as fp8 with group_size null."
 _EXPERT_INPUTS = "transformers does not round the inputs of experts, so {name} could not be measured: set activations to none."
+_CACHE = (
+    "Scales of the key-value cache are written for Llama, Mistral, Qwen2, Qwen3, Gemma and Phi3, whose caches transformers "
+    "was seen to round by them, and not for {name}: set kv_cache to none."
+)
 
 
 def inputs_of(shape: tuple[int, ...], architecture: Architecture) -> int:
@@ -53,6 +58,8 @@ def limits_of_layout(
             yield "/activations", _ALIKE.format(name=name)
         if has_experts:
             yield from _limits_of_experts(step, name, layers)
+    if isinstance(step, QuantizeCalibrated) and step.kv_cache != "none" and not can_scale_cache(architecture):
+        yield "/kv_cache", _CACHE.format(name=name)
     if isinstance(step, OptimizeOnnx) and has_experts:
         yield "/technique", _ONNX_EXPERTS.format(name=name)
 

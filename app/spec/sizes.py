@@ -18,9 +18,10 @@ from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromMode
 from app.spec.facts import ModelFacts, TensorFact
 from app.spec.gguf import QuantizeGguf
 from app.spec.gguf_layout import ARCHITECTURES, data_bytes, gguf_tensors, index_bytes
+from app.spec.kv_cache import cache_scale_facts
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth
-from app.spec.quantize import QuantizedWeights
+from app.spec.quantize import QuantizeCalibrated, QuantizedWeights
 from app.spec.quantize_onnx import QuantizeOnnx
 from app.spec.stored import stored_tensors
 
@@ -118,6 +119,8 @@ def _quantized(step: QuantizedWeights, shape: Shape) -> Shape:
             tensors += stored_tensors(tensor, definite.settings_of(module_name(tensor)))
         else:
             tensors.append(tensor)
+    if isinstance(step, QuantizeCalibrated) and step.kv_cache != "none":
+        tensors += cache_scale_facts(shape.tensors)
     return Shape(tuple(tensors), shape.dense_parameters)
 
 

@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
         "int2": {"bits": 2, "group_size": 16, "calibration_tokens": 1024},
         "w8a8-static": {"bits": 8, "activations": "static", "calibration_tokens": 256},
         "mxfp4": {"number_format": "mxfp4", "calibration_tokens": 256},
+        "fp8-cache": {"number_format": "fp8", "activations": "dynamic", "kv_cache": "fp8", "calibration_tokens": 256},
         "tuned": {"solver": "signround", "tuning_steps": 3, "scaling": "smoothquant", "calibration_tokens": 256},
         "awq": {"solver": "nearest", "scaling": "awq", "bias_correction": True, "calibration_tokens": 256},
     },

@@ -145,3 +145,12 @@ def test_what_is_unpacked_while_it_is_loaded_has_one_setting_and_no_rounded_inpu
     assert list(faults(mixed, gpt2())) == ["/steps/0/overrides"]
     assert list(faults(QuantizeWeights(bits=8, activations="dynamic"), gpt2())) == ["/steps/0/activations"]
     assert not faults(QuantizeWeights(number_format="fp8"), gpt2())
+
+
+def test_scales_of_the_cache_are_refused_where_they_were_not_tried() -> None:
+    step = QuantizeCalibrated(kv_cache="fp8")
+    llama = facts("LlamaForCausalLM", {"model.layers.#.self_attn.k_proj.weight": (HIDDEN, HIDDEN)})
+    assert faults(step, llama) == {}
+    assert "not for Mixtral" in faults(step, mixture())["/steps/0/kv_cache"]
+    encoder = facts("BertModel", {"encoder.layer.#.output.dense.weight": (HIDDEN, HIDDEN)})
+    assert list(faults(step, encoder)) == ["/steps/0/kv_cache"]

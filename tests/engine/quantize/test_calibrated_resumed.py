@@ -17,7 +17,7 @@ from app.spec.quantize import QuantizeCalibrated
 from workers.engine.calibration.block_journal import open_journal
 from workers.engine.technique import StepContext, run_step
 
-STEP = QuantizeCalibrated(bits=3, group_size=16, calibration_tokens=256)
+STEP = QuantizeCalibrated(bits=3, group_size=16, kv_cache="fp8", calibration_tokens=256)
 
 # Runs the step, and kills itself without warning in the middle of a block.
 _CHILD = """

@@ -99,12 +99,13 @@ def quantization_config(
     *,
     target: Callable[[str], str],
     unpack_to_load: bool = False,
+    scales_cache: bool = False,
 ) -> dict[str, Any]:
     """What `quantization_config` in config.json says, for compressed-tensors, transformers and vLLM.
 
     `ignored`: modules inside blocks that are left as they were; `target` gives the entry that stands for a module.
     Everything outside the blocks (heads, poolers, classifiers) is left out by pattern, whatever its prefix.
-    `unpack_to_load` asks transformers to dequantize while loading.
+    `unpack_to_load` asks transformers to dequantize while loading; `scales_cache`: there are scales of the key-value cache.
     """
     groups = _groups(layers, target)
     only_format = groups["group_0"]["format"]
@@ -114,7 +115,7 @@ def quantization_config(
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ["lm_head", r"re:^(?!.*\b(?:layers?|h)\.\d+\.).*", *map(target, ignored)],
-    }
+    } | ({"kv_cache_scheme": _KV_CACHE_SCHEME} if scales_cache else {})
     # transformers 5.23 makes room for unpacked zero points when it keeps weights packed, and then refuses packed ones;
     # and it unpacks E2M1 to bfloat16 whatever the model's dtype. Asked to dequantize while loading, it does both right.
     # vLLM ignores the key.
@@ -124,6 +125,14 @@ def quantization_config(
     return declared if loads_packed else declared | {"dequantize": True}
 
 
+_KV_CACHE_SCHEME = {
+    "num_bits": 8,
+    "type": "float",
+    "symmetric": True,
+    "group_size": None,
+    "strategy": "tensor",
+    "dynamic": False,
+}
 _FP4_FORMATS = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
 
 

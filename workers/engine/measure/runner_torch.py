@@ -120,8 +120,9 @@ def _load(directory: Path, declared: dict[str, Any] | None) -> tuple[Any, Loadin
     if declared is None:
         return _from_pretrained(directory)
     # Left compressed, every layer would be unpacked by its first call anyway: do it where it is not timed.
-    # transformers 5.23 does that while loading for one scheme alone, and then rounds no inputs.
-    whole = len(declared["config_groups"]) == 1 and not _rounds_inputs(declared)
+    # transformers 5.23 does that while loading for one scheme alone, and then rounds neither inputs nor the cache.
+    rounds = _rounds_inputs(declared) or _rounds_cache(declared)
+    whole = len(declared["config_groups"]) == 1 and not rounds
     model, loading = _from_pretrained(
         directory, quantization_config=transformers.CompressedTensorsConfig(dequantize=whole)
     )
@@ -153,6 +154,10 @@ def _rounds_inputs(declared: dict[str, Any]) -> bool:
     return any(group["input_activations"] is not None for group in declared["config_groups"].values())
 
 
+def _rounds_cache(declared: dict[str, Any]) -> bool:
+    return declared.get("kv_cache_scheme") is not None
+
+
 def _is_tied(model: Any) -> bool | None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
@@ -167,5 +172,7 @@ def _runtime(device: str, threads: int, declared: dict[str, Any] | None, *, unpa
     name = f"transformers {transformers.__version__}, torch {torch.__version__}, float32, {where}"
     if not unpacked:
         return name
-    simulated = ", the rounding of inputs simulated" if declared and _rounds_inputs(declared) else ""
+    rounded = {"inputs": _rounds_inputs, "keys and values": _rounds_cache}
+    found = [what for what, is_rounded in rounded.items() if declared and is_rounded(declared)]
+    simulated = f", the rounding of {' and of '.join(found)} simulated" if found else ""
     return f"{name}, weights decompressed while loading{simulated}"

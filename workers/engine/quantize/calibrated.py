@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from app.spec.kv_cache import cache_scale_facts
 from app.spec.quantize import QuantizeCalibrated
 from app.spec.sizes import Shape
 from app.spec.step_costs import INTERPRETER_BYTES, calibration_memory
@@ -36,6 +37,7 @@ from workers.engine.checkpoint.layout import TensorEntry, weight_files
 from workers.engine.checkpoint.selection import select_layers
 from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.quantize.block_solver import BlockSolver
+from workers.engine.quantize.cache_scales import cache_scales
 from workers.engine.quantize.packed_layers import (
     WeightError,
     config_with_quantization,
@@ -66,7 +68,10 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
         records = journal.records()
         _write(checkpoint, layers, journal, context)
     copy_side_files(context.source, context.target)
-    write_config(context.target, config_with_quantization(checkpoint, layers, selection))
+    write_config(
+        context.target,
+        config_with_quantization(checkpoint, layers, selection, scales_cache=step.kv_cache != "none"),
+    )
     errors = {
         name: [WeightError(*found)] for record in records for name, found in record["weight_errors"].items()
     }
@@ -129,7 +134,9 @@ def _solve(
 
     def prepare(block: LiveBlock) -> None:
         done = solver.solve(block)
-        journal.put(block.index, done.tensors)
+        # Seen after the weights have changed: these are the keys and values that will be cached.
+        scales = {} if step.kv_cache == "none" else cache_scales(block, cache_scale_facts(checkpoint.facts()))
+        journal.put(block.index, done.tensors | scales)
         records[block.index] = done.record()
 
     stream_blocks(
@@ -158,6 +165,8 @@ def _write(
     for name, entry in checkpoint.tensors.items():
         parts = [fact.name for fact in layers[name].facts()] if name in layers else [name]
         entries |= {part: found.get(part, entry) for part in parts}
+    # Scales of the cache stand for no tensor of the original.
+    entries |= {name: entry for name, entry in found.items() if name not in entries}
     merged = replace(checkpoint, tensors=entries)
     with CheckpointWriter(context.target, merged.facts(), context.max_shard_bytes) as writer:
         for _ in map_slabs(

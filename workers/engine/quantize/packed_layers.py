@@ -85,7 +85,11 @@ def planned_layer(entry: TensorEntry, settings: WeightSettings) -> StoredLayer:
 
 
 def config_with_quantization(
-    checkpoint: Checkpoint, layers: Mapping[str, StoredLayer], selection: Selection
+    checkpoint: Checkpoint,
+    layers: Mapping[str, StoredLayer],
+    selection: Selection,
+    *,
+    scales_cache: bool = False,
 ) -> dict[str, Any]:
     """The model's config.json with the entry that loaders of compressed-tensors go by."""
     architecture = architecture_in(checkpoint.config)
@@ -96,6 +100,7 @@ def config_with_quantization(
         left,
         target=partial(_target, by_pattern=by_pattern),
         unpack_to_load=architecture.unpack_to_load,
+        scales_cache=scales_cache,
     )
     return checkpoint.config | {"quantization_config": declared}
 
