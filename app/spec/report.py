@@ -21,6 +21,10 @@ FlagCode = Literal[
     "tied_weights_broken",
     "tokenizer_changed",
     "evaluation_overlap",
+    "calibration_short",
+    "calibration_language",
+    "zero_channels",
+    "dead_inputs",
     "builtin_text",
     "quality_loss",
     "larger_than_original",
@@ -61,6 +65,8 @@ class StepReport(Frozen):
     """Series to plot, e.g. `held_out_loss`: (step, value) pairs."""
     layers: tuple[LayerOutcome, ...] = ()
     warnings: tuple[str, ...] = ()
+    flags: tuple[Flag, ...] = ()
+    """What the step itself found that a reader must know; they stand among the report's flags too."""
 
 
 class FileSize(Frozen):

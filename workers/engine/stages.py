@@ -208,7 +208,7 @@ def _step(name: str, context: StageContext) -> Metrics:
             progress=context.progress,
         ),
     )
-    for warning in outcome.warnings:
+    for warning in (*outcome.warnings, *(f"{flag.code}: {flag.detail}" for flag in outcome.flags)):
         context.warn(warning)
     report = StepReport(
         technique=context.spec.steps[index].technique,
@@ -217,6 +217,7 @@ def _step(name: str, context: StageContext) -> Metrics:
         curves=outcome.curves,
         layers=outcome.layers,
         warnings=outcome.warnings,
+        flags=outcome.flags,
     )
     (context.directory / "outcome.json").write_text(report.model_dump_json())
     return outcome.metrics

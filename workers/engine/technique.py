@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from app.spec.base import Step
 from app.spec.facts import ModelFacts
-from app.spec.report import LayerOutcome
+from app.spec.report import Flag, LayerOutcome
 
 Progress = Callable[[float, str], None]
 
@@ -60,6 +60,8 @@ class StepOutcome:
     metrics: dict[str, float | int | str | None] = field(default_factory=dict)
     curves: dict[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    flags: tuple[Flag, ...] = ()
+    """Warnings with a name: of what is known to be wrong with the model or the text."""
 
 
 S = TypeVar("S", bound=Step)

@@ -121,6 +121,14 @@ def test_overlap_and_built_in_text_are_said() -> None:
     assert "quality and calibration" in flag.detail
 
 
+def test_what_steps_flagged_stands_in_the_report_once() -> None:
+    flag = Flag(
+        code="zero_channels", detail="Output channels whose weights are all zero: 2 in 1 layer (l: 2)."
+    )
+    step = quantized_step(FACTS).model_copy(update={"flags": (flag,)})
+    assert flags(Facts(FACTS, SPEC, evaluated(), (step, step))) == (flag,)
+
+
 def test_limits_are_held_against_what_was_measured() -> None:
     acceptance = Acceptance(max_perplexity_increase=0.02, min_top1_agreement=0.98, max_bytes=21_000)
     found = {limit.name: limit for limit in limits(acceptance, evaluated(), "causal_lm")}

@@ -10,12 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from app.errors import InvalidRequest
 from workers.engine.architectures.loading import load_tokenizer
 from workers.engine.calibration.block_stream import Calibration
 from workers.engine.calibration.windows import model_windows
 from workers.engine.technique import StepContext
 
 WINDOW_TOKENS = 512
+# Half of the least a spec may ask for: statistics of fewer tokens are those of a sentence or two.
+_LEAST_TOKENS = 64
 
 
 @contextmanager
@@ -32,13 +35,20 @@ def step_calibration(context: StepContext, *, tokens: int, share: float) -> Iter
 def calibration_windows(context: StepContext, *, tokens: int, length: int) -> Tensor:
     """Windows of at most `length` tokens of the step's text: (windows, tokens), int64.
 
-    Raises InvalidRequest when the text is too short for one window.
+    Raises InvalidRequest when the text is too short for one window, or has less than a few sentences.
     """
     if context.calibration_text is None:
         raise ValueError("the step needs calibration text")
-    return model_windows(
+    windows = model_windows(
         load_tokenizer(context.source), context.calibration_text, context.facts, tokens=tokens, length=length
     )
+    if windows.numel() < _LEAST_TOKENS:
+        raise InvalidRequest(
+            f"The calibration text gives {windows.numel()} tokens; with fewer than {_LEAST_TOKENS} nothing can be learned.",
+            code="text_too_short",
+            hint=f"Upload a longer text: the step asks for {tokens:,} tokens.",
+        )
+    return windows
 
 
 def calibration_in(

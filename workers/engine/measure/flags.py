@@ -191,6 +191,10 @@ def _evaluation_overlap(facts: Facts) -> Iterator[Flag]:
         yield Flag(code="evaluation_overlap", detail=detail)
 
 
+def _found_by_steps(facts: Facts) -> Iterator[Flag]:
+    yield from dict.fromkeys(flag for step in facts.steps for flag in step.flags)
+
+
 def _builtin_text(facts: Facts) -> Iterator[Flag]:
     spec = facts.spec
     uses = {
@@ -220,5 +224,6 @@ _RULES: tuple[Callable[[Facts], Iterator[Flag]], ...] = (
     _tied_weights_broken,
     _tokenizer_changed,
     _evaluation_overlap,
+    _found_by_steps,
     _builtin_text,
 )

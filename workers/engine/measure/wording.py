@@ -31,6 +31,10 @@ _FLAGS: dict[FlagCode, tuple[str, Tone]] = {
     "tied_weights_broken": ("Shared weights were doubled", "warn"),
     "tokenizer_changed": ("Tokenizer changed", "bad"),
     "evaluation_overlap": ("Tested on what it was taught", "warn"),
+    "calibration_short": ("Calibrated on too little text", "warn"),
+    "calibration_language": ("Calibrated on text the tokenizer is not made for", "warn"),
+    "zero_channels": ("Channels without weights", "warn"),
+    "dead_inputs": ("Inputs that calibration never reached", "warn"),
     "builtin_text": ("Built-in text", "plain"),
 }
 

@@ -17,6 +17,7 @@ from app.spec.report import LayerOutcome
 from workers.engine.architectures.block_removal import number_of_blocks, remove_blocks
 from workers.engine.calibration.block_influence import block_influence
 from workers.engine.calibration.step_calibration import step_calibration
+from workers.engine.calibration.text_checks import calibration_flags
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.technique import StepContext, StepOutcome, implements
 
@@ -41,6 +42,7 @@ def prune_depth(spec: PruneDepth, context: StepContext) -> StepOutcome:
         )
     with step_calibration(context, tokens=spec.calibration_tokens, share=_MEASURING) as calibration:
         influence = block_influence(calibration)
+        flags = calibration_flags(context, calibration.windows, tokens=spec.calibration_tokens)
     keeps_first = architecture_in(checkpoint.config).keeps_first_block
     dropped = least_influential(influence, count, first=1 if keeps_first else 0)
     remove_blocks(
@@ -59,6 +61,7 @@ def prune_depth(spec: PruneDepth, context: StepContext) -> StepOutcome:
             "blocks_after": blocks - count,
             "blocks_removed": " ".join(map(str, dropped)),
         },
+        flags=flags,
         curves={"block_influence": tuple((float(i), value) for i, value in enumerate(influence))},
     )
 

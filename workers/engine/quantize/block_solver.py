@@ -22,6 +22,7 @@ from workers.engine.quantize.compensation import row_errors
 from workers.engine.quantize.layer_fit import LayerFit
 from workers.engine.quantize.layer_solver import LayerSolver
 from workers.engine.quantize.sign_rounding import best_alone, doubts
+from workers.engine.quantize.silent_channels import SilentChannels
 
 _ROWS_AT_ONCE = 1024
 
@@ -41,6 +42,7 @@ class SolvedBlock:
     warnings: list[str] = field(default_factory=list)
     seldom_used: dict[str, int] = field(default_factory=dict)
     """Tokens seen by the experts that saw too few."""
+    silent: SilentChannels = field(default_factory=SilentChannels)
     tuning: tuple[float, float] | None = None
     """Mean squared error of the block's outputs before and after it was tuned."""
     untuned: dict[str, Untuned] = field(default_factory=dict)
@@ -54,6 +56,8 @@ class SolvedBlock:
             "outputs_had": self.outputs_had,
             "warnings": self.warnings,
             "seldom_used": self.seldom_used,
+            "zero_outputs": self.silent.zero_outputs,
+            "dead_inputs": self.silent.dead_inputs,
             "tuning": self.tuning,
         }
 
@@ -151,6 +155,8 @@ class BlockSolver:
         for name, weight in weights.items():
             if not torch.isfinite(weight).all():
                 raise non_finite(name)
+            done.silent.look_at_weight(name, weight)
+        done.silent.look_at_inputs(list(weights), second_moment.diagonal())
         fits = solver.solve(weights, {name: self.layers[name] for name in weights}, second_moment)
         if self.step.bias_correction:
             self._correct_biases(block, stored, weights, fits, mean, done)

@@ -25,6 +25,7 @@ from workers.engine.calibration.block_journal import BlockJournal, open_journal
 from workers.engine.calibration.block_stream import LiveBlock, compute_dtype, stream_blocks
 from workers.engine.calibration.input_moments import warning_of_seldom_used
 from workers.engine.calibration.step_calibration import calibration_in, calibration_windows
+from workers.engine.calibration.text_checks import calibration_flags
 from workers.engine.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -46,6 +47,7 @@ from workers.engine.quantize.packed_layers import (
     totals,
     warnings_of,
 )
+from workers.engine.quantize.silent_channels import SilentChannels
 from workers.engine.technique import StepContext, StepOutcome, implements
 
 # Writing what was found takes little of the time.
@@ -90,6 +92,10 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
             *warning_of_seldom_used(
                 {name: tokens for record in records for name, tokens in record["seldom_used"].items()}
             ),
+        ),
+        flags=(
+            *calibration_flags(context, windows, tokens=step.calibration_tokens),
+            *SilentChannels.joined(records).flags(dead_weights="Their weights are rounded to nearest."),
         ),
     )
 

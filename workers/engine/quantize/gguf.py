@@ -21,11 +21,12 @@ from torch import Tensor
 from app.errors import JobFailed, UnsupportedForModel
 from app.spec.gguf import QuantizeGguf
 from app.spec.gguf_layout import ARCHITECTURES, GGUF_FILE, GgufTensor, gguf_tensors
-from app.spec.report import LayerOutcome
+from app.spec.report import Flag, LayerOutcome
 from workers.engine.architectures.loading import architecture_of, load_tokenizer
 from workers.engine.calibration.block_stream import LiveBlock, stream_blocks
 from workers.engine.calibration.input_moments import gather_moments, input_sites
 from workers.engine.calibration.step_calibration import step_calibration
+from workers.engine.calibration.text_checks import calibration_flags
 from workers.engine.checkpoint import Checkpoint, Slab, copy_side_files, map_slabs, row_slabs
 from workers.engine.checkpoint.selection import module_name, non_finite, select_layers
 from workers.engine.export.gguf.blocks import pack_blocks
@@ -37,6 +38,7 @@ from workers.engine.quantize.block_fit import fit_blocks
 from workers.engine.quantize.block_refinement import Encoded, encode_compensated
 from workers.engine.quantize.block_scales import GRIDS
 from workers.engine.quantize.compensation import Factor, NotPositiveDefinite, factorize, output_error
+from workers.engine.quantize.silent_channels import SilentChannels
 from workers.engine.technique import StepContext, StepOutcome, implements
 
 # Embeddings, head and norms take little of the time.
@@ -53,6 +55,7 @@ class _Solved:
     output_errors: list[tuple[float, float]] = field(default_factory=list)
     """Per layer: tr(D H Dᵀ) and tr(W H Wᵀ)."""
     warnings: list[str] = field(default_factory=list)
+    silent: SilentChannels = field(default_factory=SilentChannels)
 
 
 @implements(QuantizeGguf)
@@ -84,7 +87,8 @@ def quantize_gguf(step: QuantizeGguf, context: StepContext) -> StepOutcome:
             _write_others(checkpoint, [t for t in tensors if t.source not in chosen], writer, config, context)
     copy_side_files(context.source, context.target)
     context.progress(1.0, "done")
-    return _outcome(tensors, solved, tokens)
+    flags = calibration_flags(context, calibration.windows, tokens=step.calibration_tokens)
+    return _outcome(tensors, solved, tokens, flags)
 
 
 def _require_blocks(tensors: Sequence[GgufTensor]) -> None:
@@ -146,6 +150,7 @@ class _Solver:
                 code="non_finite_activations",
                 hint="Check that the original gives sensible outputs in float32.",
             )
+        solved.silent.look_at_inputs(list(stored.values()), moments.diagonal())
         factor = self._factor(moments, names, solved) if self.step.compensate else None
         for name, weight in stored.items():
             parameter = block.module.get_parameter(f"{name}.weight")
@@ -170,6 +175,7 @@ class _Solver:
         weight = parameter.float()
         if not torch.isfinite(weight).all():
             raise non_finite(tensor.source)
+        solved.silent.look_at_weight(tensor.source, weight)
         if tensor.format.name not in GRIDS:
             restored, data = weight.half().float(), pack_floats(weight, tensor)
         else:
@@ -250,7 +256,9 @@ def _is_shifted(tensor: GgufTensor, config: Any) -> bool:
     return bool(config.architectures[0].startswith("Gemma")) and tensor.name.endswith("norm.weight")
 
 
-def _outcome(tensors: Sequence[GgufTensor], solved: _Solved, tokens: int) -> StepOutcome:
+def _outcome(
+    tensors: Sequence[GgufTensor], solved: _Solved, tokens: int, flags: tuple[Flag, ...]
+) -> StepOutcome:
     quantized = [t for t in tensors if t.format.name in GRIDS]
     weights = sum(math.prod(t.shape) for t in quantized)
     lost, had = (sum(values) for values in zip(*solved.output_errors, strict=True))
@@ -267,6 +275,7 @@ def _outcome(tensors: Sequence[GgufTensor], solved: _Solved, tokens: int) -> Ste
             "formats": ", ".join(formats),
         },
         warnings=tuple(solved.warnings),
+        flags=(*flags, *solved.silent.flags(dead_weights="Their weights became zero.")),
     )
 
 

@@ -44,6 +44,7 @@ class NBitsSolver:
 
     def _solve_site(self, site: Site) -> None:
         columns = len(site.second_moment)
+        self.solutions.silent.look_at_inputs(list(site.weights), site.second_moment.diagonal())
         fill = -columns % self.block_size
         moment = functional.pad(site.second_moment, (0, fill, 0, fill))
         whole = {name: functional.pad(weight, (0, fill)) for name, weight in site.weights.items()}

@@ -27,6 +27,7 @@ from app.spec.report import LayerOutcome
 from workers.engine.architectures.loading import architecture_of, load_model
 from workers.engine.calibration.block_stream import stream_blocks
 from workers.engine.calibration.step_calibration import step_calibration
+from workers.engine.calibration.text_checks import calibration_flags
 from workers.engine.checkpoint.reader import Checkpoint
 from workers.engine.checkpoint.selection import Selection, select_layers
 from workers.engine.checkpoint.side_files import copy_side_files
@@ -46,6 +47,7 @@ _SOLVED = 0.7
 _HEAD_GRID = Grid(8, symmetric=True)
 _HEAD_BLOCK = 32
 _OUTSIDE = "layers outside the blocks (heads, poolers) stay in float32"
+_ROUNDED, _ZEROED = "Their weights are rounded to nearest.", "Their weights became zero."
 _SATURATES = "on x86 processors without VNNI, int8 products can saturate: check quality there"
 
 
@@ -58,7 +60,7 @@ def quantize_onnx(step: QuantizeOnnx, context: StepContext) -> StepOutcome:
     """
     checkpoint = Checkpoint.open(context.source)
     selection = select_layers(checkpoint, step.ignore)
-    solutions, tokens = _solve(step, selection, context)
+    solutions, windows = _solve(step, selection, context)
     context.progress(_SOLVED, "exporting to ONNX")
     model = load_model(context.source)
     prefix = f"{model.base_model_prefix}."
@@ -73,13 +75,22 @@ def quantize_onnx(step: QuantizeOnnx, context: StepContext) -> StepOutcome:
     check_coverage(context.target / MODEL_FILE, names, _left(selection, prefix))
     copy_side_files(context.source, context.target)
     context.progress(1.0, "done")
-    outcome = _outcome(step, solutions, selection, tokens)
+    outcome = _outcome(step, solutions, selection, windows.numel())
     is_static = step.method_for(context.facts.family) == "qdq"
-    return replace(outcome, warnings=(*outcome.warnings, _SATURATES)) if is_static else outcome
+    return replace(
+        outcome,
+        warnings=(*outcome.warnings, _SATURATES) if is_static else outcome.warnings,
+        flags=(
+            *calibration_flags(context, windows, tokens=step.calibration_tokens),
+            *solutions.silent.flags(dead_weights=_ZEROED if is_static else _ROUNDED),
+        ),
+    )
 
 
-def _solve(step: QuantizeOnnx, selection: Selection, context: StepContext) -> tuple[Solutions[Any], int]:
-    """The matrix of every chosen layer, and how many tokens it was calibrated on."""
+def _solve(
+    step: QuantizeOnnx, selection: Selection, context: StepContext
+) -> tuple[Solutions[Any], torch.Tensor]:
+    """The matrix of every chosen layer, and the windows (windows, tokens) it was calibrated on."""
     wanted = frozenset(selection.chosen)
     solver: NBitsSolver | QdqSolver
     if step.method_for(context.facts.family) == "qdq":
@@ -97,7 +108,7 @@ def _solve(step: QuantizeOnnx, selection: Selection, context: StepContext) -> tu
         )
     with step_calibration(context, tokens=step.calibration_tokens, share=_SOLVED) as calibration:
         stream_blocks(calibration, prepare=solver.solve_block)
-        return solver.solutions, int(calibration.windows.numel())
+        return solver.solutions, calibration.windows
 
 
 def _names_in_graph(graph: ir.Model, solutions: Solutions[Any], prefix: str) -> dict[str, str]:

@@ -70,6 +70,7 @@ class QdqSolver:
 
     def _solve_site(self, module: nn.Module, site: Site, smoothing: Tensor, grid: InputGrid) -> None:
         moment = site.second_moment / torch.outer(smoothing, smoothing)
+        self.solutions.silent.look_at_inputs(list(site.weights), moment.diagonal())
         factor = self._factor(moment, site)
         for name, (stored, parameter) in zip(site.names, site.weights.items(), strict=True):
             weight = parameter * smoothing

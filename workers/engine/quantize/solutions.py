@@ -9,6 +9,7 @@ from torch import Tensor
 
 from workers.engine.quantize.compensation import output_error
 from workers.engine.quantize.packed_layers import WeightError
+from workers.engine.quantize.silent_channels import SilentChannels
 
 M = TypeVar("M")
 
@@ -22,10 +23,12 @@ class Solutions(Generic[M]):
     output_errors: list[tuple[float, float]] = field(default_factory=list)
     """Per layer: tr(D H Dᵀ) and tr(W H Wᵀ)."""
     warnings: list[str] = field(default_factory=list)
+    silent: SilentChannels = field(default_factory=SilentChannels)
 
     def add(self, stored: str, matrix: M, weight: Tensor, restored: Tensor, second_moment: Tensor) -> None:
         """Keep a matrix that stands for `restored` in the place of `weight`, both (rows, columns)."""
         difference = restored - weight
+        self.silent.look_at_weight(stored, weight)
         self.matrices[stored] = matrix
         self.errors[stored] = WeightError(
             float(difference.double().square().sum()), float(weight.double().square().sum())

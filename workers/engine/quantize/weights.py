@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from app.spec.architectures import architecture_in
 from app.spec.facts import TensorFact
 from app.spec.quantize import QuantizeWeights
 from workers.engine.checkpoint import (
@@ -38,10 +39,12 @@ from workers.engine.quantize.packed_layers import (
     totals,
     warnings_of,
 )
+from workers.engine.quantize.silent_channels import SilentChannels, carrying_outputs, count_zero_outputs
 from workers.engine.technique import StepContext, StepOutcome, implements
 
 # The pass that looks for the largest weights only reads.
 _LOOKING = 0.1
+_NOTHING = torch.empty(0)
 
 
 @implements(QuantizeWeights)
@@ -59,27 +62,37 @@ def quantize_weights(step: QuantizeWeights, context: StepContext) -> StepOutcome
 
     grids, looked = _grids(checkpoint, layers, context)
     errors: dict[str, list[WeightError]] = {name: [] for name in layers}
+    carrying: dict[str, list[Tensor]] = {name: [] for name in layers}
+    inputs_first = architecture_in(checkpoint.config).inputs_first
     with CheckpointWriter(context.target, facts, context.max_shard_bytes) as writer:
 
-        def work(slab: Slab, rows: Tensor) -> WeightError:
+        def work(slab: Slab, rows: Tensor) -> tuple[WeightError, Tensor]:
             layer = layers.get(slab.entry.name)
             if layer is None:
                 writer.write_rows(slab.entry.name, slab.start, rows)
-                return WeightError()
-            return _quantize_slab(slab, rows, layer, grids[slab.entry.name], step, writer)
+                return WeightError(), _NOTHING
+            error = _quantize_slab(slab, rows, layer, grids[slab.entry.name], step, writer)
+            return error, carrying_outputs(rows, inputs_first=inputs_first)
 
         def progress(share: float) -> None:
             context.progress(looked + (1 - looked) * share, f"quantizing to {step.bits} bits")
 
-        for slab, error in map_slabs(checkpoint, slabs, work, threads=context.threads, progress=progress):
+        for slab, (error, found) in map_slabs(
+            checkpoint, slabs, work, threads=context.threads, progress=progress
+        ):
             if slab.entry.name in layers:
                 errors[slab.entry.name].append(error)
+                carrying[slab.entry.name].append(found)
+    silent = SilentChannels()
+    for name, parts in carrying.items():
+        silent.add_zero_outputs(name, count_zero_outputs(parts, inputs_first=inputs_first))
     copy_side_files(context.source, context.target)
     write_config(context.target, config_with_quantization(checkpoint, layers, selection))
     return StepOutcome(
         layers=layer_outcomes(layers, errors, selection),
         metrics=totals(layers, errors),
         warnings=warnings_of(layers, selection, checkpoint),
+        flags=silent.flags(dead_weights=""),
     )
 
 

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import facts_of
+
+from app.spec.base import Step
+from app.spec.gguf import QuantizeGguf
+from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
+from app.spec.quantize_onnx import QuantizeOnnx
+from workers.engine.quantize.silent_channels import SilentChannels
+from workers.engine.technique import StepContext, StepOutcome, run_step
+
+Tiny = Callable[[str], Path]
+GATE, UP, DOWN = (f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down"))
+
+
+def with_zeros(source: Path, target: Path, rows: dict[str, Sequence[int]], *, dim: int = 0) -> Path:
+    """A copy of a model with some rows (or columns) of weights set to zero."""
+    shutil.copytree(source, target)
+    (file,) = target.glob("*.safetensors")
+    tensors = load_file(file)
+    for name, indices in rows.items():
+        tensors[f"{name}.weight"].index_fill_(dim, torch.tensor(indices), 0.0)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return target
+
+
+def outcome_of(step: Step, source: Path, text: Path, tmp_path: Path) -> StepOutcome:
+    target = tmp_path / "target"
+    target.mkdir()
+    return run_step(
+        step,
+        StepContext(
+            source=source,
+            target=target,
+            original=source,
+            facts=facts_of(source),
+            calibration_text=text if step.needs_calibration else None,
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "fate"),
+    [
+        (QuantizeCalibrated(group_size=32, calibration_tokens=256), "rounded to nearest"),
+        (QuantizeGguf(mix="Q4_0", calibration_tokens=256), "became zero"),
+        (QuantizeOnnx(calibration_tokens=256), "rounded to nearest"),
+    ],
+    ids=lambda value: value.technique if isinstance(value, Step) else "",
+)
+def test_zero_channels_and_the_dead_inputs_they_feed_are_counted_and_named(
+    step: Step, fate: str, tiny: Tiny, tiny_text: Path, tmp_path: Path
+) -> None:
+    source = with_zeros(tiny("LlamaForCausalLM"), tmp_path / "source", {GATE: [5], UP: [3, 5]})
+    flags = {flag.code: flag.detail for flag in outcome_of(step, source, tiny_text, tmp_path).flags}
+    assert f"3 in 2 layers ({GATE}: 1, {UP}: 2)" in flags["zero_channels"]
+    # Each channel is a product of both: one zero factor silences it.
+    assert f"2 in 1 layer ({DOWN}: 2)" in flags["dead_inputs"]
+    assert fate in flags["dead_inputs"]
+
+
+def test_quantize_weights_counts_zero_channels(tiny: Tiny, tiny_text: Path, tmp_path: Path) -> None:
+    source = with_zeros(tiny("LlamaForCausalLM"), tmp_path / "source", {UP: [0, 127]})
+    (flag,) = outcome_of(QuantizeWeights(group_size=32), source, tiny_text, tmp_path).flags
+    assert flag.code == "zero_channels"
+    assert f"2 in 1 layer ({UP}: 2)" in flag.detail
+
+
+def test_outputs_are_columns_where_weights_are_stored_inputs_first(
+    tiny: Tiny, tiny_text: Path, tmp_path: Path
+) -> None:
+    name = "transformer.h.2.mlp.c_fc"
+    source = with_zeros(tiny("GPT2LMHeadModel"), tmp_path / "source", {name: [1]}, dim=1)
+    (flag,) = outcome_of(QuantizeWeights(bits=8), source, tiny_text, tmp_path).flags
+    assert f"1 in 1 layer ({name}: 1)" in flag.detail
+
+
+def test_sound_weights_raise_nothing(tiny: Tiny, tiny_text: Path, tmp_path: Path) -> None:
+    step = QuantizeCalibrated(group_size=32, calibration_tokens=256)
+    assert outcome_of(step, tiny("LlamaForCausalLM"), tiny_text, tmp_path).flags == ()
+
+
+def test_however_many_layers_there_are_few_are_named() -> None:
+    silent = SilentChannels()
+    for index in range(40):
+        silent.add_zero_outputs(f"model.layers.{index}.up_proj.weight", 2)
+    (flag,) = silent.flags(dead_weights="")
+    assert "80 in 40 layers" in flag.detail
+    assert "and 35 more" in flag.detail
+    assert "layers.5." not in flag.detail
