@@ -14,6 +14,7 @@ from app.spec.base import Step
 from app.spec.facts import TensorFact
 from app.spec.optimize import OptimizeOnnx
 from app.spec.quantize import QuantizedWeights, QuantizeWeights
+from app.spec.quantize_dynamic import QuantizeDynamic
 
 _TRANSPOSED = (
     "{name} keeps its weights as (in, out), and packed integers are read with scales along the last dimension: columns"
@@ -31,6 +32,11 @@ _OTHER_EXPERTS = (
 _ONNX_EXPERTS = "In an ONNX graph every token would run through every expert of {name}: use quantize.weights or quantize.calibrated."
 _ALIKE = "{name} is unpacked while it is loaded, which transformers does in one way for all layers and without rounding inputs."
 _EXPERT_FORMATS = "Experts of {name} are read as int, or as fp8 with group_size null."
+_DYNAMIC_TRANSPOSED = "The layers of {name} are Conv1D, and PyTorch's dynamic int8 works on nn.Linear alone: use quantize.weights with bits 8."
+_DYNAMIC_EXPERTS = (
+    "transformers holds the experts of {name} as one tensor, and PyTorch's dynamic int8 works on nn.Linear alone: use "
+    "quantize.weights with bits 8."
+)
 _EXPERT_INPUTS = "transformers does not round the inputs of experts, so {name} could not be measured: set activations to none."
 
 
@@ -55,6 +61,8 @@ def limits_of_layout(
             yield from _limits_of_experts(step, name, layers)
     if isinstance(step, OptimizeOnnx) and has_experts:
         yield "/technique", _ONNX_EXPERTS.format(name=name)
+    if isinstance(step, QuantizeDynamic) and (has_experts or architecture.inputs_first):
+        yield "/technique", (_DYNAMIC_EXPERTS if has_experts else _DYNAMIC_TRANSPOSED).format(name=name)
 
 
 def _limits_of_experts(
