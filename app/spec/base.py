@@ -9,7 +9,7 @@ from pydantic import ConfigDict
 
 from app.spec.documented import Documented
 
-Format = Literal["safetensors", "compressed-tensors", "onnx", "gguf"]
+Format = Literal["safetensors", "compressed-tensors", "onnx", "gguf", "torch-dynamic-int8"]
 
 
 class Frozen(Documented):

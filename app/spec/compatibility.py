@@ -22,6 +22,7 @@ from app.spec.gguf_layout import gguf_tensors
 from app.spec.layouts import inputs_of, limits_of_layout
 from app.spec.prune import PruneDepth, PruneMagnitude
 from app.spec.quantize import QuantizedWeights
+from app.spec.quantize_dynamic import QuantizeDynamic
 from app.spec.quantize_onnx import QuantizeOnnx
 
 _NAMED_LAYERS = 3
@@ -68,9 +69,9 @@ def check_spec(
         faults += [
             Fault(where + at, why) for at, why in limits_of_layout(step, shape.architecture, shape.layers)
         ]
-        if isinstance(step, QuantizedWeights | PruneMagnitude | QuantizeOnnx):
+        if isinstance(step, QuantizedWeights | PruneMagnitude | QuantizeOnnx | QuantizeDynamic):
             faults += _check_layers(step, shape, where)
-        if isinstance(step, QuantizeOnnx):
+        if isinstance(step, QuantizeOnnx | QuantizeDynamic):
             faults += _check_head(step, facts, where)
         if isinstance(step, QuantizeGguf):
             faults += _check_gguf(step, facts, shape, where)
@@ -104,9 +105,10 @@ def _check_family(step: Step, facts: ModelFacts, where: str) -> Iterator[Fault]:
         yield Fault(f"{where}/technique", f"Works on {known} models; this one is {facts.family}.")
 
 
-def _check_head(step: QuantizeOnnx, facts: ModelFacts, where: str) -> Iterator[Fault]:
-    if step.quantize_head and facts.family is not Family.CAUSAL_LM:
-        yield Fault(f"{where}/quantize_head", "This model has no language-model head; leave it out.")
+def _check_head(step: QuantizeOnnx | QuantizeDynamic, facts: ModelFacts, where: str) -> Iterator[Fault]:
+    field = "quantize_head" if isinstance(step, QuantizeOnnx) else "include_head"
+    if getattr(step, field) and facts.family is not Family.CAUSAL_LM:
+        yield Fault(f"{where}/{field}", "This model has no language-model head; leave it out.")
 
 
 def _check_gguf(step: QuantizeGguf, facts: ModelFacts, shape: _Shape, where: str) -> Iterator[Fault]:
@@ -137,7 +139,7 @@ def _check_floats(layers: Iterable[TensorFact], where: str) -> Iterator[Fault]:
 
 
 def _check_layers(
-    step: QuantizedWeights | PruneMagnitude | QuantizeOnnx, shape: _Shape, where: str
+    step: QuantizedWeights | PruneMagnitude | QuantizeOnnx | QuantizeDynamic, shape: _Shape, where: str
 ) -> Iterator[Fault]:
     for number, pattern in enumerate(step.ignore):
         if not matching_layers([pattern], shape.layers):

@@ -13,6 +13,7 @@ from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth, PruneMagnitude
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
+from app.spec.quantize_dynamic import QuantizeDynamic
 from app.spec.quantize_onnx import QuantizeOnnx
 
 AnyStep = Annotated[
@@ -20,6 +21,7 @@ AnyStep = Annotated[
     | QuantizeCalibrated
     | QuantizeOnnx
     | QuantizeGguf
+    | QuantizeDynamic
     | PruneMagnitude
     | PruneDepth
     | DistillLogits
@@ -32,6 +34,7 @@ STEP_CLASSES: tuple[type, ...] = (
     QuantizeCalibrated,
     QuantizeOnnx,
     QuantizeGguf,
+    QuantizeDynamic,
     PruneMagnitude,
     PruneDepth,
     DistillLogits,

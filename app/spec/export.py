@@ -13,7 +13,9 @@ from app.spec.base import Format, Frozen
 class Export(Frozen):
     """The form of the result."""
 
-    format: Literal["auto", "safetensors", "compressed-tensors", "onnx", "gguf"] = "auto"
+    format: Literal["auto", "safetensors", "compressed-tensors", "onnx", "gguf", "torch-dynamic-int8"] = (
+        "auto"
+    )
     """`auto`: what the last step writes. Anything else must be what the last step writes, or the job is refused."""
     max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 5_000_000_000
     """Weight files are split at this size."""
@@ -43,5 +45,9 @@ FORMATS: dict[Format, FormatFacts] = {
     "gguf": FormatFacts(
         "One file of llama.cpp's block formats, tokenizer and chat template inside",
         ("llama.cpp", "Ollama", "LM Studio", "transformers with gguf, unpacked while loading"),
+    ),
+    "torch-dynamic-int8": FormatFacts(
+        "Codes and scales of PyTorch's dynamic int8 in safetensors, read by a loader of forty lines: see docs/techniques.md",
+        ("PyTorch on CPUs, with transformers",),
     ),
 }

@@ -15,6 +15,7 @@ from app.spec.facts import TensorFact
 from app.spec.kv_cache import can_scale_cache
 from app.spec.optimize import OptimizeOnnx
 from app.spec.quantize import QuantizeCalibrated, QuantizedWeights, QuantizeWeights
+from app.spec.quantize_dynamic import QuantizeDynamic
 
 _TRANSPOSED = (
     "{name} keeps its weights as (in, out), and packed integers are read with scales along the last dimension: columns"
@@ -32,6 +33,12 @@ _OTHER_EXPERTS = (
 _ONNX_EXPERTS = "In an ONNX graph every token would run through every expert of {name}: use quantize.weights or quantize.calibrated."
 _ALIKE = "{name} is unpacked while it is loaded, which transformers does in one way for all layers and without rounding inputs."
 _EXPERT_FORMATS = "Experts of {name} are read as int, or as fp8 with group_size null."
+_DYNAMIC_TRANSPOSED = "The layers of {name} are Conv1D, and PyTorch's dynamic int8 works on nn.Linear alone: use quantize.weights with bits 8."
+_DYNAMIC_EXPERTS = (
+    "transformers holds the experts of {name} as one tensor, and PyTorch's dynamic int8 works on nn.Linear alone: use "
+    "quantize.weights with bits 8."
+)
+_WITHOUT_EXPERTS = ((OptimizeOnnx, _ONNX_EXPERTS), (QuantizeDynamic, _DYNAMIC_EXPERTS))
 _EXPERT_INPUTS = "transformers does not round the inputs of experts, so {name} could not be measured: set activations to none."
 _CACHE = (
     "Scales of the key-value cache are written for Llama, Mistral, Qwen2, Qwen3, Gemma and Phi3, whose caches transformers "
@@ -48,20 +55,30 @@ def limits_of_layout(
     step: Step, architecture: Architecture, layers: Iterable[TensorFact]
 ) -> Iterator[tuple[str, str]]:
     """What of a step cannot be done to such weights: pointers into the step, and why with what would work."""
-    has_experts, name = architecture.expert_layers is not None, architecture.name
+    name = architecture.name
     if isinstance(step, QuantizedWeights):
-        if architecture.inputs_first and not isinstance(step, QuantizeWeights):
-            yield "/technique", _TRANSPOSED.format(name=name)
-        if architecture.unpack_to_load and step.overrides:
-            yield "/overrides", _ALIKE.format(name=name)
-        if architecture.unpack_to_load and step.activations != "none":
-            yield "/activations", _ALIKE.format(name=name)
-        if has_experts:
-            yield from _limits_of_experts(step, name, layers)
+        yield from _limits_of_weights(step, architecture, layers)
     if isinstance(step, QuantizeCalibrated) and step.kv_cache != "none" and not can_scale_cache(architecture):
         yield "/kv_cache", _CACHE.format(name=name)
-    if isinstance(step, OptimizeOnnx) and has_experts:
-        yield "/technique", _ONNX_EXPERTS.format(name=name)
+    if architecture.expert_layers is not None:
+        whys = (why for kind, why in _WITHOUT_EXPERTS if isinstance(step, kind))
+        yield from (("/technique", why.format(name=name)) for why in whys)
+    if isinstance(step, QuantizeDynamic) and architecture.inputs_first:
+        yield "/technique", _DYNAMIC_TRANSPOSED.format(name=name)
+
+
+def _limits_of_weights(
+    step: QuantizedWeights, architecture: Architecture, layers: Iterable[TensorFact]
+) -> Iterator[tuple[str, str]]:
+    name = architecture.name
+    if architecture.inputs_first and not isinstance(step, QuantizeWeights):
+        yield "/technique", _TRANSPOSED.format(name=name)
+    if architecture.unpack_to_load and step.overrides:
+        yield "/overrides", _ALIKE.format(name=name)
+    if architecture.unpack_to_load and step.activations != "none":
+        yield "/activations", _ALIKE.format(name=name)
+    if architecture.expert_layers is not None:
+        yield from _limits_of_experts(step, name, layers)
 
 
 def _limits_of_experts(

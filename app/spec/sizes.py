@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from app.spec.architectures import ARCHITECTURES as KNOWN
 from app.spec.architectures import block_index, is_compressible, is_router
 from app.spec.base import Step
 from app.spec.compatibility import blocks_cut, matching_layers, module_name
@@ -22,6 +23,7 @@ from app.spec.kv_cache import cache_scale_facts
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth
 from app.spec.quantize import QuantizeCalibrated, QuantizedWeights
+from app.spec.quantize_dynamic import QuantizeDynamic, tensors_after
 from app.spec.quantize_onnx import QuantizeOnnx
 from app.spec.stored import stored_tensors
 
@@ -90,7 +92,7 @@ def after_step(step: Step, shape: Shape, facts: ModelFacts, students: dict[str, 
             return without_blocks(shape, blocks_cut(ratio, shape.blocks))
         case DistillLogits(student=StudentFromModel(model=model)) if model in students:
             return Shape.of(students[model].tensors)
-        case OptimizeOnnx() | QuantizeOnnx() | QuantizeGguf():
+        case OptimizeOnnx() | QuantizeOnnx() | QuantizeGguf() | QuantizeDynamic():
             return _exported(step, shape, facts)
         case _:
             return shape
@@ -124,8 +126,18 @@ def _quantized(step: QuantizedWeights, shape: Shape) -> Shape:
     return Shape(tuple(tensors), shape.dense_parameters)
 
 
-def _exported(step: OptimizeOnnx | QuantizeOnnx | QuantizeGguf, shape: Shape, facts: ModelFacts) -> Shape:
-    """A model that leaves safetensors for a file of another format."""
+def _dynamic(step: QuantizeDynamic, shape: Shape, facts: ModelFacts) -> Shape:
+    tensors = tuple(tensors_after(step, shape.tensors, KNOWN[facts.architecture]))
+    # A tied head is one weight more; scales are no weights, and too few to count.
+    return Shape(tensors, max(shape.dense_parameters, sum(t.elements for t in tensors)))
+
+
+def _exported(
+    step: OptimizeOnnx | QuantizeOnnx | QuantizeGguf | QuantizeDynamic, shape: Shape, facts: ModelFacts
+) -> Shape:
+    """A model that leaves plain safetensors for another format."""
+    if isinstance(step, QuantizeDynamic):
+        return _dynamic(step, shape, facts)
     return _gguf(step, shape, facts) if isinstance(step, QuantizeGguf) else _onnx(step, shape, facts)
 
 

@@ -48,6 +48,7 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
         "Q5_K_M": {"mix": "Q5_K_M", "calibration_tokens": 512},
         "Q8_0": {"mix": "Q8_0", "calibration_tokens": 256},
     },
+    "quantize.dynamic": {"blocks": {"ignore": ["*.0.*"]}},
     "prune.magnitude": {
         "half": {},
         "global": {"scope": "global", "sparsity": 0.3},

@@ -36,7 +36,8 @@ from app.spec.gguf import QuantizeGguf
 from app.spec.gguf_layout import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.spec.gguf_layout import gguf_tensors
 from app.spec.quantize import QuantizedWeights
-from workers.engine.architectures.loading import load_model, load_tokenizer
+from workers.engine.architectures.loading import load_model, load_tokenizer, loader_of
+from workers.engine.export.dynamic_int8 import load_dynamic_int8
 from workers.engine.export.gguf.reader import read_configuration
 from workers.engine.technique import implemented, run_step
 
@@ -185,11 +186,19 @@ def _gguf_output(directory: Path, tokens: dict[str, torch.Tensor]) -> np.ndarray
         return model(**tokens)[0].numpy()
 
 
+def _dynamic_int8_output(directory: Path, tokens: dict[str, torch.Tensor]) -> np.ndarray:
+    model, info = load_dynamic_int8(directory, loader_of(directory))
+    assert not [name for name in info["missing_keys"] if block_index(name) is not None]
+    with torch.inference_mode():
+        return model(**tokens)[0].numpy()
+
+
 _LOADERS = {
     "safetensors": _torch_output,
     "compressed-tensors": _torch_output,
     "onnx": _onnx_output,
     "gguf": _gguf_output,
+    "torch-dynamic-int8": _dynamic_int8_output,
 }
 
 
@@ -226,6 +235,21 @@ def _promises_of_gguf(run: Run) -> None:
         assert layer.bits == 8 * tensor.n_bytes / tensor.n_elements
         # These models' inputs are no multiple of 256: Q4_K and Q5_K give way to formats of five bits.
         assert 0 < layer.relative_error < {"Q8_0": 0.01, "Q4_0": 0.12}.get(tensor.tensor_type.name, 0.08)
+
+
+def _promises_of_quantize_dynamic(run: Run) -> None:
+    tensors, before = tensors_of(run.target), tensors_of(run.source)
+    for layer in (found for found in run.outcome.layers if found.action == "quantized"):
+        codes, scale = tensors[f"{layer.name}_int8"], tensors[f"{layer.name}_scale"]
+        assert layer.name not in tensors
+        assert (codes.dtype, scale.shape) == (torch.int8, (1,))
+        assert codes.abs().max() >= 127
+        assert torch.allclose(codes * scale, before[layer.name].float(), atol=0.51 * scale.item())
+        assert 0 < layer.relative_error < 0.05
+        assert layer.bits == 8 + 32 / layer.parameters
+    others = [name for name in tensors if not name.endswith(("_int8", "_scale"))]
+    assert others
+    assert all(torch.equal(tensors[name], before[name]) for name in others)
 
 
 def _promises_of_prune_magnitude(run: Run) -> None:
@@ -317,6 +341,7 @@ _PROMISES: dict[str, Callable[[Run], None]] = {
     "quantize.weights": _promises_of_quantized_weights,
     "quantize.calibrated": _promises_of_quantized_weights,
     "quantize.gguf": _promises_of_gguf,
+    "quantize.dynamic": _promises_of_quantize_dynamic,
     "prune.magnitude": _promises_of_prune_magnitude,
     "prune.depth": _promises_of_prune_depth,
     "distill.logits": _promises_of_distill_logits,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from app.spec.base import Frozen
+from app.spec.base import Format, Frozen
 from app.spec.report import Comparison, EvaluationText, Measurement, TextSample
 
 Kind = Literal["causal_lm", "classifier", "encoder"]
@@ -46,7 +46,7 @@ class RunnerFacts(Frozen):
     """One loaded model, as its own process sees it."""
 
     runtime: str
-    format: Literal["safetensors", "compressed-tensors", "onnx", "gguf"]
+    format: Format
     loading: Loading
     tied: bool | None = None
     """Input and output embeddings are one tensor in memory; None where there are no two, or the runtime cannot tell."""

@@ -1,44 +1,43 @@
-"""A model directory run by transformers: plain safetensors, compressed-tensors and GGUF."""
+"""A model directory run by transformers: plain safetensors, compressed-tensors, GGUF, and PyTorch's dynamic int8."""
 
 from __future__ import annotations
 
 import json
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from app.spec.base import Family
+from app.spec.base import Family, Format
 from app.spec.gguf_layout import GGUF_FILE
 from workers.engine.architectures.loading import family_of, loader_of
+from workers.engine.export.dynamic_int8 import FORMAT, is_declared, load_dynamic_int8
 from workers.engine.export.gguf.reader import read_configuration
 from workers.engine.measure.results import Loading, RunnerFacts
 
-TorchFormat = Literal["safetensors", "compressed-tensors", "gguf"]
-
 
 class TorchRunner:
-    """One model in float32, loaded by `from_pretrained` and nothing of ours."""
+    """One model in float32, loaded by `from_pretrained` and nothing of ours; but for dynamic int8, which transformers cannot load."""
 
     def __init__(self, directory: Path, *, device: str, threads: int) -> None:
         """Load the model. What the loader made up or dropped is in `facts.loading`."""
         started = time.perf_counter()
         torch.set_num_threads(threads)
-        self._device = device
         self._is_causal = family_of(directory) is Family.CAUSAL_LM
         is_gguf = (directory / GGUF_FILE).is_file()
         declared = None if is_gguf else _declared(directory)
+        kind = _format(declared, is_gguf=is_gguf)
+        # PyTorch has these kernels for CPUs alone.
+        self._device = device = "cpu" if kind == FORMAT else device
         self._model, loading = _load_gguf(directory) if is_gguf else _load(directory, declared)
         self._model.to(device).eval()
         self._cache: Any = None
-        unpacked: TorchFormat = "gguf" if is_gguf else "compressed-tensors"
-        kind: TorchFormat = "safetensors" if declared is None and not is_gguf else unpacked
         self.facts = RunnerFacts(
-            runtime=_runtime(device, threads, declared, unpacked=kind != "safetensors"),
+            runtime=_runtime(device, threads, kind, declared),
             format=kind,
             loading=loading,
             tied=_is_tied(self._model),
@@ -109,6 +108,14 @@ def _declared(directory: Path) -> dict[str, Any] | None:
     return declared
 
 
+def _format(declared: dict[str, Any] | None, *, is_gguf: bool) -> Format:
+    if is_gguf:
+        return "gguf"
+    if is_declared(declared):
+        return FORMAT
+    return "safetensors" if declared is None else "compressed-tensors"
+
+
 def _load_gguf(directory: Path) -> tuple[Any, Loading]:
     # The configuration is the file's own: that of config.json would hide what its header says wrongly.
     return _from_pretrained(directory, gguf_file=GGUF_FILE, config=read_configuration(directory / GGUF_FILE))
@@ -119,6 +126,9 @@ def _load(directory: Path, declared: dict[str, Any] | None) -> tuple[Any, Loadin
 
     if declared is None:
         return _from_pretrained(directory)
+    if is_declared(declared):
+        model, info = load_dynamic_int8(directory, loader_of(directory))
+        return model, _loading(info)
     # Left compressed, every layer would be unpacked by its first call anyway: do it where it is not timed.
     # transformers 5.23 does that while loading for one scheme alone, and then rounds neither inputs nor the cache.
     rounds = _rounds_inputs(declared) or _rounds_cache(declared)
@@ -142,12 +152,15 @@ def _from_pretrained(directory: Path, **arguments: Any) -> tuple[Any, Loading]:
         output_loading_info=True,
         **arguments,
     )
-    loading = Loading(
+    return model, _loading(info)
+
+
+def _loading(info: dict[str, Any]) -> Loading:
+    return Loading(
         missing=tuple(sorted(info["missing_keys"])),
         unexpected=tuple(sorted(info["unexpected_keys"])),
         mismatched=tuple(sorted(key[0] for key in info["mismatched_keys"])),
     )
-    return model, loading
 
 
 def _rounds_inputs(declared: dict[str, Any]) -> bool:
@@ -162,15 +175,20 @@ def _is_tied(model: Any) -> bool | None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         return None
-    return bool(head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr())
+    # A quantized layer's weight is a method, and no tensor that another could share.
+    return isinstance(head.weight, Tensor) and bool(
+        head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    )
 
 
-def _runtime(device: str, threads: int, declared: dict[str, Any] | None, *, unpacked: bool) -> str:
+def _runtime(device: str, threads: int, kind: Format, declared: dict[str, Any] | None) -> str:
     import transformers
 
     where = f"{threads} threads" if device == "cpu" else torch.cuda.get_device_name(device)
     name = f"transformers {transformers.__version__}, torch {torch.__version__}, float32, {where}"
-    if not unpacked:
+    if kind == FORMAT:
+        return f"{name}, linear layers in dynamic int8 ({torch.backends.quantized.engine})"
+    if kind == "safetensors":
         return name
     rounded = {"inputs": _rounds_inputs, "keys and values": _rounds_cache}
     found = [what for what, is_rounded in rounded.items() if declared and is_rounded(declared)]
