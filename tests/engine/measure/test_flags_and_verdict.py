@@ -140,6 +140,15 @@ def test_limits_are_held_against_what_was_measured() -> None:
     }
 
 
+def test_a_ruined_language_model_misses_its_limit_and_is_rejected() -> None:
+    # SmolLM2 with its head in PyTorch's dynamic int8: perplexity 31 became 110.
+    ruined = evaluated(comparison={"perplexity_ratio": 110 / 31})
+    (limit,) = limits(Acceptance(max_perplexity_increase=0.5), ruined, "causal_lm")
+    assert limit.measured == pytest.approx(110 / 31 - 1)
+    assert not limit.ok
+    assert verdict((limit,), (), ruined) == "rejected"
+
+
 def test_a_limit_for_another_family_is_set_aside_and_says_so() -> None:
     (limit,) = limits(Acceptance(min_cosine=0.9), evaluated(), "causal_lm")
     assert limit.ok
