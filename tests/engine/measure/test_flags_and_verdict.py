@@ -14,6 +14,7 @@ from workers.engine.measure.results import Evaluated
 
 FACTS = model_facts()
 NOISY = (summarize("prefill 1×128 tokens", [4.0, 30.0, 9.0, 5.0, 22.0]),)
+DOUBLED = evaluated().original.parameters + FACTS.vocab_size * FACTS.hidden_size
 SPEC = CompressionSpec.model_validate(
     {"steps": [{"technique": "quantize.weights"}], "evaluation": {"text": {"dataset": "dst_mine"}}}
 )
@@ -56,6 +57,16 @@ def test_a_sound_result_raises_no_flag() -> None:
         (
             evaluated(
                 verification=verification(original=runner_facts(tied=True), result=runner_facts(tied=False))
+            ),
+            "tied_weights_broken",
+            "1,000 weights more",
+        ),
+        (
+            evaluated(
+                result={"parameters": DOUBLED},
+                verification=verification(
+                    original=runner_facts(tied=True), result=runner_facts(format="onnx")
+                ),
             ),
             "tied_weights_broken",
             "1,000 weights more",
