@@ -145,12 +145,14 @@ def set_progress(
 
 
 def add_warning(session: Session, claim: Claim, message: str) -> bool:
-    """Append to the job's warnings. False: the lease is lost."""
+    """Append to the job's warnings; what stands there, from a try that was killed, is not said again. False: the lease is lost."""
     warnings = session.execute(
         select(Job.warnings).where(*_held(claim)).with_for_update()
     ).scalar_one_or_none()
     if warnings is None:
         return False
+    if message in warnings:
+        return True
     session.execute(update(Job).where(*_held(claim)).values(warnings=[*warnings, message]))
     add_events(session, claim.job_id, [("warning", {"message": message})])
     return True

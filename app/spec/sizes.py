@@ -16,7 +16,7 @@ from app.spec.architectures import block_index, is_compressible, is_router
 from app.spec.base import Step
 from app.spec.compatibility import blocks_cut, matching_layers, module_name
 from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel
-from app.spec.facts import ModelFacts, TensorFact
+from app.spec.facts import BYTES_PER_ELEMENT, ModelFacts, TensorFact
 from app.spec.gguf import QuantizeGguf
 from app.spec.gguf_layout import ARCHITECTURES, data_bytes, gguf_tensors, index_bytes
 from app.spec.kv_cache import cache_scale_facts
@@ -129,7 +129,9 @@ def _quantized(step: QuantizedWeights, shape: Shape) -> Shape:
 
 
 def _dynamic(step: QuantizeDynamic, shape: Shape, facts: ModelFacts) -> Shape:
-    tensors = tuple(tensors_after(step, shape.tensors, KNOWN[facts.architecture]))
+    stored = tensors_after(step, shape.tensors, KNOWN[facts.architecture])
+    # As the writer puts them: it decides how many digits the offsets in the header have.
+    tensors = tuple(sorted(stored, key=lambda t: -BYTES_PER_ELEMENT[t.dtype]))
     # A tied head is one weight more; scales are no weights, and too few to count.
     return Shape(tensors, max(shape.dense_parameters, sum(t.elements for t in tensors)))
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import POSITIONS, facts_of
+from tiny_models import POSITIONS, SENTENCES, facts_of
 
 from app.errors import InvalidRequest, JobFailed
 from app.spec.compression import Evaluation
@@ -109,3 +110,28 @@ def test_a_model_without_tokenizer_is_refused_with_a_way_out(tiny: Tiny, tmp_pat
             windows_file=tmp_path / "w.npz",
         )
     assert caught.value.code == "no_tokenizer"
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "BertModel"])
+def test_overlap_is_seen_across_documents_shorter_than_a_sequence(
+    architecture: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    model = tiny(architecture)
+    words = SENTENCES[0].rstrip(".").lower().split()
+    for name, order in (("seen.txt", words), ("other.txt", words[::-1])):
+        (tmp_path / name).write_text("\n\n".join(map(" ".join, product(order, order))))
+    shares = {
+        name: prepare_evaluation(
+            model,
+            facts_of(model),
+            Evaluation(tokens=1000),
+            text=tmp_path / "seen.txt",
+            seen=[tmp_path / name],
+            windows_file=tmp_path / "w.npz",
+        ).text.overlap_share
+        for name in ("seen.txt", "other.txt")
+    }
+    assert shares["seen.txt"] == 1
+    # Two words of a vocabulary of 320 are a sequence, and some stand in both orders.
+    assert shares["other.txt"] is not None
+    assert shares["other.txt"] < 0.2

@@ -14,6 +14,7 @@ from workers.engine.measure.results import Evaluated
 
 FACTS = model_facts()
 NOISY = (summarize("prefill 1×128 tokens", [4.0, 30.0, 9.0, 5.0, 22.0]),)
+DOUBLED = evaluated().original.parameters + FACTS.vocab_size * FACTS.hidden_size
 SPEC = CompressionSpec.model_validate(
     {"steps": [{"technique": "quantize.weights"}], "evaluation": {"text": {"dataset": "dst_mine"}}}
 )
@@ -56,6 +57,16 @@ def test_a_sound_result_raises_no_flag() -> None:
         (
             evaluated(
                 verification=verification(original=runner_facts(tied=True), result=runner_facts(tied=False))
+            ),
+            "tied_weights_broken",
+            "1,000 weights more",
+        ),
+        (
+            evaluated(
+                result={"parameters": DOUBLED},
+                verification=verification(
+                    original=runner_facts(tied=True), result=runner_facts(format="onnx")
+                ),
             ),
             "tied_weights_broken",
             "1,000 weights more",
@@ -138,6 +149,15 @@ def test_limits_are_held_against_what_was_measured() -> None:
         "min_top1_agreement": False,
         "max_bytes": True,
     }
+
+
+def test_a_ruined_language_model_misses_its_limit_and_is_rejected() -> None:
+    # SmolLM2 with its head in PyTorch's dynamic int8: perplexity 35.9 became 116.4.
+    ruined = evaluated(comparison={"perplexity_ratio": 116.4 / 35.9})
+    (limit,) = limits(Acceptance(max_perplexity_increase=0.5), ruined, "causal_lm")
+    assert limit.measured == pytest.approx(2.242, abs=0.001)
+    assert not limit.ok
+    assert verdict((limit,), (), ruined) == "rejected"
 
 
 def test_a_limit_for_another_family_is_set_aside_and_says_so() -> None:

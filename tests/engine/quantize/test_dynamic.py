@@ -124,9 +124,7 @@ def test_bytes_are_predicted(include_head: bool, tied: bool, tmp_path: Path) -> 
     step = QuantizeDynamic(include_head=include_head, ignore=("*.1.*",))
     quantize(source, tmp_path / "target", **step.model_dump(exclude={"technique"}))
     planned = plan_job(CompressionSpec(steps=(step,)), facts_of(source)).output_bytes
-    written = (tmp_path / "target" / "model.safetensors").stat().st_size
-    # Offsets have more or fewer digits in another order.
-    assert planned == pytest.approx(written, abs=64)
+    assert planned == (tmp_path / "target" / "model.safetensors").stat().st_size
 
 
 def test_a_weight_that_is_no_number_is_refused_by_name(tmp_path: Path) -> None:

@@ -108,3 +108,11 @@ def test_a_group_whose_codes_are_all_zero_keeps_its_scale(weight: Tensor, second
     better = refit_scales(weight, replace(fit, codes=codes), second_moment)
     assert better.scale[2, 0] == fit.scale[2, 0]
     assert torch.isfinite(better.scale).all()
+
+
+def test_scales_of_one_row_are_refitted_as_among_others(weight: Tensor, second_moment: Tensor) -> None:
+    # What a layer's rows leave over when they are cut into parts may be a single row.
+    fit = solved(weight, second_moment)
+    together = refit_scales(weight, fit, second_moment).scale[:1]
+    alone = refit_scales(weight[:1], fit.of_rows(slice(0, 1)), second_moment).scale
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,8 @@ def cut_windows(tokenizer: Any, text: str, *, tokens: int, length: int) -> Tenso
     """
     stream: list[int] = []
     wanted = max(tokens, length)
-    for start in range(0, len(text), _CHUNK_CHARACTERS):
-        chunk = text[start : start + _CHUNK_CHARACTERS]
-        stream += tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+    for chunk in token_chunks(tokenizer, text):
+        stream += chunk
         if len(stream) >= wanted:
             break
     windows = min(len(stream), wanted) // length
@@ -47,6 +47,14 @@ def cut_windows(tokenizer: Any, text: str, *, tokens: int, length: int) -> Tenso
             hint="Upload a longer text, or ask for a shorter sequence_length.",
         )
     return torch.tensor(stream[: windows * length], dtype=torch.long).view(windows, length)
+
+
+def token_chunks(tokenizer: Any, text: str) -> Iterator[list[int]]:
+    """The tokens of a text as one long stream, no special ones added, some 50,000 characters at a time."""
+    for start in range(0, len(text), _CHUNK_CHARACTERS):
+        chunk = text[start : start + _CHUNK_CHARACTERS]
+        ids: list[int] = tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+        yield ids
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -23,6 +23,7 @@ from workers.engine.calibration.text import (
     read_documents,
     special_tokens,
     text_digest,
+    token_chunks,
     token_windows,
 )
 from workers.engine.calibration.windows import longest_window
@@ -36,6 +37,7 @@ OVERLAP_TOKENS = 13
 _ENOUGH_TEXTS = 24
 _SHORTEST_TEXT = 16
 _LARGEST_OUTPUT_BYTES = 2**30
+_PIECE_TOKENS = 2**14
 
 
 def kind_of(facts: ModelFacts) -> Kind:
@@ -80,7 +82,7 @@ def prepare_evaluation(
             tokens=sum(len(window) for window in bare),
             windows=len(bare),
             sequence_length=max(len(window) for window in bare),
-            overlap_share=_overlap_with(tokenizer, bare, seen),
+            overlap_share=_overlap_with(tokenizer, bare, seen, by_document=kind == "encoder"),
         ),
     )
 
@@ -127,12 +129,32 @@ def _sequences(tokens: Sequence[int], n: int) -> list[bytes]:
     return [packed[4 * start : 4 * (start + n)] for start in range(len(tokens) - n + 1)]
 
 
-def _overlap_with(tokenizer: Any, bare: Windows, seen: Sequence[Path]) -> float | None:
+def _overlap_with(tokenizer: Any, bare: Windows, seen: Sequence[Path], *, by_document: bool) -> float | None:
     if not seen:
         return None
-    documents = (document for path in seen for document in read_documents(path))
-    others = (tokenizer(d, add_special_tokens=False, verbose=False)["input_ids"] for d in documents)
+    cut = _document_tokens if by_document else _stream_tokens
+    others = (part for path in seen for part in _joined(cut(tokenizer, path)))
     return overlap_share(np.concatenate(bare).tolist(), others)
+
+
+def _stream_tokens(tokenizer: Any, path: Path) -> Iterator[list[int]]:
+    return token_chunks(tokenizer, path.read_text(encoding="utf-8"))
+
+
+def _document_tokens(tokenizer: Any, path: Path) -> Iterator[list[int]]:
+    for document in read_documents(path):
+        yield tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _joined(parts: Iterable[list[int]]) -> Iterator[list[int]]:
+    """The same tokens in long pieces, each begun with the end of the one before: sequences span short documents."""
+    piece: list[int] = []
+    for part in parts:
+        piece += part
+        if len(piece) >= _PIECE_TOKENS:
+            yield piece
+            piece = piece[1 - OVERLAP_TOKENS :]
+    yield piece
 
 
 def _window_length(facts: ModelFacts, wanted: int, *, specials: int) -> int:

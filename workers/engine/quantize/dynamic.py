@@ -34,6 +34,8 @@ from workers.engine.technique import StepContext, StepOutcome, implements
 
 # The first pass only reads.
 _LOOKING = 0.3
+# Of 16-bit weights a thread holds several float32 copies.
+_SLAB_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def quantize_dynamic(step: QuantizeDynamic, context: StepContext) -> StepOutcome
     checkpoint = Checkpoint.open(context.source)
     plan = _plan(step, checkpoint)
     scales = _scales(checkpoint, plan, context)
-    slabs = [slab for entry in checkpoint.tensors.values() for slab in row_slabs(entry)]
+    slabs = [slab for entry in checkpoint.tensors.values() for slab in row_slabs(entry, _SLAB_BYTES)]
     facts = list(tensors_after(step, tuple(checkpoint.facts()), architecture_in(checkpoint.config)))
     errors: dict[str, list[WeightError]] = {name: [] for name in plan.modules}
     with CheckpointWriter(context.target, facts, context.max_shard_bytes) as writer:
@@ -101,7 +103,7 @@ def _plan(step: QuantizeDynamic, checkpoint: Checkpoint) -> _Plan:
 
 def _scales(checkpoint: Checkpoint, plan: _Plan, context: StepContext) -> dict[str, Tensor]:
     """The scale of each weight by its name: float32, without dimensions."""
-    slabs = [slab for name in plan.modules for slab in row_slabs(checkpoint.tensors[name])]
+    slabs = [slab for name in plan.modules for slab in row_slabs(checkpoint.tensors[name], _SLAB_BYTES)]
     peaks = {name: torch.tensor(0.0) for name in plan.modules}
     for slab, peak in map_slabs(
         checkpoint,

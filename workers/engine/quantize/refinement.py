@@ -94,5 +94,5 @@ def scale_system(
         # Symmetric: the groups before have their part already.
         products = (levels[:, start:stop] @ second_moment[start:stop, start:]).mul_(levels[:, start:])
         system[:, group, group:] = by_group(products)
-        system[:, group:, group] = system[:, group, group:]
+        system[:, group + 1 :, group] = system[:, group, group + 1 :].clone()
     return system, right
