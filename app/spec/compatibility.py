@@ -19,6 +19,7 @@ from app.spec.facts import ModelFacts, TensorFact
 from app.spec.gguf import QuantizeGguf
 from app.spec.gguf_layout import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.spec.gguf_layout import gguf_tensors
+from app.spec.head import NO_OWN_HEAD, own_head
 from app.spec.layouts import inputs_of, limits_of_layout
 from app.spec.prune import PruneDepth, PruneMagnitude
 from app.spec.quantize import QuantizedWeights
@@ -40,12 +41,15 @@ class _Shape:
     blocks: int
     layers: tuple[TensorFact, ...]
     architecture: Architecture
+    head: TensorFact | None
+    """The weight that gives the logits, where it stands alone."""
 
     @classmethod
     def of(cls, facts: ModelFacts) -> _Shape:
         """A model as it was uploaded; routers are no layers to work on."""
         layers = tuple(t for t in facts.compressible() if not is_router(t.name))
-        return cls(facts.num_blocks, layers, ARCHITECTURES[facts.architecture])
+        architecture = ARCHITECTURES[facts.architecture]
+        return cls(facts.num_blocks, layers, architecture, own_head(facts.tensors, architecture))
 
     def without_blocks(self, count: int) -> _Shape:
         """Which blocks go is known only when the job runs; all have the same layers, so drop the last."""
@@ -155,7 +159,10 @@ def _check_layers(
     elif not layers:
         yield Fault(f"{where}/ignore", "Nothing is left to work on: every layer is ignored.")
     elif isinstance(step, QuantizedWeights):
-        yield from _check_settings(step, layers, where)
+        head = [shape.head] if step.include_head and shape.head else []
+        if step.include_head and not head:
+            yield Fault(f"{where}/include_head", NO_OWN_HEAD)
+        yield from _check_settings(step, [*layers, *head], where)
     elif isinstance(step, PruneMagnitude) and step.pattern == "2:4":
         yield from _check_multiple_of_four(layers, shape.architecture, f"{where}/pattern")
 

@@ -66,6 +66,9 @@ class QuantizedWeights(Step):
     """Layers left as they are: shell patterns on module names, e.g. `*.layers.0.*`, `*down_proj`."""
     overrides: Annotated[tuple[LayerOverride, ...], Field(max_length=100)] = ()
     """Other settings for some layers, e.g. 8 bits for `*down_proj`. Integers without activations only."""
+    include_head: bool = False
+    """Quantize the layer that gives the logits too, always rounded to nearest; `overrides` may name it, e.g. `lm_head` in 8
+    bits. Integers without activations only, and not where it shares its weights with the token embedding."""
 
     @model_validator(mode="before")
     @classmethod
@@ -87,6 +90,8 @@ class QuantizedWeights(Step):
 
     def _activation_problem(self) -> str | None:
         """What is wrong with `activations`, if anything."""
+        if self.include_head and (self.number_format, self.activations) != ("int", "none"):
+            return "include_head: vLLM runs the head in integers, its inputs as they are; leave it out"
         if self.activations != "none" and self.overrides:
             return "overrides: with activations all layers are stored alike; use ignore, or activations none"
         if self.activations == "static" and (

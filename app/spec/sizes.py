@@ -114,6 +114,8 @@ def _quantized(step: QuantizedWeights, shape: Shape) -> Shape:
     layers = compressible(shape)
     ignored = {t.name for t in matching_layers(step.ignore, layers)}
     chosen = {t.name: t for t in layers if t.name not in ignored and not is_router(t.name)}
+    if step.include_head:
+        chosen |= {t.name: t for t in shape.tensors if t.name == _HEAD}
     definite = step.with_group_size_for(t.shape[1] for t in chosen.values())
     tensors: list[TensorFact] = []
     for tensor in shape.tensors:

@@ -38,6 +38,8 @@ def test_the_format_implies_bits_and_groups_and_what_is_written_out_reads_back(
         ({"bits": 8, "activations": "dynamic", "overrides": [{"layers": "*", "bits": 8}]}, "overrides: with activ"),
         ({"number_format": "fp8", "group_size": "block", "activations": "static"}, "activations: static needs"),
         ({"number_format": "mxfp4", "activations": "static"}, "activations: static needs"),
+        ({"number_format": "fp8", "include_head": True}, "include_head: vLLM runs the head in integers"),
+        ({"bits": 8, "activations": "dynamic", "include_head": True}, "include_head: vLLM runs"),
         ({"symmetric": False, "kv_cache": "fp8"}, "kv_cache: .*symmetric"),
         ({"overrides": [{"layers": "*", "symmetric": False}], "kv_cache": "fp8"}, "kv_cache: .*symmetric"),
     ],

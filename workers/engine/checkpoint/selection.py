@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 import torch
 
 from app.errors import InvalidRequest, UnsupportedForModel
-from app.spec.architectures import is_compressible, is_router
+from app.spec.architectures import architecture_in, is_compressible, is_router
+from app.spec.head import NO_OWN_HEAD, own_head
 from app.spec.report import LayerOutcome
 from workers.engine.checkpoint.layout import TensorEntry
 from workers.engine.checkpoint.reader import Checkpoint
@@ -20,7 +21,7 @@ _FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 @dataclass(frozen=True)
 class Selection:
-    """Chosen and untouched add up to all compressible layers; both go by the name of the weight."""
+    """Chosen and untouched add up to all compressible layers, and the head if chosen; by the name of the weight."""
 
     chosen: dict[str, TensorEntry]
     untouched: tuple[LayerOutcome, ...]
@@ -33,10 +34,11 @@ def module_name(weight: str) -> str:
     return weight.removesuffix(".weight")
 
 
-def select_layers(checkpoint: Checkpoint, ignore: Sequence[str]) -> Selection:
-    """Choose the compressible layers that no pattern of `ignore` matches.
+def select_layers(checkpoint: Checkpoint, ignore: Sequence[str], *, with_head: bool = False) -> Selection:
+    """Choose the compressible layers that no pattern of `ignore` matches, and the head where asked for.
 
-    Raises UnsupportedForModel for a model that is quantized already, InvalidRequest when no layer is left.
+    Raises UnsupportedForModel for a model that is quantized already, or has no head of its own; InvalidRequest when no
+    layer is left.
     """
     if "quantization_config" in checkpoint.config:
         raise UnsupportedForModel(
@@ -60,6 +62,9 @@ def select_layers(checkpoint: Checkpoint, ignore: Sequence[str]) -> Selection:
         raise InvalidRequest(
             "No layer is left to work on.", code="nothing_to_do", hint="Shorten the step's ignore list."
         )
+    if with_head:
+        head = _head(checkpoint)
+        chosen[head.name] = _floating(head)
     modules = [module_name(name) for name in (*chosen, *(layer.name for layer in untouched))]
     unused = [p for p in ignore if not any(fnmatchcase(module, p) for module in modules)]
     warnings = tuple(f"ignore pattern {pattern!r} matches no layer" for pattern in unused)
@@ -73,6 +78,14 @@ def non_finite(name: str) -> InvalidRequest:
         code="non_finite_weights",
         hint="The model is broken, often by training in 16 bits: upload a checkpoint from before.",
     )
+
+
+def _head(checkpoint: Checkpoint) -> TensorEntry:
+    head = own_head(checkpoint.facts(), architecture_in(checkpoint.config))
+    # A copy that lies in the file all the same is not read.
+    if head is None or checkpoint.config.get("tie_word_embeddings"):
+        raise UnsupportedForModel(NO_OWN_HEAD, hint="Set include_head to false.")
+    return checkpoint.tensors[head.name]
 
 
 def _floating(entry: TensorEntry) -> TensorEntry:

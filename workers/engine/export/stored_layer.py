@@ -5,6 +5,7 @@ One class for each of the formats; tensors and keys are as compressed-tensors 0.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from app.spec.architectures import block_index
 from app.spec.facts import TensorFact
 from workers.engine.checkpoint.layout import TORCH_DTYPES
 from workers.engine.quantize.grid import WeightGrid
@@ -104,7 +106,8 @@ def quantization_config(
     """What `quantization_config` in config.json says, for compressed-tensors, transformers and vLLM.
 
     `ignored`: modules inside blocks that are left as they were; `target` gives the entry that stands for a module.
-    Everything outside the blocks (heads, poolers, classifiers) is left out by pattern, whatever its prefix.
+    Everything outside the blocks (heads, poolers, classifiers) is left out by pattern, whatever its prefix, unless it is
+    among `layers`.
     `unpack_to_load` asks transformers to dequantize while loading; `scales_cache`: there are scales of the key-value cache.
     """
     groups = _groups(layers, target)
@@ -114,7 +117,7 @@ def quantization_config(
         "format": only_format,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head", r"re:^(?!.*\b(?:layers?|h)\.\d+\.).*", *map(target, ignored)],
+        "ignore": [*_outside_blocks(layers), *map(target, ignored)],
     } | ({"kv_cache_scheme": _KV_CACHE_SCHEME} if scales_cache else {})
     # transformers 5.23 makes room for unpacked zero points when it keeps weights packed, and then refuses packed ones;
     # and it unpacks E2M1 to bfloat16 whatever the model's dtype. Asked to dequantize while loading, it does both right.
@@ -133,7 +136,16 @@ _KV_CACHE_SCHEME = {
     "strategy": "tensor",
     "dynamic": False,
 }
+_IN_NO_BLOCK = r"(?!.*\b(?:layers?|h)\.\d+\.)"
 _FP4_FORMATS = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
+
+
+def _outside_blocks(layers: Sequence[StoredLayer]) -> list[str]:
+    """What to ignore of all that is in no block."""
+    outside = [layer.module for layer in layers if block_index(f"{layer.module}.weight") is None]
+    if not outside:
+        return ["lm_head", rf"re:^{_IN_NO_BLOCK}.*"]
+    return [rf"re:^(?!(?:{'|'.join(map(re.escape, outside))})$){_IN_NO_BLOCK}.*"]
 
 
 def _groups(layers: Sequence[StoredLayer], target: Callable[[str], str]) -> dict[str, Any]:

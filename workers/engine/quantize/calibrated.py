@@ -12,7 +12,6 @@ Left out: matching the outputs of the original rather than of the quantized bloc
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -28,17 +27,15 @@ from workers.engine.calibration.step_calibration import calibration_in, calibrat
 from workers.engine.calibration.text_checks import calibration_flags
 from workers.engine.checkpoint import (
     Checkpoint,
-    CheckpointWriter,
     copy_side_files,
-    map_slabs,
-    row_slabs,
     write_config,
 )
-from workers.engine.checkpoint.layout import TensorEntry, weight_files
+from workers.engine.checkpoint.layout import weight_files
 from workers.engine.checkpoint.selection import select_layers
 from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.quantize.block_solver import BlockSolver
 from workers.engine.quantize.cache_scales import cache_scales
+from workers.engine.quantize.found_layers import write_found
 from workers.engine.quantize.packed_layers import (
     WeightError,
     config_with_quantization,
@@ -62,19 +59,26 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
     activations are not.
     """
     checkpoint = Checkpoint.open(context.source)
-    selection = select_layers(checkpoint, step.ignore)
+    selection = select_layers(checkpoint, step.ignore, with_head=step.include_head)
     layers = plan_layers(checkpoint, selection, step)
     windows = calibration_windows(context, tokens=step.calibration_tokens, length=step.sequence_length)
     with open_journal(context.journal, context.target.parent, _key(step, context, windows)) as journal:
         _solve(step, context, layers, windows, journal)
         records = journal.records()
-        _write(checkpoint, layers, journal, context)
+        head_errors = write_found(
+            checkpoint,
+            layers,
+            {entry.name: entry for entry in journal.entries()},
+            context,
+            progress=lambda share: context.progress(_SOLVING + (1 - _SOLVING) * share, "writing"),
+        )
+    context.progress(1.0, "done")
     copy_side_files(context.source, context.target)
     write_config(
         context.target,
         config_with_quantization(checkpoint, layers, selection, scales_cache=step.kv_cache != "none"),
     )
-    errors = {
+    errors = head_errors | {
         name: [WeightError(*found)] for record in records for name, found in record["weight_errors"].items()
     }
     lost, had = (sum(record[key] for record in records) for key in ("outputs_lost", "outputs_had"))
@@ -160,27 +164,3 @@ def _is_short_of_memory(step: QuantizeCalibrated, context: StepContext, checkpoi
     shape = Shape.of(tuple(checkpoint.facts()))
     needed = calibration_memory(step, shape, context.facts, one_site_at_a_time=False)
     return INTERPRETER_BYTES + needed > context.memory_budget
-
-
-def _write(
-    checkpoint: Checkpoint, layers: dict[str, StoredLayer], journal: BlockJournal, context: StepContext
-) -> None:
-    """Put what the blocks became where their weights were, and copy everything else, slab by slab."""
-    found = {entry.name: entry for entry in journal.entries()}
-    entries: dict[str, TensorEntry] = {}
-    for name, entry in checkpoint.tensors.items():
-        parts = [fact.name for fact in layers[name].facts()] if name in layers else [name]
-        entries |= {part: found.get(part, entry) for part in parts}
-    # Scales of the cache stand for no tensor of the original.
-    entries |= {name: entry for name, entry in found.items() if name not in entries}
-    merged = replace(checkpoint, tensors=entries)
-    with CheckpointWriter(context.target, merged.facts(), context.max_shard_bytes) as writer:
-        for _ in map_slabs(
-            merged,
-            [slab for entry in entries.values() for slab in row_slabs(entry)],
-            lambda slab, rows: writer.write_rows(slab.entry.name, slab.start, rows),
-            threads=context.threads,
-            progress=lambda share: context.progress(_SOLVING + (1 - _SOLVING) * share, "writing"),
-        ):
-            pass
-    context.progress(1.0, "done")

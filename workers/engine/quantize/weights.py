@@ -29,7 +29,6 @@ from workers.engine.checkpoint import (
 from workers.engine.checkpoint.selection import non_finite, select_layers
 from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.quantize.grid import WeightGrid
-from workers.engine.quantize.layer_fit import fit_blocks, fit_layer
 from workers.engine.quantize.packed_layers import (
     WeightError,
     config_with_quantization,
@@ -40,6 +39,7 @@ from workers.engine.quantize.packed_layers import (
     warnings_of,
 )
 from workers.engine.quantize.silent_channels import SilentChannels, carrying_outputs, count_zero_outputs
+from workers.engine.quantize.slab_rounding import round_slab
 from workers.engine.technique import StepContext, StepOutcome, implements
 
 # The pass that looks for the largest weights only reads.
@@ -51,7 +51,7 @@ _NOTHING = torch.empty(0)
 def quantize_weights(step: QuantizeWeights, context: StepContext) -> StepOutcome:
     """Write `context.target` with all linear layers inside blocks quantized, everything else as it was."""
     checkpoint = Checkpoint.open(context.source)
-    selection = select_layers(checkpoint, step.ignore)
+    selection = select_layers(checkpoint, step.ignore, with_head=step.include_head)
     layers = plan_layers(checkpoint, selection, step)
     facts: list[TensorFact] = []
     slabs: list[Slab] = []
@@ -71,7 +71,7 @@ def quantize_weights(step: QuantizeWeights, context: StepContext) -> StepOutcome
             if layer is None:
                 writer.write_rows(slab.entry.name, slab.start, rows)
                 return WeightError(), _NOTHING
-            error = _quantize_slab(slab, rows, layer, grids[slab.entry.name], step, writer)
+            error = round_slab(slab, rows, layer, grids[slab.entry.name], step.scale_search, writer)
             return error, carrying_outputs(rows, inputs_first=inputs_first)
 
         def progress(share: float) -> None:
@@ -123,38 +123,3 @@ def _peak(rows: Tensor, name: str) -> float:
     if not math.isfinite(peak):
         raise non_finite(name)
     return peak
-
-
-def _quantize_slab(
-    slab: Slab,
-    rows: Tensor,
-    layer: StoredLayer,
-    grid: WeightGrid,
-    step: QuantizeWeights,
-    writer: CheckpointWriter,
-) -> WeightError:
-    """Quantize rows (n, columns) of one layer and write what they become where it belongs."""
-    weight = rows.float()
-    norm = _finite_norm(weight, slab.entry.name)
-    if layer.block_rows > 1:
-        search = step.scale_search != "absmax"
-        fit = fit_blocks(weight, grid, size=layer.block_rows, dtype=rows.dtype, search=search)
-    else:
-        size, search_by = layer.group_size, step.scale_search
-        fit = fit_layer(weight, grid, group_size=size, dtype=rows.dtype, search=search_by)
-    for name, (start, content) in layer.parts(fit, slab.start).items():
-        writer.write_rows(name, start, content)
-    if slab.start == 0:
-        for name, content in layer.input_parts(None).items():
-            writer.write(name, content)
-    error = fit.restored().sub_(weight).square_().sum(dtype=torch.float64).item()
-    return WeightError(error, norm)
-
-
-def _finite_norm(groups: Tensor, name: str) -> float:
-    """The squared norm of float32 weights. Raises InvalidRequest when one of them is not finite."""
-    norm = groups.square().sum(dtype=torch.float64).item()
-    # The norm of finite weights can overflow too, so only a suspicious one is worth the second look.
-    if not math.isfinite(norm) and not torch.isfinite(groups).all():
-        raise non_finite(name)
-    return norm
