@@ -40,7 +40,7 @@ _SHARING = (
 )
 
 
-_FEATURES_AT_ONCE = 2**22
+_FEATURES_AT_ONCE = 2**21
 """Numbers in the widest tensor of a forward through a block, if one window has no more."""
 
 
