@@ -74,9 +74,20 @@ def linear_nodes(graph: ir.Graph) -> dict[str, LinearNode]:
 def token_embedding(graph: ir.Graph) -> ir.Node | None:
     """The Gather that looks up the embeddings of `input_ids`."""
     for node in graph:
-        if node.op_type == "Gather" and node.inputs[1] is graph.inputs[0] and _is_weight(node.inputs[0]):
+        if (
+            node.op_type == "Gather"
+            and _is_weight(node.inputs[0])
+            and _unshaped(node.inputs[1]) is graph.inputs[0]
+        ):
             return node
     return None
+
+
+def _unshaped(value: ir.Value | None) -> ir.Value | None:
+    """What a value was before it was only given another shape, as GPT-2 does with its token ids."""
+    while value is not None and (node := value.producer()) is not None and node.op_type == "Reshape":
+        value = node.inputs[0]
+    return value
 
 
 def multiply_in_place(graph: ir.Graph, embedding: ir.Node) -> None:
