@@ -67,6 +67,10 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
 ACCEPTED: dict[str, Collection[str]] = {"quantize.gguf": GGUF_ARCHITECTURES}
 # One of each family and kind of head. Settings after a technique's first run on these alone in the fast set.
 REPRESENTATIVE = ("LlamaForCausalLM", "BertModel", "DistilBertForSequenceClassification")
+# One of each kind of layout beside those: transposed weights, experts, fused projections, norms of another kind.
+UNUSUAL = (
+    "GPT2LMHeadModel", "MixtralForCausalLM", "Phi3ForCausalLM", "Gemma3ForCausalLM", "ModernBertForMaskedLM",
+)  # fmt: skip
 # Built as others are, of the same kinds of layers: in the slow set alone.
 ALIKE = (
     "CohereForCausalLM", "GraniteForCausalLM", "Olmo2ForCausalLM", "StableLmForCausalLM", "Starcoder2ForCausalLM",
@@ -114,16 +118,18 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    """Every technique there is, with its settings (its defaults if it has none here), on every architecture it takes."""
+    """Every technique there is: its first setting on every architecture it takes, others on each kind of layout."""
     cases = []
     for step_class in STEP_CLASSES:
         name = step_class.model_fields["technique"].default
-        for label, settings in SETTINGS.get(name, {"defaults": {}}).items():
+        for number, (label, settings) in enumerate(SETTINGS.get(name, {"defaults": {}}).items()):
             step = step_class(**settings)
             cases += [
                 Case(step, a.name, label)
                 for a in ARCHITECTURES.values()
-                if _is_possible(step, a) and a.name in ACCEPTED.get(name, ARCHITECTURES)
+                if (number == 0 or a.name in (*REPRESENTATIVE, *UNUSUAL))
+                and _is_possible(step, a)
+                and a.name in ACCEPTED.get(name, ARCHITECTURES)
             ]
     return cases
 

@@ -145,7 +145,7 @@ def test_original_of_nan_is_refused_before_any_work(tiny: Tiny, tmp_path: Path) 
 def test_a_dead_process_is_told_with_its_last_words(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["NoSuchModel"]}))
     with (
-        pytest.raises(VerificationFailed, match=r"config\.json|model_type|Unrecognized"),
+        pytest.raises(VerificationFailed, match="NoSuchModel"),
         RunnerClient(tmp_path, role="result") as client,
     ):
         client.ready()

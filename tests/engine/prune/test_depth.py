@@ -103,7 +103,7 @@ def test_streamed_hidden_states_are_those_of_the_whole_model(
     streamed: dict[int, list[Tensor]] = {}
     stream_blocks(
         _calibration(directory, windows, tmp_path),
-        lambda index, before, after: streamed.setdefault(index, []).append(torch.cat((before, after))),
+        lambda index, before, after: streamed.setdefault(index, []).append(torch.stack((before, after))),
     )
     model = load_model(directory)
     whole: list[Tensor] = []
@@ -117,7 +117,7 @@ def test_streamed_hidden_states_are_those_of_the_whole_model(
     model(windows)
     assert len(whole) == len(streamed) == BLOCKS
     for index, both in enumerate(whole):
-        ours = torch.stack(streamed[index], dim=1)
+        ours = torch.cat(streamed[index], dim=1)
         torch.testing.assert_close(ours, both, atol=1e-4, rtol=1e-4)
 
 
