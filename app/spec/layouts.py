@@ -16,6 +16,7 @@ from app.spec.kv_cache import can_scale_cache
 from app.spec.optimize import OptimizeOnnx
 from app.spec.quantize import QuantizeCalibrated, QuantizedWeights, QuantizeWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
+from app.spec.quantize_onnx import QuantizeOnnx
 
 _TRANSPOSED = (
     "{name} keeps its weights as (in, out), and packed integers are read with scales along the last dimension: columns"
@@ -38,7 +39,13 @@ _DYNAMIC_EXPERTS = (
     "transformers holds the experts of {name} as one tensor, and PyTorch's dynamic int8 works on nn.Linear alone: use "
     "quantize.weights with bits 8."
 )
-_WITHOUT_EXPERTS = ((OptimizeOnnx, _ONNX_EXPERTS), (QuantizeDynamic, _DYNAMIC_EXPERTS))
+_ONNX_TRANSPOSED = "{name} keeps its weights as (in, out), which quantize.onnx does not read: use optimize.onnx or quantize.weights."
+_WITHOUT_EXPERTS = (
+    (OptimizeOnnx, _ONNX_EXPERTS),
+    (QuantizeOnnx, _ONNX_EXPERTS),
+    (QuantizeDynamic, _DYNAMIC_EXPERTS),
+)
+_WITHOUT_TRANSPOSED = ((QuantizeDynamic, _DYNAMIC_TRANSPOSED), (QuantizeOnnx, _ONNX_TRANSPOSED))
 _EXPERT_INPUTS = "transformers does not round the inputs of experts, so {name} could not be measured: set activations to none."
 _CACHE = (
     "Scales of the key-value cache are written for Llama, Mistral, Qwen2, Qwen3, Gemma and Phi3, whose caches transformers "
@@ -63,8 +70,9 @@ def limits_of_layout(
     if architecture.expert_layers is not None:
         whys = (why for kind, why in _WITHOUT_EXPERTS if isinstance(step, kind))
         yield from (("/technique", why.format(name=name)) for why in whys)
-    if isinstance(step, QuantizeDynamic) and architecture.inputs_first:
-        yield "/technique", _DYNAMIC_TRANSPOSED.format(name=name)
+    if architecture.inputs_first:
+        whys = (why for kind, why in _WITHOUT_TRANSPOSED if isinstance(step, kind))
+        yield from (("/technique", why.format(name=name)) for why in whys)
 
 
 def _limits_of_weights(

@@ -78,7 +78,7 @@ ALIKE = (
     "ModernBertForMaskedLM", "ModernBertForSequenceClassification", "DebertaV2ForMaskedLM",
     "DebertaV2ForSequenceClassification",
 )  # fmt: skip
-# Seconds a run: every architecture only in the slow set.
+# Seconds a run: the slow set alone has every architecture that is not built as another is.
 EXPENSIVE: dict[str, tuple[str, ...]] = {
     "distill.logits": ("LlamaForCausalLM", "BertModel", "RobertaForSequenceClassification"),
     "optimize.onnx": ("LlamaForCausalLM", "DistilBertForSequenceClassification"),
@@ -127,11 +127,18 @@ def all_cases() -> list[Case]:
             cases += [
                 Case(step, a.name, label)
                 for a in ARCHITECTURES.values()
-                if (number == 0 or a.name in (*REPRESENTATIVE, *UNUSUAL))
+                if a.name in _architectures(name, is_first=number == 0)
                 and _is_possible(step, a)
                 and a.name in ACCEPTED.get(name, ARCHITECTURES)
             ]
     return cases
+
+
+def _architectures(technique: str, *, is_first: bool) -> tuple[str, ...]:
+    """Those a setting of a technique is run on."""
+    if not is_first:
+        return (*REPRESENTATIVE, *UNUSUAL)
+    return tuple(a for a in ARCHITECTURES if technique not in EXPENSIVE or a not in ALIKE)
 
 
 def _is_possible(step: Step, architecture: Architecture) -> bool:
