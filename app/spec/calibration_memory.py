@@ -19,10 +19,8 @@ _SOLVING_BYTES = 28
 """Per weight that is solved at once: weights, codes, targets, differences and their like in float32."""
 _FOUND_BYTES = 3
 """Per weight of a site: codes in 16 bits, and packed."""
-PAGED_FEATURES = 2**13
-"""From so many inputs on, H lies in a mapped file, and takes no memory while its factor does."""
-_FACTOR_COPIES = 1.3
-"""Of H, while it is factored."""
+_FACTOR_COPIES = 1.75
+"""Of H, while it is factored and its parts are rearranged: measured on a block of an 8B Llama's shape."""
 _ACTIVATIONS = 12
 """Tensors of a window's (tokens, widest input) alive in a block's forward."""
 _LATENT_BYTES = 8
@@ -118,10 +116,8 @@ def _solving(sites: list[Site], window: int, width: int, *, one_site_at_a_time: 
     peak = 0
     for site, moment in zip(sites, moments, strict=True):
         solving = _SOLVING_BYTES * min(site.weights, WEIGHTS_AT_ONCE) + _FOUND_BYTES * site.weights
-        others = held if one_site_at_a_time else held - moment
-        # Either H is in memory, or its factor, or both.
-        own = _FACTOR_COPIES * moment if site.features >= PAGED_FEATURES else (1 + _FACTOR_COPIES) * moment
-        peak = max(peak, others + int(own) + solving)
+        own = moment if one_site_at_a_time else 0
+        peak = max(peak, own + held + int(_FACTOR_COPIES * moment) + solving)
         # A site's H is freed once its layers are solved.
         held = max(0, held - moment)
     widest = max(site.features for site in sites)

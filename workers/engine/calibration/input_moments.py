@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from app.spec.architectures import is_expert
 from workers.engine.calibration.block_stream import EnoughSeen, LiveBlock
-from workers.engine.calibration.paged_matrix import PagedMatrix, is_paged
 
 Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 
@@ -41,8 +39,6 @@ class InputSite:
     """The largest magnitude of each feature over the tokens seen: (features,)."""
     sums: Tensor | None = None
     """Σ x over the tokens seen: (features,), float32."""
-    paged: PagedMatrix | None = None
-    """Where `total` is, if it is large: its memory can be given back for a while."""
 
     @property
     def is_guess(self) -> bool:
@@ -51,11 +47,11 @@ class InputSite:
             self.total is not None and is_expert(self.layers[0]) and self.tokens < _ENOUGH * len(self.total)
         )
 
-    def add(self, inputs: Tensor, scratch: Path) -> None:
-        """Take in more tokens: (..., tokens, features). A large sum lies in a file in `scratch`."""
+    def add(self, inputs: Tensor) -> None:
+        """Take in more tokens: (..., tokens, features)."""
         rows = inputs.reshape(-1, inputs.shape[-1])
         if self.total is None:
-            self.total = self._zeros(rows.shape[1], rows.device, scratch)
+            self.total = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
         add_gram(self.total, rows)
         self.tokens += len(rows)
         if not len(rows):
@@ -64,17 +60,6 @@ class InputSite:
         self.sums = sums if self.sums is None else self.sums + sums
         peaks = rows.abs().amax(0)
         self.largest = peaks if self.largest is None else torch.maximum(self.largest, peaks)
-
-    def _zeros(self, features: int, device: torch.device, scratch: Path) -> Tensor:
-        if not is_paged(features, device):
-            return torch.zeros(features, features, device=device)
-        self.paged = PagedMatrix(features, scratch)
-        return self.paged.tensor
-
-    def release(self, rows: slice) -> None:
-        """Give back the memory of some rows of H until they are read again, where it is large enough for that."""
-        if self.paged is not None:
-            self.paged.release(rows)
 
     def peak(self) -> float:
         """The largest magnitude of all; 0 where no token was seen."""
@@ -161,7 +146,7 @@ def gather_moments(block: LiveBlock, sites: Sequence[InputSite]) -> None:
 
     def add(site: InputSite) -> Hook:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            site.add(inputs[0], block.scratch)
+            site.add(inputs[0])
             if site is sites[-1]:
                 raise EnoughSeen
 

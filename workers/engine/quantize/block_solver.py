@@ -157,9 +157,7 @@ class BlockSolver:
                 raise non_finite(name)
             done.silent.look_at_weight(name, weight)
         done.silent.look_at_inputs(list(weights), second_moment.diagonal())
-        fits = solver.solve(
-            weights, {name: self.layers[name] for name in weights}, second_moment, release=site.release
-        )
+        fits = solver.solve(weights, {name: self.layers[name] for name in weights}, second_moment)
         if self.step.bias_correction:
             self._correct_biases(block, stored, weights, fits, mean, done)
         for within, name in stored.items():

@@ -7,7 +7,6 @@ algorithm 1). Columns with the largest H_jj go first, while there are most left 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,14 +18,6 @@ from workers.engine.quantize.triangular import invert_lower_
 
 _ATTEMPTS = 4
 _ROWS_AT_ONCE = 512
-
-
-Release = Callable[[slice], None]
-"""Told of rows of a matrix that will not be read for a while."""
-
-
-def keep(rows: slice) -> None:
-    """Keep them in memory."""
 
 
 class NotPositiveDefinite(Exception):  # noqa: N818 - the caller decides whether that is an error
@@ -56,10 +47,10 @@ class Factor:
         return (part / diagonal.unsqueeze(1)).t()
 
 
-def factorize(second_moment: Tensor, damping: float, *, release: Release = keep) -> Factor:
+def factorize(second_moment: Tensor, damping: float) -> Factor:
     """Order the columns and factor H⁻¹: (n, n), float32. Inputs that were always zero get a moment of one.
 
-    Needs 1.3 times the memory of H beside it, less what `release` gives back of H. A factorization that fails is tried again with ten times the damping, three times.
+    Needs 1.3 times the memory of H beside it. A factorization that fails is tried again with ten times the damping, three times.
     Raises NotPositiveDefinite then.
     """
     moments = second_moment.diagonal()
@@ -67,21 +58,19 @@ def factorize(second_moment: Tensor, damping: float, *, release: Release = keep)
     moments = torch.where(moments == 0, torch.ones_like(moments), moments)
     for attempt in range(_ATTEMPTS):
         strength = damping * 10**attempt
-        flipped = _rearranged(second_moment, order.flip(0), release)
+        flipped = _rearranged(second_moment, order.flip(0))
         flipped.diagonal().copy_(moments[order.flip(0)] + strength * moments.mean())
         if _factor_inverse_(flipped):
             return Factor(order, flipped, strength)
     raise NotPositiveDefinite
 
 
-def _rearranged(matrix: Tensor, order: Tensor, release: Release) -> Tensor:
-    """Rows and columns in that order, read in the order they have."""
+def _rearranged(matrix: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns in that order, without a second copy on the way."""
     result = torch.empty_like(matrix)
-    places = torch.argsort(order)
     for start in range(0, len(order), _ROWS_AT_ONCE):
-        rows = slice(start, min(len(order), start + _ROWS_AT_ONCE))
-        result[places[rows]] = matrix[rows].index_select(1, order)
-        release(rows)
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        result[rows] = matrix[order[rows]].index_select(1, order)
     return result
 
 

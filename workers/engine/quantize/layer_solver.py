@@ -17,14 +17,7 @@ from app.spec.calibration_memory import WEIGHTS_AT_ONCE
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.checkpoint.layout import TORCH_DTYPES
 from workers.engine.export.stored_layer import StoredLayer
-from workers.engine.quantize.compensation import (
-    Factor,
-    NotPositiveDefinite,
-    Release,
-    compensated,
-    factorize,
-    keep,
-)
+from workers.engine.quantize.compensation import Factor, NotPositiveDefinite, compensated, factorize
 from workers.engine.quantize.grid import WeightGrid
 from workers.engine.quantize.layer_fit import LayerFit, fit_blocks, fit_layer, joined
 from workers.engine.quantize.refinement import descended, refined
@@ -51,22 +44,12 @@ class LayerSolver:
         self.warnings: list[str] = []
 
     def solve(
-        self,
-        weights: dict[str, Tensor],
-        layers: Mapping[str, StoredLayer],
-        second_moment: Tensor,
-        *,
-        release: Release = keep,
+        self, weights: dict[str, Tensor], layers: Mapping[str, StoredLayer], second_moment: Tensor
     ) -> dict[str, LayerFit]:
-        """Fit weights (rows, columns) that share inputs of second moment H (columns, columns), by name.
-
-        `release` is told which rows of H will not be read while its factor, which is as large, is in memory.
-        """
+        """Fit weights (rows, columns) that share inputs of second moment H (columns, columns), by name."""
         batches = list(_batches(weights, layers))
-        moments = second_moment.diagonal().clone()
-        with_factor = self.step.solver != "nearest"
-        factor = self._factor(second_moment, list(weights), release) if with_factor else None
-        fits = [self._fit(batch, weights, moments, factor) for batch in batches]
+        factor = self._factor(second_moment, list(weights)) if self.step.solver != "nearest" else None
+        fits = [self._fit(batch, weights, second_moment, factor) for batch in batches]
         if factor is not None:
             order, damping = factor.order, factor.damping
             # Refining needs H, and no longer its factor, which is as large.
@@ -86,10 +69,10 @@ class LayerSolver:
         return {name: joined(parts) for name, parts in found.items()}
 
     def _fit(
-        self, batch: _Batch, weights: dict[str, Tensor], moments: Tensor, factor: Factor | None
+        self, batch: _Batch, weights: dict[str, Tensor], second_moment: Tensor, factor: Factor | None
     ) -> LayerFit:
         weight = batch.weight(weights)
-        fit = nearest_fit(weight, batch.layer, batch.grid, moments, threads=self.threads)
+        fit = nearest_fit(weight, batch.layer, batch.grid, second_moment.diagonal(), threads=self.threads)
         if factor is not None:
             fit = compensated(weight, factor, fit, threads=self.threads)
         return fit.compact()
@@ -111,11 +94,11 @@ class LayerSolver:
             return fit.compact()
         return refined(weight, fit, second_moment, order, rounds=rounds, threads=self.threads).compact()
 
-    def _factor(self, second_moment: Tensor, stored: list[str], release: Release) -> Factor | None:
+    def _factor(self, second_moment: Tensor, stored: list[str]) -> Factor | None:
         """What all layers of an input share; None, with a warning that names them, where there is no factor."""
         names = ", ".join(stored)
         try:
-            factor = factorize(second_moment, self.step.damping, release=release)
+            factor = factorize(second_moment, self.step.damping)
         except NotPositiveDefinite:
             self.warnings.append(f"rounded to nearest, since the inputs' statistics have no factor: {names}")
             return None
