@@ -64,7 +64,7 @@ def test_the_spec_of_a_job_has_every_default_written_out(client: TestClient, add
     job = submit(client, add_model(), recipe=None, spec=INT8)
     assert job["spec"]["steps"][0] == {
         "technique": "quantize.weights", "bits": 8, "group_size": None, "symmetric": True, "scale_search": "mse",
-        "number_format": "int", "activations": "none", "ignore": [], "overrides": [],
+        "number_format": "int", "activations": "none", "ignore": [], "overrides": [], "include_head": False,
     }  # fmt: skip
     assert job["spec"]["evaluation"]["tokens"] == 4096
 
