@@ -42,8 +42,8 @@ class Shape:
     tensors: tuple[TensorFact, ...]
     dense_parameters: int
     """Weights it has once loaded, where packed ones are unpacked."""
-    onnx_bytes: int | None = None
-    gguf_bytes: int | None = None
+    file_bytes: int | None = None
+    """Of the one file it is in, where that is not safetensors."""
 
     @classmethod
     def of(cls, tensors: tuple[TensorFact, ...]) -> Shape:
@@ -66,8 +66,7 @@ class Shape:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weight files."""
-        one_file = self.gguf_bytes if self.onnx_bytes is None else self.onnx_bytes
-        return safetensors_bytes(self.tensors) if one_file is None else one_file
+        return safetensors_bytes(self.tensors) if self.file_bytes is None else self.file_bytes
 
 
 def safetensors_bytes(tensors: Iterable[TensorFact]) -> int:
@@ -211,4 +210,4 @@ def _gguf(step: QuantizeGguf, shape: Shape, facts: ModelFacts) -> Shape:
     """One file: header, tokenizer, and every tensor padded to the format's alignment."""
     tensors = gguf_tensors(shape.tensors, ARCHITECTURES[facts.architecture], step.mix)
     header = _GGUF_KEYS_BYTES + _GGUF_BYTES_PER_TOKEN * facts.vocab_size + index_bytes(tensors)
-    return Shape(shape.tensors, shape.dense_parameters, gguf_bytes=header + data_bytes(tensors))
+    return Shape(shape.tensors, shape.dense_parameters, header + data_bytes(tensors))

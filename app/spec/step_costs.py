@@ -18,7 +18,7 @@ from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_onnx import QuantizeOnnx
-from app.spec.sizes import Shape, compressible
+from app.spec.sizes import Shape
 
 _MIB = 2**20
 
@@ -105,6 +105,17 @@ def calibration_memory(
     )
 
 
+def _calibrating(tokens: int, on: Surroundings) -> int:
+    """Bytes while the statistics of a whole block's inputs are held, in windows of the usual length."""
+    return calibrated_bytes(
+        on.before.tensors,
+        on.facts,
+        tokens=tokens,
+        window=min(WINDOW_TOKENS, on.facts.max_positions),
+        one_site_at_a_time=False,
+    )
+
+
 @singledispatch
 def step_memory(_step: Step, _on: Surroundings) -> int:
     """Bytes beyond the interpreter's at the step's peak. By default, those of a step that streams the checkpoint."""
@@ -128,28 +139,12 @@ def _(step: QuantizeCalibrated, on: Surroundings) -> int:
 @step_memory.register
 def _(step: QuantizeOnnx, on: Surroundings) -> int:
     exporting = ONNX_QUANTIZED_COPIES * 4 * on.before.dense_parameters
-    calibrating = calibrated_bytes(
-        on.before.tensors,
-        on.facts,
-        tokens=step.calibration_tokens,
-        window=min(WINDOW_TOKENS, on.facts.max_positions),
-        one_site_at_a_time=False,
-    )
-    return max(calibrating, exporting) + on.after.weight_bytes
+    return max(_calibrating(step.calibration_tokens, on), exporting) + on.after.weight_bytes
 
 
 @step_memory.register
 def _(step: QuantizeGguf, on: Surroundings) -> int:
-    calibrating = calibrated_bytes(
-        on.before.tensors,
-        on.facts,
-        tokens=step.calibration_tokens,
-        window=min(WINDOW_TOKENS, on.facts.max_positions),
-        one_site_at_a_time=False,
-    )
-    # A damped copy of the widest statistics is held beside them.
-    widest = max((tensor.shape[1] for tensor in compressible(on.before)), default=0)
-    return calibrating + 4 * widest**2 + SLAB_BYTES
+    return _calibrating(step.calibration_tokens, on) + SLAB_BYTES
 
 
 @step_memory.register

@@ -164,19 +164,24 @@ def run_case(case: Case, source: Path, target: Path, text: Path, *, seed: int = 
     said: list[tuple[float, str]] = []
     before = digests(source)
     context = context_for(
-        case, source, target, text, seed=seed, progress=lambda share, message: said.append((share, message))
+        case.step,
+        source,
+        target,
+        text,
+        seed=seed,
+        progress=lambda share, message: said.append((share, message)),
     )
     outcome = run_step(case.step, context)
     return Run(case, source, target, outcome, before, digests(source), said)
 
 
 def context_for(
-    case: Case,
+    step: Step,
     source: Path,
     target: Path,
     text: Path,
     *,
-    progress: Callable[[float, str], None],
+    progress: Callable[[float, str], None] = lambda *_: None,
     seed: int = 0,
 ) -> StepContext:
     """The context a pipeline would give."""
@@ -185,8 +190,8 @@ def context_for(
         target=target,
         original=source,
         facts=facts_of(source),
-        calibration_text=text if case.step.needs_calibration else None,
-        training_text=text if case.step.needs_training else None,
+        calibration_text=text if step.needs_calibration else None,
+        training_text=text if step.needs_training else None,
         threads=2,
         seed=seed,
         progress=progress,

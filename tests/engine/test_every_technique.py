@@ -155,7 +155,7 @@ def test_progress_that_raises_stops_the_technique_at_once(
         if count >= calls:
             raise Stopped
 
-    context = context_for(case, tiny(case.architecture), tmp_path, tiny_text, progress=progress)
+    context = context_for(case.step, tiny(case.architecture), tmp_path, tiny_text, progress=progress)
     with pytest.raises(Stopped):
         run_step(case.step, context)
     # Threads that were under way may each say one thing more.

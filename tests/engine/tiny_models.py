@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from app.spec.architectures import ARCHITECTURES
 from app.spec.base import Family
@@ -89,6 +92,18 @@ def tiny_model(
     model.to(dtype).save_pretrained(str(directory))
     write_tokenizer(directory, wordpiece=kind in _WORDPIECE_TYPES, segments=kind in ("bert", "electra"))
     return directory
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def changed(directory: Path, target: Path, change: Callable[[Tensors], object]) -> Path:
+    """A copy of a model whose tensors were changed."""
+    shutil.copytree(directory, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
 
 
 def write_text(path: Path, *, documents: int = 40) -> Path:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from workers.engine.export.gguf.blocks import pack_blocks
-from workers.engine.quantize.block_scales import GRIDS, BlockScales
+from workers.engine.quantize.gguf_scales import GRIDS, BlockScales
 
 ROWS, COLUMNS = 3, 512
 

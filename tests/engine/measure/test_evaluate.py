@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_models import facts_of
+from tiny_models import Tensors, changed, facts_of
 
 from app.errors import JobFailed, VerificationFailed
 from app.spec.base import Step
@@ -26,16 +25,6 @@ from workers.engine.measure.windows import prepare_evaluation
 from workers.engine.technique import StepContext, run_step
 
 Tiny = Callable[[str], Path]
-Tensors = dict[str, torch.Tensor]
-
-
-def changed(directory: Path, target: Path, change: Callable[[Tensors], object]) -> Path:
-    """A copy of a model whose tensors were changed."""
-    shutil.copytree(directory, target)
-    tensors = load_file(target / "model.safetensors")
-    change(tensors)
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
 
 
 def rounded(tensors: Tensors) -> None:

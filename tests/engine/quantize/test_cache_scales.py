@@ -57,7 +57,7 @@ def test_scales_are_the_largest_key_and_value_of_a_plain_forward_in_float64(
     architecture: str, tiny: Callable[[str], Path], tiny_text: Path, quantized: Callable[[str], Path]
 ) -> None:
     case, source = Case(STEP, architecture, "cache"), tiny(architecture)
-    context = context_for(case, source, source, tiny_text, progress=lambda *_: None)
+    context = context_for(case.step, source, source, tiny_text)
     windows = calibration_windows(context, tokens=STEP.calibration_tokens, length=STEP.sequence_length)
     cache = DynamicCache()
     with torch.no_grad():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_models import facts_of
+from safetensors.torch import load_file
+from tiny_models import changed, facts_of
 from torch import Tensor, nn
 
 from app.errors import InvalidRequest
@@ -88,14 +88,10 @@ def test_text_too_short_for_a_window_is_refused(tiny: Tiny, tmp_path: Path) -> N
 
 
 def test_weights_that_are_nan_are_named(tiny: Tiny, tiny_text: Path, tmp_path: Path) -> None:
-    source = tmp_path / "broken"
-    source.mkdir()
-    for file in tiny("LlamaForCausalLM").iterdir():
-        (source / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(source / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
-    tensors[name][0, 0] = float("nan")
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    source = changed(
+        tiny("LlamaForCausalLM"), tmp_path / "broken", lambda tensors: tensors[name][0, 0].fill_(torch.nan)
+    )
     (tmp_path / "out").mkdir()
     with pytest.raises(InvalidRequest, match=name):
         run(source, tmp_path / "out", tiny_text, QuantizeCalibrated(calibration_tokens=256))

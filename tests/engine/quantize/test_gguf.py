@@ -10,8 +10,8 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_models import BLOCKS, facts_of, tiny_model
+from technique_runs import context_for
+from tiny_models import BLOCKS, changed, facts_of, tiny_model
 from torch import Tensor
 
 from app.errors import InvalidRequest, UnsupportedForModel
@@ -23,7 +23,7 @@ from workers.engine.architectures.loading import load_model, load_tokenizer
 from workers.engine.calibration.windows import model_windows
 from workers.engine.measure.runner_torch import TorchRunner
 from workers.engine.measure.size import measure_size
-from workers.engine.technique import StepContext, StepOutcome, run_step
+from workers.engine.technique import StepOutcome, run_step
 
 Tiny = Callable[[str], Path]
 TOKENS = torch.arange(60) * 5 % 300 + 5
@@ -36,17 +36,7 @@ LLAMA3 = {
 def run(source: Path, target: Path, text: Path, **settings: Any) -> StepOutcome:
     target.mkdir()
     step = QuantizeGguf.model_validate({"calibration_tokens": 1024} | settings)
-    return run_step(
-        step,
-        StepContext(
-            source=source,
-            target=target,
-            original=source,
-            facts=facts_of(source),
-            calibration_text=text,
-            threads=2,
-        ),
-    )
+    return run_step(step, context_for(step, source, target, text))
 
 
 def outputs(directory: Path, tokens: Tensor = TOKENS) -> Tensor:
@@ -135,7 +125,7 @@ def test_names_are_those_of_the_package(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "changed", "named"),
+    ("architecture", "settings", "named"),
     [
         ("LlamaForCausalLM", {"attention_bias": True}, "bias"),
         ("LlamaForCausalLM", {"hidden_act": "gelu"}, "hidden_act"),
@@ -146,9 +136,9 @@ def test_names_are_those_of_the_package(tiny: Tiny) -> None:
     ],
 )  # fmt: skip
 def test_what_a_header_cannot_say_is_refused_before_the_work(
-    architecture: str, changed: dict[str, Any], named: str, tiny_text: Path, tmp_path: Path
+    architecture: str, settings: dict[str, Any], named: str, tiny_text: Path, tmp_path: Path
 ) -> None:
-    source = tiny_model(architecture, tmp_path / "source", **changed)
+    source = tiny_model(architecture, tmp_path / "source", **settings)
     with pytest.raises((UnsupportedForModel, ValueError), match=named):
         run(source, tmp_path / "out", tiny_text)
     assert list((tmp_path / "out").iterdir()) == []
@@ -157,14 +147,10 @@ def test_what_a_header_cannot_say_is_refused_before_the_work(
 def test_weights_that_are_nan_are_named_and_no_file_is_left(
     tiny: Tiny, tiny_text: Path, tmp_path: Path
 ) -> None:
-    source = tmp_path / "broken"
-    source.mkdir()
-    for file in tiny("LlamaForCausalLM").iterdir():
-        (source / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(source / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
-    tensors[name][0, 0] = float("nan")
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    source = changed(
+        tiny("LlamaForCausalLM"), tmp_path / "broken", lambda tensors: tensors[name][0, 0].fill_(torch.nan)
+    )
     with pytest.raises(InvalidRequest, match=name):
         run(source, tmp_path / "out", tiny_text, calibration_tokens=256)
     assert not (tmp_path / "out" / "model.gguf").exists()

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.engine.quantize.block_fit import fit_blocks
-from workers.engine.quantize.block_scales import GRIDS
+from workers.engine.quantize.gguf_fit import fit_blocks
+from workers.engine.quantize.gguf_scales import GRIDS
 
 IMPORTANCE = torch.rand(512, generator=torch.Generator().manual_seed(1)) ** 2 + 0.02
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.engine.quantize.block_fit import fit_blocks
-from workers.engine.quantize.block_refinement import encode_compensated, refit_scales
-from workers.engine.quantize.block_scales import GRIDS, BlockScales
 from workers.engine.quantize.compensation import factorize, row_errors
+from workers.engine.quantize.gguf_fit import fit_blocks
+from workers.engine.quantize.gguf_refinement import encode_compensated, refit_scales
+from workers.engine.quantize.gguf_scales import GRIDS, BlockScales
 
 COLUMNS = 256
 

@@ -1,20 +1,19 @@
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_models import facts_of
+from technique_runs import context_for
+from tiny_models import Tensors, changed
 
 from app.spec.base import Step
 from app.spec.gguf import QuantizeGguf
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_onnx import QuantizeOnnx
 from workers.engine.quantize.silent_channels import SilentChannels
-from workers.engine.technique import StepContext, StepOutcome, run_step
+from workers.engine.technique import StepOutcome, run_step
 
 Tiny = Callable[[str], Path]
 GATE, UP, DOWN = (f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down"))
@@ -22,28 +21,18 @@ GATE, UP, DOWN = (f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "
 
 def with_zeros(source: Path, target: Path, rows: dict[str, Sequence[int]], *, dim: int = 0) -> Path:
     """A copy of a model with some rows (or columns) of weights set to zero."""
-    shutil.copytree(source, target)
-    (file,) = target.glob("*.safetensors")
-    tensors = load_file(file)
-    for name, indices in rows.items():
-        tensors[f"{name}.weight"].index_fill_(dim, torch.tensor(indices), 0.0)
-    save_file(tensors, file, metadata={"format": "pt"})
-    return target
+
+    def clear(tensors: Tensors) -> None:
+        for name, indices in rows.items():
+            tensors[f"{name}.weight"].index_fill_(dim, torch.tensor(indices), 0.0)
+
+    return changed(source, target, clear)
 
 
 def outcome_of(step: Step, source: Path, text: Path, tmp_path: Path) -> StepOutcome:
     target = tmp_path / "target"
     target.mkdir()
-    return run_step(
-        step,
-        StepContext(
-            source=source,
-            target=target,
-            original=source,
-            facts=facts_of(source),
-            calibration_text=text if step.needs_calibration else None,
-        ),
-    )
+    return run_step(step, context_for(step, source, target, text))
 
 
 @pytest.mark.parametrize(

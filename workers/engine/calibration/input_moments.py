@@ -6,7 +6,7 @@ for one whose inputs are white noise, H = I, for which every calibrated method d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from app.errors import JobFailed
 from app.spec.architectures import is_expert
 from workers.engine.calibration.block_stream import EnoughSeen, LiveBlock
 
 Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 
+_IGNORE_IT = "Put these layers on the step's ignore list, or use quantize.weights."
 # Tokens per input feature: with fewer, H has so low a rank that compensating by it fits the noise.
 _ENOUGH = 1 / 8
 # Blocks of columns of the symmetric product: those below the diagonal need not be computed.
@@ -139,6 +141,29 @@ def input_sites(block: LiveBlock, names: Iterable[str]) -> list[InputSite]:
     with _hooked(block, {name: look(name) for name in names}):
         block.run_first()
     return [site for _, site in sites]
+
+
+def reached_sites(
+    block: LiveBlock, wanted: Container[str], *, hint: str = _IGNORE_IT
+) -> tuple[dict[str, str], list[InputSite]]:
+    """The block's layers whose weights' stored names are wanted, with these by the layers' names, and their inputs.
+
+    Raises JobFailed, with `hint`, when calibration never reaches one.
+    """
+    chosen = {
+        name.removesuffix(".weight"): stored
+        for name, stored in block.stored_names.items()
+        if stored in wanted
+    }
+    sites = input_sites(block, chosen) if chosen else []
+    unseen = chosen.keys() - {layer for site in sites for layer in site.layers}
+    if unseen:
+        raise JobFailed(
+            f"Calibration never reached {', '.join(sorted(chosen[name] for name in unseen))}.",
+            code="layer_never_called",
+            hint=hint,
+        )
+    return chosen, sites
 
 
 def gather_moments(block: LiveBlock, sites: Sequence[InputSite]) -> None:

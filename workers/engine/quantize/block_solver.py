@@ -12,9 +12,9 @@ from app.errors import JobFailed
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.calibration.block_stream import LiveBlock
 from workers.engine.calibration.hidden_states import HiddenStates
-from workers.engine.calibration.input_moments import InputSite, expert_of, gather_moments, input_sites
+from workers.engine.calibration.input_moments import InputSite, expert_of, gather_moments, reached_sites
 from workers.engine.checkpoint.layout import TORCH_DTYPES
-from workers.engine.checkpoint.selection import module_name, non_finite
+from workers.engine.checkpoint.selection import non_finite
 from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.quantize.block_tuning import Untuned, original_outputs, row_parts, tune_block
 from workers.engine.quantize.channel_scaling import scale_channels
@@ -106,21 +106,11 @@ class BlockSolver:
             done.weight_errors[stored] = _weight_error(layers[name].original, fit)
 
     def _solve_layers(self, block: LiveBlock) -> SolvedBlock:
-        chosen = {
-            module_name(name): stored for name, stored in block.stored_names.items() if stored in self.layers
-        }
+        chosen, sites = reached_sites(block, self.layers)
         done = SolvedBlock()
         if not chosen:
             return done
         solver = LayerSolver(self.step, self.threads)
-        sites = input_sites(block, list(chosen))
-        unseen = chosen.keys() - {layer for site in sites for layer in site.layers}
-        if unseen:
-            raise JobFailed(
-                f"Calibration never reached {', '.join(sorted(chosen[name] for name in unseen))}.",
-                code="layer_never_called",
-                hint="Put these layers on the step's ignore list, or use quantize.weights.",
-            )
         for together in [[site] for site in sites] if self.one_site_at_a_time else [sites]:
             gather_moments(block, together)
             for site in together:

@@ -7,6 +7,8 @@ algorithm 1). Columns with the largest H_jj go first, while there are most left 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,6 +65,29 @@ def factorize(second_moment: Tensor, damping: float) -> Factor:
         if _factor_inverse_(flipped):
             return Factor(order, flipped, strength)
     raise NotPositiveDefinite
+
+
+def factor_or_none(second_moment: Tensor, damping: float, names: str, warnings: list[str]) -> Factor | None:
+    """What all layers of an input share; None where there is no factor. `warnings` then name them, and where H was damped more."""
+    try:
+        factor = factorize(second_moment, damping)
+    except NotPositiveDefinite:
+        warnings.append(f"rounded to nearest, since the inputs' statistics have no factor: {names}")
+        return None
+    if factor.damping > damping:
+        warnings.append(f"damped by {factor.damping:g} to have a factor: {names}")
+    return factor
+
+
+@contextmanager
+def damped(second_moment: Tensor, damping: float) -> Iterator[None]:
+    """H as it was factored, in place and for as long as it is refined with: see `factorize`."""
+    diagonal = second_moment.diagonal()
+    before = diagonal.clone()
+    diagonal[diagonal == 0] = 1.0
+    diagonal.add_(damping * diagonal.mean())
+    yield
+    diagonal.copy_(before)
 
 
 def _rearranged(matrix: Tensor, order: Tensor) -> Tensor:

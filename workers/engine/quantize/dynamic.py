@@ -7,7 +7,6 @@ finds the largest, the second rounds, slab by slab, so memory does not grow with
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +26,10 @@ from workers.engine.checkpoint import (
     row_slabs,
     write_config,
 )
-from workers.engine.checkpoint.selection import Selection, module_name, non_finite, select_layers
+from workers.engine.checkpoint.selection import Selection, module_name, select_layers
 from workers.engine.export.dynamic_int8 import declaration, encode, scale_for
-from workers.engine.quantize.packed_layers import WeightError
+from workers.engine.quantize.largest_weights import largest_weights
+from workers.engine.quantize.packed_layers import WeightError, relative_error
 from workers.engine.technique import StepContext, StepOutcome, implements
 
 # The first pass only reads.
@@ -103,19 +103,14 @@ def _plan(step: QuantizeDynamic, checkpoint: Checkpoint) -> _Plan:
 
 def _scales(checkpoint: Checkpoint, plan: _Plan, context: StepContext) -> dict[str, Tensor]:
     """The scale of each weight by its name: float32, without dimensions."""
-    slabs = [slab for name in plan.modules for slab in row_slabs(checkpoint.tensors[name], _SLAB_BYTES)]
-    peaks = {name: torch.tensor(0.0) for name in plan.modules}
-    for slab, peak in map_slabs(
+    peaks = largest_weights(
         checkpoint,
-        slabs,
-        lambda _, rows: rows.abs().max().float(),
+        plan.modules,
+        slab_bytes=_SLAB_BYTES,
         threads=context.threads,
         progress=lambda share: context.progress(_LOOKING * share, "looking for the largest weights"),
-    ):
-        if not math.isfinite(peak):
-            raise non_finite(slab.entry.name)
-        peaks[slab.entry.name] = torch.maximum(peaks[slab.entry.name], peak)
-    return {name: scale_for(peak) for name, peak in peaks.items()}
+    )
+    return {name: scale_for(torch.tensor(peak)) for name, peak in peaks.items()}
 
 
 def _write_codes(
@@ -145,14 +140,14 @@ def _outcome(plan: _Plan, checkpoint: Checkpoint, errors: dict[str, list[WeightE
                 action="quantized",
                 parameters=entry.fact.elements,
                 bits=stored / entry.fact.elements,
-                relative_error=_relative(errors[name]),
+                relative_error=relative_error(errors[name]),
             )
         )
     weights = sum(checkpoint.tensors[name].fact.elements for name in plan.modules)
     metrics: dict[str, float | int | str | None] = {
         "quantized_weights": weights,
         "stored_bits": 8 + 32 * len(plan.modules) / weights,
-        "relative_error": _relative([error for parts in errors.values() for error in parts]),
+        "relative_error": relative_error([error for parts in errors.values() for error in parts]),
     }
     return StepOutcome(
         layers=(*outcomes, *plan.selection.untouched),
@@ -168,8 +163,3 @@ def _warnings(plan: _Plan) -> tuple[str, ...]:
     )
     apart = "the head was one tensor with the embeddings: they are stored apart now, the head in int8"
     return (*plan.selection.warnings, loading, *((apart,) if plan.untied else ()))
-
-
-def _relative(errors: list[WeightError]) -> float:
-    weights = sum(error.of_weights for error in errors)
-    return math.sqrt(sum(error.of_error for error in errors) / weights) if weights else 0.0

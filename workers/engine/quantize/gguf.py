@@ -24,20 +24,20 @@ from app.spec.gguf_layout import ARCHITECTURES, GGUF_FILE, GgufTensor, gguf_tens
 from app.spec.report import Flag, LayerOutcome
 from workers.engine.architectures.loading import architecture_of, load_tokenizer
 from workers.engine.calibration.block_stream import LiveBlock, stream_blocks
-from workers.engine.calibration.input_moments import gather_moments, input_sites
+from workers.engine.calibration.input_moments import gather_moments, reached_sites
 from workers.engine.calibration.step_calibration import step_calibration
 from workers.engine.calibration.text_checks import calibration_flags
 from workers.engine.checkpoint import Checkpoint, Slab, copy_side_files, map_slabs, row_slabs
-from workers.engine.checkpoint.selection import module_name, non_finite, select_layers
+from workers.engine.checkpoint.selection import non_finite, select_layers
 from workers.engine.export.gguf.blocks import pack_blocks
 from workers.engine.export.gguf.header import encode_header, rope_factors
 from workers.engine.export.gguf.reader import check_configuration
 from workers.engine.export.gguf.tensors import pack_floats, row_order
 from workers.engine.export.gguf.writer import GgufFileWriter
-from workers.engine.quantize.block_fit import fit_blocks
-from workers.engine.quantize.block_refinement import Encoded, encode_compensated
-from workers.engine.quantize.block_scales import GRIDS
-from workers.engine.quantize.compensation import Factor, NotPositiveDefinite, factorize, output_error
+from workers.engine.quantize.compensation import Factor, damped, factor_or_none, output_error
+from workers.engine.quantize.gguf_fit import fit_blocks
+from workers.engine.quantize.gguf_refinement import Encoded, encode_compensated
+from workers.engine.quantize.gguf_scales import GRIDS
 from workers.engine.quantize.silent_channels import SilentChannels
 from workers.engine.technique import StepContext, StepOutcome, implements
 
@@ -124,17 +124,11 @@ class _Solver:
 
     def solve_block(self, block: LiveBlock, solved: _Solved) -> None:
         """Quantize the linear layers of a block, and leave it with the weights that a user will run."""
-        chosen = {
-            module_name(name): stored for name, stored in block.stored_names.items() if stored in self.layers
-        }
-        sites = input_sites(block, list(chosen))
-        unseen = chosen.keys() - {layer for site in sites for layer in site.layers}
-        if unseen:
-            raise JobFailed(
-                f"Calibration never reached {', '.join(sorted(chosen[name] for name in unseen))}.",
-                code="layer_never_called",
-                hint="Report this with the model's configuration; quantize.weights needs no calibration.",
-            )
+        chosen, sites = reached_sites(
+            block,
+            self.layers,
+            hint="Report this with the model's configuration; quantize.weights needs no calibration.",
+        )
         gather_moments(block, sites)
         for site in sites:
             self._solve_site(
@@ -151,23 +145,12 @@ class _Solver:
                 hint="Check that the original gives sensible outputs in float32.",
             )
         solved.silent.look_at_inputs(list(stored.values()), moments.diagonal())
-        factor = self._factor(moments, names, solved) if self.step.compensate else None
+        factor = None
+        if self.step.compensate:
+            factor = factor_or_none(moments, self.step.damping, names, solved.warnings)
         for name, weight in stored.items():
             parameter = block.module.get_parameter(f"{name}.weight")
             self._solve_layer(parameter, self.layers[weight], moments, factor, solved)
-
-    def _factor(self, moments: Tensor, names: str, solved: _Solved) -> Factor | None:
-        """What all layers of an input share; None, with a warning that names them, where there is no factor."""
-        try:
-            factor = factorize(moments, self.step.damping)
-        except NotPositiveDefinite:
-            solved.warnings.append(
-                f"rounded to nearest, since the inputs' statistics have no factor: {names}"
-            )
-            return None
-        if factor.damping > self.step.damping:
-            solved.warnings.append(f"damped by {factor.damping:g} to have a factor: {names}")
-        return factor
 
     def _solve_layer(
         self, parameter: Tensor, tensor: GgufTensor, moments: Tensor, factor: Factor | None, solved: _Solved
@@ -196,15 +179,9 @@ class _Solver:
         scales = fit_blocks(weight, diagonal, GRIDS[tensor.format.name], threads=self.threads)
         if factor is None:
             return Encoded(scales.codes(weight), scales)
-        return encode_compensated(weight, scales, factor, _damped(moments, factor), threads=self.threads)
-
-
-def _damped(moments: Tensor, factor: Factor) -> Tensor:
-    """H as it was factored: what few tokens say of inputs that always go together is not to be relied on."""
-    damped, diagonal = moments.clone(), moments.diagonal()
-    diagonal = torch.where(diagonal == 0, torch.ones_like(diagonal), diagonal)
-    damped.diagonal().copy_(diagonal + factor.damping * diagonal.mean())
-    return damped
+        # What few tokens say of inputs that always go together is not to be relied on.
+        with damped(moments, factor.damping):
+            return encode_compensated(weight, scales, factor, moments, threads=self.threads)
 
 
 def _note(tensor: GgufTensor, weight: Tensor, restored: Tensor, moments: Tensor, solved: _Solved) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from workers.engine.checkpoint.streaming import one_torch_thread
-from workers.engine.quantize.block_scales import (
+from workers.engine.quantize.gguf_scales import (
     SMALLEST_HALF,
     BlockScales,
     Grid,

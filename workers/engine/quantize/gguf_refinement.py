@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from workers.engine.checkpoint.streaming import one_torch_thread
-from workers.engine.quantize.block_scales import BlockScales, concatenated
 from workers.engine.quantize.compensation import Factor, compensated, row_errors
+from workers.engine.quantize.gguf_scales import BlockScales, concatenated
 from workers.engine.quantize.grid import Grid
 from workers.engine.quantize.layer_fit import LayerFit
 from workers.engine.quantize.refinement import descended

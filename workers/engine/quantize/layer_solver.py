@@ -7,7 +7,6 @@ made once; large ones are taken some rows at a time, so that what is beside the 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +16,7 @@ from app.spec.calibration_memory import WEIGHTS_AT_ONCE
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.checkpoint.layout import TORCH_DTYPES
 from workers.engine.export.stored_layer import StoredLayer
-from workers.engine.quantize.compensation import Factor, NotPositiveDefinite, compensated, factorize
+from workers.engine.quantize.compensation import Factor, compensated, damped, factor_or_none
 from workers.engine.quantize.grid import WeightGrid
 from workers.engine.quantize.layer_fit import LayerFit, fit_blocks, fit_layer, joined
 from workers.engine.quantize.refinement import descended, refined
@@ -48,13 +47,15 @@ class LayerSolver:
     ) -> dict[str, LayerFit]:
         """Fit weights (rows, columns) that share inputs of second moment H (columns, columns), by name."""
         batches = list(_batches(weights, layers))
-        factor = self._factor(second_moment, list(weights)) if self.step.solver != "nearest" else None
+        factor = None
+        if self.step.solver != "nearest":
+            factor = factor_or_none(second_moment, self.step.damping, ", ".join(weights), self.warnings)
         fits = [self._fit(batch, weights, second_moment, factor) for batch in batches]
         if factor is not None:
             order, damping = factor.order, factor.damping
             # Refining needs H, and no longer its factor, which is as large.
             del factor
-            with _damped(second_moment, damping):
+            with damped(second_moment, damping):
                 fits = [
                     self._refine(batch, fit, weights, second_moment, order)
                     for batch, fit in zip(batches, fits, strict=True)
@@ -94,18 +95,6 @@ class LayerSolver:
             return fit.compact()
         return refined(weight, fit, second_moment, order, rounds=rounds, threads=self.threads).compact()
 
-    def _factor(self, second_moment: Tensor, stored: list[str]) -> Factor | None:
-        """What all layers of an input share; None, with a warning that names them, where there is no factor."""
-        names = ", ".join(stored)
-        try:
-            factor = factorize(second_moment, self.step.damping)
-        except NotPositiveDefinite:
-            self.warnings.append(f"rounded to nearest, since the inputs' statistics have no factor: {names}")
-            return None
-        if factor.damping > self.step.damping:
-            self.warnings.append(f"damped by {factor.damping:g} to have a factor: {names}")
-        return factor
-
 
 def nearest_fit(
     weight: Tensor, layer: StoredLayer, grid: WeightGrid, importance: Tensor, *, threads: int
@@ -116,17 +105,6 @@ def nearest_fit(
         return fit_blocks(weight, grid, size=layer.block_rows, dtype=dtype, importance=importance)
     size = layer.group_size
     return fit_layer(weight, grid, group_size=size, dtype=dtype, importance=importance, threads=threads)
-
-
-@contextmanager
-def _damped(second_moment: Tensor, damping: float) -> Iterator[None]:
-    """H as it was factored, for as long as it is refined with: see `factorize`."""
-    diagonal = second_moment.diagonal()
-    before = diagonal.clone()
-    diagonal[diagonal == 0] = 1.0
-    diagonal.add_(damping * diagonal.mean())
-    yield
-    diagonal.copy_(before)
 
 
 def _batches(weights: Mapping[str, Tensor], layers: Mapping[str, StoredLayer]) -> Iterator[_Batch]:

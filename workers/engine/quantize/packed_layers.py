@@ -132,7 +132,7 @@ def layer_outcomes(
             action="quantized",
             parameters=layer.rows * layer.columns,
             bits=layer.stored_bits(),
-            relative_error=_relative(errors[name]),
+            relative_error=relative_error(errors[name]),
         )
         for name, layer in layers.items()
     )
@@ -148,7 +148,7 @@ def totals(
     return {
         "quantized_weights": weights,
         "stored_bits": stored / weights,
-        "relative_error": _relative([error for parts in errors.values() for error in parts]),
+        "relative_error": relative_error([error for parts in errors.values() for error in parts]),
     }
 
 
@@ -194,6 +194,7 @@ def _check_group_sizes(layers: list[StoredLayer]) -> None:
     )
 
 
-def _relative(errors: list[WeightError]) -> float:
+def relative_error(errors: list[WeightError]) -> float:
+    """‖W' − W‖ / ‖W‖ over all parts."""
     weights = sum(error.of_weights for error in errors)
     return math.sqrt(sum(error.of_error for error in errors) / weights) if weights else 0.0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from workers.engine.calibration.activation_ranges import input_histograms, least_error_range
 from workers.engine.calibration.block_stream import LiveBlock
 from workers.engine.export.onnx_qdq import LEVELS, InputGrid, Int8Matrix
-from workers.engine.quantize.compensation import Factor, NotPositiveDefinite, compensated, factorize
+from workers.engine.quantize.compensation import compensated, factor_or_none
 from workers.engine.quantize.grid import Grid
 from workers.engine.quantize.layer_fit import LayerFit
 from workers.engine.quantize.sites import Site, block_sites
@@ -71,7 +71,8 @@ class QdqSolver:
     def _solve_site(self, module: nn.Module, site: Site, smoothing: Tensor, grid: InputGrid) -> None:
         moment = site.second_moment / torch.outer(smoothing, smoothing)
         self.solutions.silent.look_at_inputs(list(site.weights), moment.diagonal())
-        factor = self._factor(moment, site)
+        names = ", ".join(site.weights)
+        factor = factor_or_none(moment, self.damping, names, self.solutions.warnings)
         for name, (stored, parameter) in zip(site.names, site.weights.items(), strict=True):
             weight = parameter * smoothing
             # What multiplies an input that is always zero would only be compensated for.
@@ -83,20 +84,6 @@ class QdqSolver:
             self.solutions.add(stored, matrix, weight, fit.restored(), moment)
             parameter.copy_(fit.restored() / smoothing)
             module.get_submodule(name).register_forward_pre_hook(_rounding(grid, smoothing))
-
-    def _factor(self, moment: Tensor, site: Site) -> Factor | None:
-        """What the layers of an input share; None, with a warning that names them, where there is no factor."""
-        names = ", ".join(site.weights)
-        try:
-            factor = factorize(moment, self.damping)
-        except NotPositiveDefinite:
-            self.solutions.warnings.append(
-                f"rounded to nearest, since the inputs' statistics have no factor: {names}"
-            )
-            return None
-        if factor.damping > self.damping:
-            self.solutions.warnings.append(f"damped by {factor.damping:g} to have a factor: {names}")
-        return factor
 
 
 def smoothing_factors(largest: Tensor, weights: Sequence[Tensor], strength: float) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 from app.errors import JobFailed
 from workers.engine.calibration.activation_ranges import Extremes, input_extremes
 from workers.engine.calibration.block_stream import LiveBlock
-from workers.engine.calibration.input_moments import gather_moments, input_sites
-from workers.engine.checkpoint.selection import module_name, non_finite
+from workers.engine.calibration.input_moments import gather_moments, reached_sites
+from workers.engine.checkpoint.selection import non_finite
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,7 @@ def block_sites(block: LiveBlock, wanted: Container[str]) -> list[Site]:
 
     Raises JobFailed when a wanted layer is never called or an input is not finite, InvalidRequest for such a weight.
     """
-    chosen = {module_name(name): stored for name, stored in block.stored_names.items() if stored in wanted}
-    sites = input_sites(block, list(chosen))
-    unseen = chosen.keys() - {layer for site in sites for layer in site.layers}
-    if unseen:
-        raise JobFailed(
-            f"Calibration never reached {', '.join(sorted(chosen[name] for name in unseen))}.",
-            code="layer_never_called",
-            hint="Put these layers on the step's ignore list, or use quantize.weights.",
-        )
+    chosen, sites = reached_sites(block, wanted)
     if not sites:
         return []
     with input_extremes(block.module, [site.layers[0] for site in sites]) as extremes:

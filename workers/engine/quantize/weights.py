@@ -9,8 +9,6 @@ scale depends on the whole weight (fp8 with one scale, nvfp4) take a pass over t
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -26,9 +24,10 @@ from workers.engine.checkpoint import (
     row_slabs,
     write_config,
 )
-from workers.engine.checkpoint.selection import non_finite, select_layers
+from workers.engine.checkpoint.selection import select_layers
 from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.quantize.grid import WeightGrid
+from workers.engine.quantize.largest_weights import largest_weights
 from workers.engine.quantize.packed_layers import (
     WeightError,
     config_with_quantization,
@@ -101,25 +100,13 @@ def _grids(
 ) -> tuple[dict[str, WeightGrid], float]:
     """The grid of each weight, by its name, and the share of the work that finding them was."""
     needing = {layer.module: name for name, layer in layers.items() if layer.needs_peak}
-    slabs = [slab for name in needing.values() for slab in row_slabs(checkpoint.tensors[name])]
-    peaks = dict.fromkeys(layers, 0.0)
-    for slab, peak in map_slabs(
+    peaks = dict.fromkeys(layers, 0.0) | largest_weights(
         checkpoint,
-        slabs,
-        lambda slab, rows: _peak(rows, slab.entry.name),
+        needing.values(),
         threads=context.threads,
         progress=lambda share: context.progress(_LOOKING * share, "looking for the largest weights"),
-    ):
-        peaks[slab.entry.name] = max(peaks[slab.entry.name], peak)
+    )
     for modules in fused_layers(needing):
         names = [needing[module] for module in modules]
         peaks |= dict.fromkeys(names, max(peaks[name] for name in names))
     return {name: layer.grid(peaks[name]) for name, layer in layers.items()}, _LOOKING if needing else 0.0
-
-
-def _peak(rows: Tensor, name: str) -> float:
-    """The largest magnitude. Raises InvalidRequest when one is not finite."""
-    peak = float(rows.abs().max())
-    if not math.isfinite(peak):
-        raise non_finite(name)
-    return peak

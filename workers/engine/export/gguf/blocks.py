@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from workers.engine.quantize.block_scales import GRIDS, BlockScales, cut
+from workers.engine.quantize.gguf_scales import GRIDS, BlockScales, cut
 
 
 def pack_blocks(codes: Tensor, scales: BlockScales, format_name: str) -> Tensor:
