@@ -11,10 +11,13 @@ from app.spec.base import Step
 from app.spec.compatibility import check_spec
 from app.spec.compression import CompressionSpec
 from app.spec.facts import ModelFacts, TensorFact
+from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
 from app.spec.plan import plan_job
 from app.spec.prune import PruneMagnitude
 from app.spec.quantize import LayerOverride, QuantizeCalibrated, QuantizeWeights
+from app.spec.quantize_dynamic import QuantizeDynamic
+from app.spec.quantize_onnx import QuantizeOnnx
 
 HIDDEN, INNER, EXPERTS = 64, 128, 4
 EXPERTS_IN_8 = LayerOverride(layers="*.w2", bits=8)
@@ -82,6 +85,8 @@ def test_mixtures_are_quantized_symmetrically_and_pruned_as_one_likes(step: Step
         (QuantizeWeights(ignore=("*.q_proj", "*.w2")), "/steps/0/ignore/1", "only if all"),
         (QuantizeWeights(overrides=(EXPERTS_IN_8,)), "/steps/0/overrides/0", "all experts"),
         (OptimizeOnnx(), "/steps/0/technique", "every expert"),
+        (QuantizeOnnx(), "/steps/0/technique", "every expert"),
+        (QuantizeDynamic(), "/steps/0/technique", "nn.Linear"),
     ],
     ids=str,
 )
@@ -97,7 +102,8 @@ def test_a_pattern_for_routers_alone_matches_no_layer() -> None:
 
 def test_transposed_weights_are_rounded_to_nearest_alone() -> None:
     assert faults(QuantizeWeights(), gpt2()) == {}
-    assert "quantize.weights" in faults(QuantizeCalibrated(), gpt2())["/steps/0/technique"]
+    for step in (QuantizeCalibrated(), QuantizeOnnx(), QuantizeDynamic()):
+        assert "quantize.weights" in faults(step, gpt2())["/steps/0/technique"]
 
 
 def test_two_of_four_counts_the_inputs_of_transposed_weights() -> None:
@@ -116,6 +122,20 @@ def test_time_follows_the_weights_a_token_meets_and_memory_follows_all() -> None
     plans = [plan_job(spec, model) for model in (one, all_of_them)]
     assert plans[0].seconds < plans[1].seconds
     assert plans[0].peak_memory_bytes == plans[1].peak_memory_bytes
+
+
+@pytest.mark.parametrize("step", [QuantizeGguf(), QuantizeCalibrated(), QuantizeOnnx()], ids=str)
+def test_memory_of_a_calibrated_step_follows_the_widest_input(step: Step) -> None:
+    def model(inner: int) -> ModelFacts:
+        layers = "model.layers.#."
+        shapes = {"self_attn.q_proj": (HIDDEN, HIDDEN), "mlp.down_proj": (HIDDEN, inner)}
+        return facts("LlamaForCausalLM", {f"{layers}{name}.weight": shape for name, shape in shapes.items()})
+
+    def peak(inner: int) -> int:
+        return plan_job(CompressionSpec(steps=(step,)), model(inner)).stages[2].peak_memory_bytes
+
+    # The second moment of the wide input alone.
+    assert peak(64 * INNER) - peak(INNER) > 4 * (64 * INNER) ** 2
 
 
 def test_routers_keep_their_size() -> None:

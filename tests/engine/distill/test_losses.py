@@ -44,10 +44,10 @@ def test_blended_loss_and_gradient_are_those_of_the_formula(blend: Blend) -> Non
     torch.testing.assert_close(ours.double(), gradient, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize(("cap", "scale"), [(None, 1.0), (3.0, 1.0), (None, 0.25), (3.0, 0.25)])
 @pytest.mark.parametrize("rows", [4, 100])
 def test_token_loss_in_chunks_is_the_whole_one(
-    cap: float | None, rows: int, monkeypatch: pytest.MonkeyPatch
+    cap: float | None, scale: float, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", rows * VOCABULARY)
     blend = Blend(2.0, 0.3)
@@ -59,12 +59,13 @@ def test_token_loss_in_chunks_is_the_whole_one(
     def capped(logits: Tensor) -> Tensor:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    expected = _reference(capped(hidden @ weight.T), capped(taught @ taught_weight.T), labels, blend)
+    expected = _reference(
+        capped(scale * hidden @ weight.T), capped(2 * scale * taught @ taught_weight.T), labels, blend
+    )
     gradients = torch.autograd.grad(3 * expected, [hidden, weight])
     low, low_weight = (x.detach().float().requires_grad_() for x in (hidden, weight))
-    loss = token_loss(
-        low, Head(low_weight, cap), taught.float(), Head(taught_weight.float(), cap), labels, blend
-    )
+    head, teacher_head = Head(low_weight, cap, scale), Head(taught_weight.float(), cap, 2 * scale)
+    loss = token_loss(low, head, taught.float(), teacher_head, labels, blend)
     (3 * loss).backward()
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     torch.testing.assert_close(low.grad.double(), gradients[0], atol=1e-5, rtol=1e-3)

@@ -9,6 +9,7 @@ from torch import Tensor
 from workers.engine.quantize.compensation import (
     NotPositiveDefinite,
     compensated,
+    damped,
     factorize,
     output_error,
     row_errors,
@@ -94,6 +95,19 @@ def test_threads_share_the_rows_and_change_nothing() -> None:
 def test_independent_inputs_of_one_size_leave_nothing_to_compensate(weight: Tensor) -> None:
     fit = fit_of(weight)
     assert torch.equal(compensated(weight, factorize(torch.eye(COLUMNS), 0.01), fit).codes, fit.codes)
+
+
+def test_h_is_damped_as_it_was_factored_and_only_meanwhile(second_moment: Tensor) -> None:
+    before = second_moment.clone()
+    factor = factorize(second_moment, 0.05)
+    inner = torch.linalg.inv(factor.flipped.double().flip(0, 1))
+    with damped(second_moment, 0.05):
+        inside = second_moment.clone()
+    assert torch.equal(second_moment, before)
+    ordered = inside[factor.order][:, factor.order].double()
+    torch.testing.assert_close(inner @ inner.t(), ordered, atol=1e-3, rtol=1e-3)
+    assert inside[7, 7] > 1
+    assert torch.equal(inside - inside.diagonal().diag(), before - before.diagonal().diag())
 
 
 def test_factor_times_itself_is_the_inverse(second_moment: Tensor) -> None:

@@ -12,7 +12,7 @@ from app.spec.base import Step
 from app.spec.gguf import QuantizeGguf
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_onnx import QuantizeOnnx
-from workers.engine.quantize.silent_channels import SilentChannels
+from workers.engine.quantize.silent_channels import SilentChannels, ZeroOutputs, carrying_outputs
 from workers.engine.technique import StepOutcome, run_step
 
 Tiny = Callable[[str], Path]
@@ -84,3 +84,15 @@ def test_however_many_layers_there_are_few_are_named() -> None:
     assert "80 in 40 layers" in flag.detail
     assert "and 35 more" in flag.detail
     assert "layers.5." not in flag.detail
+
+
+@pytest.mark.parametrize("inputs_first", [False, True])
+def test_zero_outputs_are_counted_over_the_parts_of_a_weight(inputs_first: bool) -> None:
+    weight = torch.ones(6, 5)
+    # A column, and three rows in two parts, the last of which has nothing else.
+    weight[[0, 4, 5]] = 0
+    weight[:, 3] = 0
+    outputs = ZeroOutputs(inputs_first)
+    for rows in weight.split(2):
+        outputs.add(carrying_outputs(rows, inputs_first=inputs_first))
+    assert outputs.count == (1 if inputs_first else 3)

@@ -18,7 +18,7 @@ from torch import Tensor
 from workers.engine.checkpoint.layout import TensorEntry
 from workers.engine.checkpoint.reader import Checkpoint
 
-SLAB_BYTES = 4 * 2**20
+SLAB_BYTES = 2 * 2**20
 # A spare thread reads while the others compute.
 _SPARE_THREADS = 1
 

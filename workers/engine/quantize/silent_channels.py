@@ -19,10 +19,31 @@ def carrying_outputs(rows: Tensor, *, inputs_first: bool) -> Tensor:
     return rows.any(0 if inputs_first else 1)
 
 
-def count_zero_outputs(carrying: Sequence[Tensor], *, inputs_first: bool) -> int:
-    """Outputs of a whole weight that carry nothing, from those that `carrying_outputs` found in its parts."""
-    found = torch.stack(list(carrying)).any(0) if inputs_first else torch.cat(list(carrying))
-    return int((~found).sum())
+@dataclass
+class ZeroOutputs:
+    """Counts the outputs of one weight that carry nothing, part by part.
+
+    It keeps no tensor of a part: small ones that stay between large ones that go would keep the heap from shrinking.
+    """
+
+    inputs_first: bool
+    _complete: int = 0
+    _carrying: Tensor | None = None
+    """Where each part has all outputs: those that carry something so far."""
+
+    def add(self, carrying: Tensor) -> None:
+        """Take what `carrying_outputs` found in the next rows."""
+        if not self.inputs_first:
+            self._complete += int((~carrying).sum())
+        elif self._carrying is None:
+            self._carrying = carrying.clone()
+        else:
+            self._carrying |= carrying
+
+    @property
+    def count(self) -> int:
+        """Outputs without a weight in any of the parts."""
+        return self._complete if self._carrying is None else int((~self._carrying).sum())
 
 
 @dataclass
@@ -45,8 +66,7 @@ class SilentChannels:
 
     def look_at_weight(self, name: str, weight: Tensor) -> None:
         """Count the outputs of a weight (rows, columns) that have only zeros."""
-        carrying = carrying_outputs(weight, inputs_first=False)
-        self.add_zero_outputs(name, count_zero_outputs([carrying], inputs_first=False))
+        self.add_zero_outputs(name, int((~carrying_outputs(weight, inputs_first=False)).sum()))
 
     def add_zero_outputs(self, name: str, count: int) -> None:
         """Note those of a layer, if it has any."""

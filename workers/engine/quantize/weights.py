@@ -37,7 +37,7 @@ from workers.engine.quantize.packed_layers import (
     totals,
     warnings_of,
 )
-from workers.engine.quantize.silent_channels import SilentChannels, carrying_outputs, count_zero_outputs
+from workers.engine.quantize.silent_channels import SilentChannels, ZeroOutputs, carrying_outputs
 from workers.engine.quantize.slab_rounding import round_slab
 from workers.engine.technique import StepContext, StepOutcome, implements
 
@@ -61,8 +61,8 @@ def quantize_weights(step: QuantizeWeights, context: StepContext) -> StepOutcome
 
     grids, looked = _grids(checkpoint, layers, context)
     errors: dict[str, list[WeightError]] = {name: [] for name in layers}
-    carrying: dict[str, list[Tensor]] = {name: [] for name in layers}
     inputs_first = architecture_in(checkpoint.config).inputs_first
+    zeros = {name: ZeroOutputs(inputs_first) for name in layers}
     with CheckpointWriter(context.target, facts, context.max_shard_bytes) as writer:
 
         def work(slab: Slab, rows: Tensor) -> tuple[WeightError, Tensor]:
@@ -81,10 +81,10 @@ def quantize_weights(step: QuantizeWeights, context: StepContext) -> StepOutcome
         ):
             if slab.entry.name in layers:
                 errors[slab.entry.name].append(error)
-                carrying[slab.entry.name].append(found)
+                zeros[slab.entry.name].add(found)
     silent = SilentChannels()
-    for name, parts in carrying.items():
-        silent.add_zero_outputs(name, count_zero_outputs(parts, inputs_first=inputs_first))
+    for name, outputs in zeros.items():
+        silent.add_zero_outputs(name, outputs.count)
     copy_side_files(context.source, context.target)
     write_config(context.target, config_with_quantization(checkpoint, layers, selection))
     return StepOutcome(
