@@ -10,6 +10,7 @@ from workers.engine.quantize.compensation import (
     NotPositiveDefinite,
     compensated,
     damped,
+    factored_in_place,
     factorize,
     output_error,
     row_errors,
@@ -100,7 +101,7 @@ def test_independent_inputs_of_one_size_leave_nothing_to_compensate(weight: Tens
 def test_h_is_damped_as_it_was_factored_and_only_meanwhile(second_moment: Tensor) -> None:
     before = second_moment.clone()
     factor = factorize(second_moment, 0.05)
-    inner = torch.linalg.inv(factor.flipped.double().flip(0, 1))
+    inner = torch.linalg.inv(factor.flipped.tril().double().flip(0, 1))
     with damped(second_moment, 0.05):
         inside = second_moment.clone()
     assert torch.equal(second_moment, before)
@@ -113,12 +114,36 @@ def test_h_is_damped_as_it_was_factored_and_only_meanwhile(second_moment: Tensor
 def test_factor_times_itself_is_the_inverse(second_moment: Tensor) -> None:
     second_moment.diagonal().add_(1.0)
     factor = factorize(second_moment.clone(), 0.01)
-    upper = factor.flipped.flip(0, 1).double()
-    assert torch.equal(upper, upper.triu())
+    upper = factor.flipped.tril().flip(0, 1).double()
     damped = second_moment.double()
     damped.diagonal().add_(0.01 * damped.diagonal().mean())
     expected = torch.linalg.inv(damped[factor.order][:, factor.order])
     torch.testing.assert_close(upper.t() @ upper, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [COLUMNS, 1300])
+def test_factor_in_the_memory_of_h_is_the_same_and_leaves_h_as_it_was(columns: int) -> None:
+    inputs = torch.randn(2 * columns, columns, generator=torch.Generator().manual_seed(5))
+    inputs[:, 3] = 0
+    moment = inputs.t() @ inputs
+    moment = (moment + moment.t()) / 2
+    before, expected = moment.clone(), factorize(moment, 0.05)
+    with factored_in_place(moment, 0.05, "", []) as factor:
+        assert factor is not None
+        assert factor.flipped.data_ptr() == moment.data_ptr()
+        assert torch.equal(factor.order, expected.order)
+        assert torch.equal(factor.flipped.tril(), expected.flipped.tril())
+    assert torch.equal(moment, before)
+
+
+def test_h_is_put_back_where_it_has_no_factor() -> None:
+    moment = torch.eye(4)
+    moment[0, 1] = moment[1, 0] = 1e6
+    before, warnings = moment.clone(), []
+    with factored_in_place(moment, 0.01, "the layer", warnings) as factor:
+        assert factor is None
+    assert torch.equal(moment, before)
+    assert warnings == ["rounded to nearest, since the inputs' statistics have no factor: the layer"]
 
 
 def test_coupling_is_the_factor_over_its_diagonal(second_moment: Tensor) -> None:

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from workers.engine.quantize.column_sweep import round_in_order
 from workers.engine.quantize.layer_fit import LayerFit
-from workers.engine.quantize.triangular import invert_lower_
+from workers.engine.quantize.triangular import factor_lower_, invert_lower_, mirror_upper_, rearrange_
 
 _ATTEMPTS = 4
-_ROWS_AT_ONCE = 512
 
 
 class NotPositiveDefinite(Exception):  # noqa: N818 - the caller decides whether that is an error
@@ -31,13 +30,13 @@ class Factor:
     """In which order to round the columns, and how those still free follow.
 
     In that order (H + damping)⁻¹ = Uᵀ U with U upper triangular. U = J·L⁻¹·J, L the Cholesky factor of J·H·J and J the
-    flip: no inverse of H is formed, and U stays flipped as it comes, in the memory of H's copy.
+    flip: no inverse of H is formed, and U stays flipped as it comes, in the memory of H.
     """
 
     order: Tensor
     """(n,), int64: columns by descending moment of their inputs."""
     flipped: Tensor
-    """(n, n), lower triangular: J·U·J."""
+    """(n, n): J·U·J, lower triangular; what is above the diagonal is something else."""
     damping: float
     """As a share of the mean of diag H."""
 
@@ -46,31 +45,63 @@ class Factor:
         n = len(self.order)
         part = self.flipped[n - columns.stop : n - columns.start, n - rows.stop : n - rows.start].flip(0, 1)
         diagonal = self.flipped.diagonal()[n - columns.stop : n - columns.start].flip(0)
-        return (part / diagonal.unsqueeze(1)).t()
+        return part.div_(diagonal.unsqueeze(1)).t()
 
 
 def factorize(second_moment: Tensor, damping: float) -> Factor:
     """Order the columns and factor H⁻¹: (n, n), float32. Inputs that were always zero get a moment of one.
 
-    Needs 1.3 times the memory of H beside it. A factorization that fails is tried again with ten times the damping, three times.
+    Needs 1.25 times the memory of H beside it. A factorization that fails is tried again with ten times the damping, three times.
     Raises NotPositiveDefinite then.
     """
-    moments = second_moment.diagonal()
-    order = torch.argsort(moments, descending=True, stable=True)
-    moments = torch.where(moments == 0, torch.ones_like(moments), moments)
-    for attempt in range(_ATTEMPTS):
-        strength = damping * 10**attempt
-        flipped = _rearranged(second_moment, order.flip(0))
-        flipped.diagonal().copy_(moments[order.flip(0)] + strength * moments.mean())
-        if _factor_inverse_(flipped):
-            return Factor(order, flipped, strength)
-    raise NotPositiveDefinite
+    return _factorize_(second_moment.clone(), damping)
 
 
 def factor_or_none(second_moment: Tensor, damping: float, names: str, warnings: list[str]) -> Factor | None:
     """What all layers of an input share; None where there is no factor. `warnings` then name them, and where H was damped more."""
+    return _warning_factorize_(second_moment.clone(), damping, names, warnings)
+
+
+@contextmanager
+def factored_in_place(
+    second_moment: Tensor, damping: float, names: str, warnings: list[str]
+) -> Iterator[Factor | None]:
+    """The same in the memory of H, which is H again afterwards. Needs a quarter of it beside it."""
+    moments = second_moment.diagonal().clone()
+    order = _rounding_order(moments).flip(0)
     try:
-        factor = factorize(second_moment, damping)
+        yield _warning_factorize_(second_moment, damping, names, warnings)
+    finally:
+        # What is above the diagonal is H's still.
+        second_moment.diagonal().copy_(moments[order])
+        mirror_upper_(second_moment)
+        rearrange_(second_moment, torch.argsort(order))
+
+
+def _factorize_(matrix: Tensor, damping: float) -> Factor:
+    moments = matrix.diagonal().clone()
+    order = _rounding_order(moments)
+    moments = torch.where(moments == 0, torch.ones_like(moments), moments)
+    rearrange_(matrix, order.flip(0))
+    for attempt in range(_ATTEMPTS):
+        strength = damping * 10**attempt
+        if attempt:
+            mirror_upper_(matrix)
+        matrix.diagonal().copy_(moments[order.flip(0)] + strength * moments.mean())
+        if factor_lower_(matrix):
+            invert_lower_(matrix)
+            if torch.isfinite(matrix.diagonal()).all() and torch.isfinite(matrix.sum()):
+                return Factor(order, matrix, strength)
+    raise NotPositiveDefinite
+
+
+def _rounding_order(moments: Tensor) -> Tensor:
+    return torch.argsort(moments, descending=True, stable=True)
+
+
+def _warning_factorize_(matrix: Tensor, damping: float, names: str, warnings: list[str]) -> Factor | None:
+    try:
+        factor = _factorize_(matrix, damping)
     except NotPositiveDefinite:
         warnings.append(f"rounded to nearest, since the inputs' statistics have no factor: {names}")
         return None
@@ -88,25 +119,6 @@ def damped(second_moment: Tensor, damping: float) -> Iterator[None]:
     diagonal.add_(damping * diagonal.mean())
     yield
     diagonal.copy_(before)
-
-
-def _rearranged(matrix: Tensor, order: Tensor) -> Tensor:
-    """Rows and columns in that order, without a second copy on the way."""
-    result = torch.empty_like(matrix)
-    for start in range(0, len(order), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        result[rows] = matrix[order[rows]].index_select(1, order)
-    return result
-
-
-def _factor_inverse_(matrix: Tensor) -> bool:
-    """L⁻¹ for matrix = L Lᵀ, in place: (n, n); False if there is none in float32."""
-    info = torch.empty((), dtype=torch.int32, device=matrix.device)
-    torch.linalg.cholesky_ex(matrix, out=(matrix, info))
-    if int(info):
-        return False
-    invert_lower_(matrix)
-    return bool(torch.isfinite(matrix.diagonal()).all() and torch.isfinite(matrix.sum()))
 
 
 def compensated(weight: Tensor, factor: Factor, fit: LayerFit, *, threads: int = 1) -> LayerFit:

@@ -6,7 +6,7 @@ made once; large ones are taken some rows at a time, so that what is beside the 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from app.spec.calibration_memory import WEIGHTS_AT_ONCE
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.checkpoint.layout import TORCH_DTYPES
 from workers.engine.export.stored_layer import StoredLayer
-from workers.engine.quantize.compensation import Factor, compensated, damped, factor_or_none
+from workers.engine.quantize.compensation import Factor, compensated, damped, factored_in_place
 from workers.engine.quantize.grid import WeightGrid
 from workers.engine.quantize.layer_fit import LayerFit, fit_blocks, fit_layer, joined
 from workers.engine.quantize.refinement import descended, refined
@@ -47,33 +47,26 @@ class LayerSolver:
     ) -> dict[str, LayerFit]:
         """Fit weights (rows, columns) that share inputs of second moment H (columns, columns), by name."""
         batches = list(_batches(weights, layers))
-        factor = None
-        if self.step.solver != "nearest":
-            factor = factor_or_none(second_moment, self.step.damping, ", ".join(weights), self.warnings)
-        fits = [self._fit(batch, weights, second_moment, factor) for batch in batches]
+        importance = second_moment.diagonal().clone()
+        if self.step.solver == "nearest":
+            fits = [self._fit(batch, weights, importance, None) for batch in batches]
+            return _by_layer(batches, fits, layers)
+        names = ", ".join(weights)
+        with factored_in_place(second_moment, self.step.damping, names, self.warnings) as factor:
+            fits = [self._fit(batch, weights, importance, factor) for batch in batches]
         if factor is not None:
-            order, damping = factor.order, factor.damping
-            # Refining needs H, and no longer its factor, which is as large.
-            del factor
-            with damped(second_moment, damping):
+            with damped(second_moment, factor.damping):
                 fits = [
-                    self._refine(batch, fit, weights, second_moment, order)
+                    self._refine(batch, fit, weights, second_moment, factor.order)
                     for batch, fit in zip(batches, fits, strict=True)
                 ]
-        found: dict[str, list[LayerFit]] = {name: [] for name in layers}
-        for batch, fit in zip(batches, fits, strict=True):
-            start = 0
-            for name, rows in batch.parts:
-                stop = start + rows.stop - rows.start
-                found[name].append(fit.of_rows(slice(start, stop)))
-                start = stop
-        return {name: joined(parts) for name, parts in found.items()}
+        return _by_layer(batches, fits, layers)
 
     def _fit(
-        self, batch: _Batch, weights: dict[str, Tensor], second_moment: Tensor, factor: Factor | None
+        self, batch: _Batch, weights: dict[str, Tensor], importance: Tensor, factor: Factor | None
     ) -> LayerFit:
         weight = batch.weight(weights)
-        fit = nearest_fit(weight, batch.layer, batch.grid, second_moment.diagonal(), threads=self.threads)
+        fit = nearest_fit(weight, batch.layer, batch.grid, importance, threads=self.threads)
         if factor is not None:
             fit = compensated(weight, factor, fit, threads=self.threads)
         return fit.compact()
@@ -94,6 +87,19 @@ class LayerSolver:
                 fit = descended(weight, fit, second_moment, order, threads=self.threads)
             return fit.compact()
         return refined(weight, fit, second_moment, order, rounds=rounds, threads=self.threads).compact()
+
+
+def _by_layer(
+    batches: Iterable[_Batch], fits: Iterable[LayerFit], layers: Iterable[str]
+) -> dict[str, LayerFit]:
+    found: dict[str, list[LayerFit]] = {name: [] for name in layers}
+    for batch, fit in zip(batches, fits, strict=True):
+        start = 0
+        for name, rows in batch.parts:
+            stop = start + rows.stop - rows.start
+            found[name].append(fit.of_rows(slice(start, stop)))
+            start = stop
+    return {name: joined(parts) for name, parts in found.items()}
 
 
 def nearest_fit(

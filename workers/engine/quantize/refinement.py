@@ -38,8 +38,9 @@ def descended(
     diagonal = second_moment.diagonal()
 
     def coupling(rows: slice, columns: slice) -> Tensor:
-        part = second_moment[order[rows]].index_select(1, order[columns])
-        return part.div_(diagonal[order[rows]].unsqueeze(1))
+        # H is symmetric, and the columns are the fewer.
+        part = second_moment[order[columns]].index_select(1, order[rows])
+        return part.div_(diagonal[order[rows]]).t()
 
     before = fit.restored()
     targets = ((weight - before) @ second_moment).div_(diagonal).add_(before)
