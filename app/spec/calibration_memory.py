@@ -1,7 +1,7 @@
 """Memory of calibrated quantization, from shapes alone: what a plan says, and what the engine keeps to.
 
-Beside the interpreter: one block's weights, the second moments H of its inputs, the factor of the largest, the rows that
-are being solved, what has been found, and one window's activations.
+Beside the interpreter: one block's weights, the second moments H of its inputs (factored in their own memory), the rows
+that are being solved, what has been found, and the activations of the windows that run together.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from app.spec.facts import ModelFacts, TensorFact
 
 WEIGHTS_AT_ONCE = 2**23
 """Weights whose scales and codes are solved at once."""
+NARROW_WEIGHTS_AT_ONCE = 2**22
+"""The same where memory is short."""
 _SOLVING_BYTES = 28
 """Per weight that is solved at once: weights, codes, targets, differences and their like in float32."""
-_FOUND_BYTES = 3
-"""Per weight of a site: codes in 16 bits, and packed."""
-_FACTOR_COPIES = 1.75
-"""Of H, while it is factored and its parts are rearranged: measured on a block of an 8B Llama's shape."""
+_FOUND_BYTES = 2
+"""Per weight of a site: codes in 8 bits, and packed."""
 _ACTIVATIONS = 12
 """Tensors of a window's (tokens, widest input) alive in a block's forward."""
 _LATENT_BYTES = 8
@@ -112,12 +112,13 @@ def _solving(sites: list[Site], window: int, width: int, *, one_site_at_a_time: 
     """The most that is held at once beside a block's weights."""
     moments = [4 * site.features**2 for site in sites]
     held = 0 if one_site_at_a_time else sum(moments)
+    at_once = NARROW_WEIGHTS_AT_ONCE if one_site_at_a_time else WEIGHTS_AT_ONCE
     found = sum(site.weights for site in sites) // 2
     peak = 0
     for site, moment in zip(sites, moments, strict=True):
-        solving = _SOLVING_BYTES * min(site.weights, WEIGHTS_AT_ONCE) + _FOUND_BYTES * site.weights
+        rows = _SOLVING_BYTES * min(site.weights, at_once) + _FOUND_BYTES * site.weights
         own = moment if one_site_at_a_time else 0
-        peak = max(peak, own + held + int(_FACTOR_COPIES * moment) + solving)
+        peak = max(peak, own + held + rows)
         # A site's H is freed once its layers are solved.
         held = max(0, held - moment)
     widest = max(site.features for site in sites)

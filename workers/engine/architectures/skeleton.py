@@ -119,6 +119,8 @@ class Skeleton:
             return outputs[0]
 
         self._forward_with([record] * len(self.blocks), window)
+        # A job that goes on at a later block would keep it to the end.
+        self.blocks[0].to("meta")
         return calls
 
     def embed(self, window: Tensor) -> Tensor:

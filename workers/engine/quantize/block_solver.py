@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from app.errors import JobFailed
+from app.spec.calibration_memory import NARROW_WEIGHTS_AT_ONCE, WEIGHTS_AT_ONCE
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.calibration.block_stream import LiveBlock
 from workers.engine.calibration.hidden_states import HiddenStates
@@ -16,6 +17,7 @@ from workers.engine.calibration.input_moments import InputSite, expert_of, gathe
 from workers.engine.checkpoint.layout import TORCH_DTYPES
 from workers.engine.checkpoint.selection import non_finite
 from workers.engine.export.stored_layer import StoredLayer
+from workers.engine.freed_memory import release_freed_memory
 from workers.engine.quantize.block_tuning import Untuned, original_outputs, row_parts, tune_block
 from workers.engine.quantize.channel_scaling import scale_channels
 from workers.engine.quantize.compensation import row_errors
@@ -24,7 +26,8 @@ from workers.engine.quantize.layer_solver import LayerSolver
 from workers.engine.quantize.sign_rounding import best_alone, doubts
 from workers.engine.quantize.silent_channels import SilentChannels
 
-_ROWS_AT_ONCE = 1024
+# Of a layer, while what was lost is added up.
+_WEIGHTS_AT_ONCE = 2**22
 
 
 @dataclass
@@ -110,7 +113,8 @@ class BlockSolver:
         done = SolvedBlock()
         if not chosen:
             return done
-        solver = LayerSolver(self.step, self.threads)
+        at_once = NARROW_WEIGHTS_AT_ONCE if self.one_site_at_a_time else WEIGHTS_AT_ONCE
+        solver = LayerSolver(self.step, self.threads, at_once)
         for together in [[site] for site in sites] if self.one_site_at_a_time else [sites]:
             gather_moments(block, together)
             for site in together:
@@ -155,6 +159,7 @@ class BlockSolver:
                 done.untuned[within] = _untuned(weights[name], fits[name], second_moment)
             self._settle(name, weights[name], fits[name], second_moment, done)
             done.tensors |= self.layers[name].tensors(fits[name], site.peak())
+        release_freed_memory()
 
     def _correct_biases(
         self,
@@ -179,10 +184,9 @@ class BlockSolver:
     ) -> None:
         """Give the block the weights that a loader makes of the file, and add up what was lost; few rows at a time."""
         of_error = of_weights = 0.0
-        # For the report alone: three digits are plenty.
-        moments = second_moment.to(weight.dtype)
-        for start in range(0, len(weight), _ROWS_AT_ONCE):
-            rows = slice(start, start + _ROWS_AT_ONCE)
+        size = max(1, _WEIGHTS_AT_ONCE // weight.shape[1])
+        for start in range(0, len(weight), size):
+            rows = slice(start, start + size)
             before = weight[rows].to(torch.float32, copy=True)
             restored = fit.of_rows(rows).restored()
             # The next layers and blocks are calibrated on what they will be given.
@@ -190,8 +194,9 @@ class BlockSolver:
             difference = restored.sub_(before)
             of_error += _total(difference.square())
             of_weights += _total(before.square())
-            done.outputs_lost += _total(row_errors(difference.to(weight.dtype), moments))
-            done.outputs_had += _total(row_errors(before.to(weight.dtype), moments))
+            # For the report alone: the three digits of the weights' own dtype are plenty.
+            done.outputs_lost += _total(row_errors(difference.to(weight.dtype), second_moment))
+            done.outputs_had += _total(row_errors(before.to(weight.dtype), second_moment))
         done.weight_errors[name] = (of_error, of_weights)
 
 

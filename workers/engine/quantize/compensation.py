@@ -19,6 +19,7 @@ from workers.engine.quantize.layer_fit import LayerFit
 from workers.engine.quantize.triangular import factor_lower_, invert_lower_, mirror_upper_, rearrange_
 
 _ATTEMPTS = 4
+_COLUMNS_AT_ONCE = 2048
 
 
 class NotPositiveDefinite(Exception):  # noqa: N818 - the caller decides whether that is an error
@@ -51,7 +52,7 @@ class Factor:
 def factorize(second_moment: Tensor, damping: float) -> Factor:
     """Order the columns and factor H⁻¹: (n, n), float32. Inputs that were always zero get a moment of one.
 
-    Needs 1.25 times the memory of H beside it. A factorization that fails is tried again with ten times the damping, three times.
+    A factorization that fails is tried again with ten times the damping, three times.
     Raises NotPositiveDefinite then.
     """
     return _factorize_(second_moment.clone(), damping)
@@ -66,7 +67,7 @@ def factor_or_none(second_moment: Tensor, damping: float, names: str, warnings: 
 def factored_in_place(
     second_moment: Tensor, damping: float, names: str, warnings: list[str]
 ) -> Iterator[Factor | None]:
-    """The same in the memory of H, which is H again afterwards. Needs a quarter of it beside it."""
+    """The same in the memory of H, which is H again afterwards. Needs a few rows' memory beside it."""
     moments = second_moment.diagonal().clone()
     order = _rounding_order(moments).flip(0)
     try:
@@ -132,5 +133,13 @@ def output_error(difference: Tensor, second_moment: Tensor) -> float:
 
 
 def row_errors(difference: Tensor, second_moment: Tensor) -> Tensor:
-    """diag(D H Dᵀ): the expected squared error of each output: (rows, columns) -> (rows,)."""
-    return (difference @ second_moment).mul_(difference).sum(1, dtype=torch.float32)
+    """diag(D H Dᵀ): the expected squared error of each output: (rows, columns) -> (rows,), float32.
+
+    Multiplied in the dtype of D: H is brought to it a few columns at a time.
+    """
+    errors = torch.zeros(len(difference), device=difference.device)
+    for start in range(0, len(second_moment), _COLUMNS_AT_ONCE):
+        columns = slice(start, start + _COLUMNS_AT_ONCE)
+        products = difference @ second_moment[:, columns].to(difference.dtype)
+        errors += products.mul_(difference[:, columns]).sum(1, dtype=torch.float32)
+    return errors

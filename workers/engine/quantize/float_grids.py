@@ -35,6 +35,11 @@ class _FloatGrid:
     largest: float = E2M1_MAX
     symmetric: bool = True
 
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The smallest that holds all codes."""
+        return torch.float16
+
     def nearest_(self, exact: Tensor) -> Tensor:
         """Round w/s to the nearest E2M1 numbers, in place: 0, ½, 1, 1½, 2, 3, 4 and 6, of either sign."""
         magnitude = exact.abs()

@@ -52,6 +52,10 @@ class WeightGrid(Protocol):
         """Whether there is no zero point."""
 
     @property
+    def code_dtype(self) -> torch.dtype:
+        """The smallest that holds all codes."""
+
+    @property
     def schedule(self) -> Schedule:
         """The candidates worth trying."""
 
@@ -79,6 +83,11 @@ class Grid:
     def half(self) -> int:
         """m: codes go from −m to m − 1."""
         return 1 << (self.bits - 1)
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The smallest that holds all codes."""
+        return torch.int8
 
     @property
     def schedule(self) -> Schedule:

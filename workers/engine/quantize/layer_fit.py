@@ -34,7 +34,7 @@ class LayerFit:
     zero: Tensor
     """(rows, groups), float32."""
     codes: Tensor
-    """(rows, columns), float32, or float16 where it is only kept."""
+    """(rows, columns), float32, or the grid's `code_dtype` where it is only kept."""
 
     @property
     def group_size(self) -> int:
@@ -60,8 +60,8 @@ class LayerFit:
         return replace(self, scale=self.scale[rows], zero=self.zero[rows], codes=self.codes[rows])
 
     def compact(self) -> LayerFit:
-        """The same in less memory: the codes of all grids are few, and exact in float16."""
-        return replace(self, codes=self.codes.half())
+        """The same in less memory."""
+        return replace(self, codes=self.codes.to(self.grid.code_dtype))
 
     def _grouped(self, values: Tensor) -> Tensor:
         return values.reshape(len(values), -1, self.group_size)

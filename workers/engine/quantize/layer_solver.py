@@ -16,6 +16,7 @@ from app.spec.calibration_memory import WEIGHTS_AT_ONCE
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.checkpoint.layout import TORCH_DTYPES
 from workers.engine.export.stored_layer import StoredLayer
+from workers.engine.freed_memory import release_freed_memory
 from workers.engine.quantize.compensation import Factor, compensated, damped, factored_in_place
 from workers.engine.quantize.grid import WeightGrid
 from workers.engine.quantize.layer_fit import LayerFit, fit_blocks, fit_layer, joined
@@ -38,15 +39,17 @@ class _Batch:
 class LayerSolver:
     """Carries out a step's choices, and keeps what a reader of the report must know."""
 
-    def __init__(self, step: QuantizeCalibrated, threads: int) -> None:
-        self.step, self.threads = step, threads
+    def __init__(
+        self, step: QuantizeCalibrated, threads: int, weights_at_once: int = WEIGHTS_AT_ONCE
+    ) -> None:
+        self.step, self.threads, self.weights_at_once = step, threads, weights_at_once
         self.warnings: list[str] = []
 
     def solve(
         self, weights: dict[str, Tensor], layers: Mapping[str, StoredLayer], second_moment: Tensor
     ) -> dict[str, LayerFit]:
         """Fit weights (rows, columns) that share inputs of second moment H (columns, columns), by name."""
-        batches = list(_batches(weights, layers))
+        batches = list(_batches(weights, layers, self.weights_at_once))
         importance = second_moment.diagonal().clone()
         if self.step.solver == "nearest":
             fits = [self._fit(batch, weights, importance, None) for batch in batches]
@@ -69,7 +72,7 @@ class LayerSolver:
         fit = nearest_fit(weight, batch.layer, batch.grid, importance, threads=self.threads)
         if factor is not None:
             fit = compensated(weight, factor, fit, threads=self.threads)
-        return fit.compact()
+        return _settled(fit)
 
     def _refine(
         self, batch: _Batch, fit: LayerFit, weights: dict[str, Tensor], second_moment: Tensor, order: Tensor
@@ -85,8 +88,15 @@ class LayerSolver:
             # Rows that share scales cannot each have them refitted.
             for _ in range(rounds):
                 fit = descended(weight, fit, second_moment, order, threads=self.threads)
-            return fit.compact()
-        return refined(weight, fit, second_moment, order, rounds=rounds, threads=self.threads).compact()
+            return _settled(fit)
+        return _settled(refined(weight, fit, second_moment, order, rounds=rounds, threads=self.threads))
+
+
+def _settled(fit: LayerFit) -> LayerFit:
+    """What is kept of a batch; what it took beside goes back to the system."""
+    kept = fit.compact()
+    release_freed_memory()
+    return kept
 
 
 def _by_layer(
@@ -113,7 +123,9 @@ def nearest_fit(
     return fit_layer(weight, grid, group_size=size, dtype=dtype, importance=importance, threads=threads)
 
 
-def _batches(weights: Mapping[str, Tensor], layers: Mapping[str, StoredLayer]) -> Iterator[_Batch]:
+def _batches(
+    weights: Mapping[str, Tensor], layers: Mapping[str, StoredLayer], weights_at_once: int
+) -> Iterator[_Batch]:
     """Layers whose weights may be stacked, since all that matters of how they are stored is the same."""
     alike: dict[Hashable, list[str]] = {}
     for name, layer in layers.items():
@@ -124,14 +136,16 @@ def _batches(weights: Mapping[str, Tensor], layers: Mapping[str, StoredLayer]) -
         grid = layer.grid(
             max(float(weights[name].abs().max()) for name in names) if layer.needs_peak else 0.0
         )
-        for parts in _parts([(name, layers[name].rows) for name in names], layer):
+        for parts in _parts([(name, layers[name].rows) for name in names], layer, weights_at_once):
             yield _Batch(layer, grid, tuple(parts))
 
 
-def _parts(rows_of: list[tuple[str, int]], layer: StoredLayer) -> Iterator[list[tuple[str, slice]]]:
+def _parts(
+    rows_of: list[tuple[str, int]], layer: StoredLayer, weights_at_once: int
+) -> Iterator[list[tuple[str, slice]]]:
     """Cut layers of so many rows into lists of a bounded number of weights; blocks of rows are not cut."""
     parts: list[tuple[str, slice]] = []
-    most = WEIGHTS_AT_ONCE // layer.columns // layer.block_rows * layer.block_rows
+    most = weights_at_once // layer.columns // layer.block_rows * layer.block_rows
     room = limit = max(layer.block_rows, most)
     for name, rows in rows_of:
         start = 0

@@ -35,7 +35,7 @@ def factor_lower_(matrix: Tensor) -> bool:
 
 
 def invert_lower_(lower: Tensor) -> None:
-    """Put L⁻¹ in the place of L: (n, n). Needs a quarter of its memory beside it.
+    """Put L⁻¹ in the place of L: (n, n).
 
     By halves: the inverse of [[A, 0], [B, C]] is [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]].
     """
@@ -48,12 +48,11 @@ def invert_lower_(lower: Tensor) -> None:
     first, second, below = lower[:middle, :middle], lower[middle:, middle:], lower[middle:, :middle]
     invert_lower_(first)
     invert_lower_(second)
-    factor = first.tril()
-    for part in _blocks(len(below)):
-        below[part] = (below[part] @ factor).neg_()
-    factor = second.tril()
+    # Each product only needs what has not been replaced yet.
     for part in _blocks(middle):
-        below[:, part] = factor @ below[:, part]
+        below[:, part] = (below[:, part.start :] @ first[part.start :, part].tril()).neg_()
+    for part in reversed(list(_blocks(n - middle))):
+        below[part] = second[part, : part.stop].tril(part.start) @ below[: part.stop]
 
 
 def mirror_upper_(matrix: Tensor) -> None:
