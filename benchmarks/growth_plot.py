@@ -32,6 +32,8 @@ class Run:
     processor_seconds: float
     """User and system time, of all threads."""
     peak_rss_bytes: int
+    planned_bytes: int
+    """What a plan says of the peak."""
 
 
 def draw(sizes: list[Run], lengths: list[Run]) -> str:

@@ -6,7 +6,7 @@ Usage: .venv/bin/python benchmarks/quantize_memory.py [--blocks 1] [--tokens 409
 Peak: blocks of the shape of an 8B Llama (hidden 4096, inner 14336, keys 1024; bf16, random), int4, 128 inputs a scale.
 One block is enough: blocks are done one after the other, and memory holds one; two, the default, show that. Tokens are
 few, 8 x 512, to keep it at minutes: statistics have the size of a layer's inputs squared however many tokens there are,
-and states between blocks lie on disk. The budget is 2.5 GiB.
+and states between blocks lie on disk. The budget is 2.5 GiB. What a plan says of the peak stands beside what it was.
 Growth: Llamas of growing size on the same tokens, and one of them on growing numbers of tokens; docs/images/
 quantize_growth.svg is drawn from it.
 Each run is a process of its own; its time is that of the whole step, its peak memory (VmHWM) holds the imports too.
@@ -24,11 +24,15 @@ from typing import Any
 
 from figures import Figures
 from growth_plot import Run, draw
+from quality_int8 import facts_of
 from synthetic_llama import Shape, make_llama
 
+from app.spec.compression import CompressionSpec
+from app.spec.plan import plan_job
 from workers.engine.calibration.builtin import builtin_text
 
 MAX_PEAK_GIB = 2.5
+MAX_PLAN_ERROR = 0.2
 # 8B: of Llama 3 but for its vocabulary, which calibration never reads whole.
 EIGHT_BILLION = Shape(hidden=4096, inner=14336, keys=1024, blocks=2, head=128)
 TOKENS = 4096
@@ -86,6 +90,7 @@ def measure_peak(scratch: Path, arguments: argparse.Namespace) -> Figures:
         "s, user + system",
         compared_with=about,
     )
+    add_plan(figures, "quantize_memory_8b", [run])
     return figures
 
 
@@ -111,9 +116,24 @@ def measure_growth(scratch: Path, arguments: argparse.Namespace) -> Figures:
                 f"{name}_processor_seconds", run.processor_seconds, "s, user + system", compared_with=about
             )
             figures.add(f"{name}_peak_rss", run.peak_rss_bytes / MIB, "MiB", compared_with=about)
+    add_plan(figures, "quantize_growth", sizes + lengths)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     PICTURE.write_text(draw(sizes, lengths))
     return figures
+
+
+def add_plan(figures: Figures, name: str, runs: list[Run]) -> None:
+    """The plan's peak over what was measured: the lowest and the highest of some runs."""
+    ratios = [run.planned_bytes / run.peak_rss_bytes for run in runs]
+    for which, ratio in (("lowest", min(ratios)), ("highest", max(ratios))):
+        figures.add(
+            f"{name}_plan_{which}",
+            ratio,
+            "ratio",
+            compared_with=f"the measured peak, {len(runs)} runs",
+            floor=f"within {MAX_PLAN_ERROR:.0%}",
+            ok=abs(ratio - 1) <= MAX_PLAN_ERROR,
+        )
 
 
 def quantize(scratch: Path, shape: Shape, *, tokens: int, group_size: int, threads: int) -> Run:
@@ -138,7 +158,10 @@ def quantize(scratch: Path, shape: Shape, *, tokens: int, group_size: int, threa
         (here / "job.json").write_text(json.dumps(job))
         subprocess.run([sys.executable, str(OURS), str(here / "job.json")], check=True)
         measured = json.loads((here / "report.json").read_text())["parts"]["quantize"]
-    return Run(parameters=shape.block_parameters, tokens=tokens, **measured)
+        spec = CompressionSpec.model_validate({"steps": [step]})
+        stages = {stage.name: stage for stage in plan_job(spec, facts_of(here / "model")).stages}
+    planned = next(s.peak_memory_bytes for name, s in stages.items() if "calibrated" in name)
+    return Run(parameters=shape.block_parameters, tokens=tokens, planned_bytes=planned, **measured)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ WEIGHTS_AT_ONCE = 2**23
 """Weights whose scales and codes are solved at once."""
 NARROW_WEIGHTS_AT_ONCE = 2**22
 """The same where memory is short."""
-_SOLVING_BYTES = 28
-"""Per weight that is solved at once: weights, codes, targets, differences and their like in float32."""
+_SOLVING_BYTES = 44
+"""Per weight that is solved at once: weights, codes, targets, differences and their like in float32, as measured in a sweep."""
 _FOUND_BYTES = 2
 """Per weight of a site: codes in 8 bits, and packed."""
 _ACTIVATIONS = 12

@@ -13,6 +13,7 @@ def test_the_picture_has_four_plots_with_a_mark_for_every_run() -> None:
             seconds=n,
             processor_seconds=2.0 * n,
             peak_rss_bytes=n * 2**28,
+            planned_bytes=n * 2**28,
         )
         for n in (1, 2, 3)
     ]
