@@ -20,6 +20,7 @@ from app.db.engine import get_database
 from app.services import jobs, models
 from app.services.job_view import JobView
 from app.services.jobs import Submission
+from app.services.planning import find_recipe
 from app.settings import Settings
 
 router = APIRouter(prefix="/compress", tags=["compress"], route_class=IdempotentRoute)
@@ -46,7 +47,9 @@ async def compress(
     file: Annotated[
         UploadFile, File(description="A zip or tar of a Hugging Face directory, or a GGUF file.")
     ],
-    recipe: Annotated[str | None, Form(description="Name of a recipe. Give this or `spec`.")] = None,
+    recipe: Annotated[
+        str | None, Form(description="Name of a recipe. Give this or `spec`.", examples=["int8"])
+    ] = None,
     spec: Annotated[str | None, Form(description="A spec as JSON. Give this or `recipe`.")] = None,
     name: Annotated[str | None, Form(description="What to call the job.")] = None,
 ) -> JobView:
@@ -56,6 +59,8 @@ async def compress(
     not kept. Files over 100 MB go up in parts (`POST /v1/uploads`).
     """
     body = _job_request({"recipe": recipe, "spec": spec, "name": name})
+    if body.recipe is not None:
+        find_recipe(body.recipe)
     state = await models.create_from_body(
         stores_of(settings), _chunks(file), file_name=file.filename or "model", sha256=None
     )

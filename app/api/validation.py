@@ -16,10 +16,12 @@ from app.errors import Fault, InvalidRequest, ModelpressError
 from app.spec.compression import STEP_CLASSES, Acceptance, CompressionSpec, Evaluation, Resources, TextSource
 from app.spec.distill import StudentFromDepthCut, StudentFromModel
 from app.spec.export import Export
+from app.spec.quantize import LayerOverride
 
 _PREFIX = re.compile(r"^(?P<path>[a-z_]+(?:/[a-z0-9_]+)+): (?P<rest>.+)$", re.DOTALL)
 _ID_PATTERN = re.compile(r"^\^(?P<prefix>[a-z]{3}_)\[0-9a-z\]")
 _LONGEST_ECHO = 60
+_RULES_OF_NUMBERS = {"multiple_of", "greater_than", "greater_than_equal", "less_than", "less_than_equal"}
 _PLURALS = {1: "1 fault"}
 
 
@@ -48,8 +50,11 @@ def validation_problem(error: RequestValidationError) -> ModelpressError:
 def faults_of(errors: Iterable[Any], body: Any) -> list[Fault]:
     """Faults for the errors of a request with this body."""
     faults: dict[Fault, None] = {}
-    for item in errors:
-        if _is_echo(item):
+    items = list(errors)
+    # A number of the right kind that breaks a rule need not become one of the words that may stand there too.
+    numbers = {_place(item) for item in items if item["type"] in _RULES_OF_NUMBERS}
+    for item in items:
+        if _is_echo(item) or (_is_word_of_union(item) and _place(item) in numbers):
             continue
         place, *rest = item["loc"] or ("body",)
         if place in ("query", "path", "header", "cookie"):
@@ -59,6 +64,15 @@ def faults_of(errors: Iterable[Any], body: Any) -> list[Fault]:
         tail, detail = _explain(item)
         faults[Fault(pointer + tail, detail)] = None
     return list(faults)
+
+
+def _place(item: Any) -> tuple[int | str, ...]:
+    """Where an error is, without the member of a union that pydantic tried last."""
+    return tuple(item["loc"][:-1])
+
+
+def _is_word_of_union(item: Any) -> bool:
+    return bool(item["loc"]) and str(item["loc"][-1]).startswith("literal[")
 
 
 def _is_echo(item: Any) -> bool:
@@ -98,7 +112,11 @@ def _missing(_: Any) -> tuple[str, str]:
 
 
 def _extra(item: Any) -> tuple[str, str]:
-    return "", "There is no such field here." + _did_you_mean(str(item["loc"][-1]), _known_fields())
+    *parents, name = item["loc"]
+    parent = next((part for part in reversed(parents) if isinstance(part, str)), "body")
+    if parent == "body" and name in CompressionSpec.model_fields:
+        return "", "There is no such field here: it belongs inside `spec`."
+    return "", "There is no such field here." + _did_you_mean(str(name), _fields_of().get(parent, ()))
 
 
 def _literal(item: Any) -> tuple[str, str]:
@@ -173,10 +191,12 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 @lru_cache(maxsize=1)
-def _known_fields() -> frozenset[str]:
-    """Every field name of a spec, to guess what a misspelt one was meant to be."""
-    nested: tuple[type[BaseModel], ...] = (
-        CompressionSpec, Acceptance, Evaluation, Resources, TextSource, Export, StudentFromDepthCut, StudentFromModel,
-    )  # fmt: skip
-    classes = (*nested, *STEP_CLASSES)
-    return frozenset(name for cls in classes for name in getattr(cls, "model_fields", {}))
+def _fields_of() -> dict[str, list[str]]:
+    """The fields of each part of a spec, by the last name pydantic gives its place: to guess what a misspelt one was meant to be."""
+    parts: dict[str, type[BaseModel]] = {
+        "spec": CompressionSpec, "acceptance": Acceptance, "evaluation": Evaluation, "resources": Resources,
+        "text": TextSource, "calibration": TextSource, "training": TextSource, "export": Export,
+        "overrides": LayerOverride, "depth_cut": StudentFromDepthCut, "model": StudentFromModel,
+    }  # fmt: skip
+    steps = {cls.model_fields["technique"].default: cls for cls in STEP_CLASSES}
+    return {name: list(cls.model_fields) for name, cls in (parts | steps).items()}

@@ -84,6 +84,7 @@ def retry_job(session: Session, job_id: str) -> bool:
             dispatched_at=None,
             run_after=None,
             queued_at=db_now(),
+            started_at=None,
             ended_at=None,
         )
         .returning(Job.id)

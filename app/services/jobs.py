@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from sqlalchemy.orm import Session
 
-from app.db import job_moves, job_queries, model_queries
+from app.db import job_moves, job_queries, model_queries, worker_queries
 from app.db.engine import after_commit, get_database
 from app.db.tables import Artifact, Job
 from app.errors import Conflict, JobFailed, NotFound
@@ -28,6 +28,12 @@ class Submission:
     labels: dict[str, str] = field(default_factory=dict)
 
 
+_NO_GPU = (
+    "No worker with a GPU has been seen lately (GET /v1/workers): the job waits until one starts. Cancel it and leave "
+    "resources.device out to run it on a CPU."
+)
+
+
 @dataclass(frozen=True)
 class JobFilter:
     """Which jobs a list shows; everything given must hold."""
@@ -45,6 +51,9 @@ def submit_job(session: Session, settings: Settings, submission: Submission) -> 
     planned = plan_wish(session, submission.wish)
     require_fit(planned)
     job = _new_job(planned, settings, submission)
+    fresh = worker_queries.list_fresh(session)
+    if job.queue == "gpu" and not any("gpu" in worker.queues.split(",") for worker in fresh):
+        job.warnings = [_NO_GPU]
     job_moves.create_job(session, job, planned.spec.stage_names())
     _send_after_commit(session, job)
     session.refresh(job)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from app.spec.base import Format, Frozen
+from app.spec.base import Format, Frozen, Step
 from app.spec.distill import DistillLogits, StudentFromModel, StudentFromPreviousStep
 from app.spec.export import Export
 from app.spec.gguf import QuantizeGguf
@@ -29,7 +29,7 @@ AnyStep = Annotated[
     Field(discriminator="technique"),
 ]
 
-STEP_CLASSES: tuple[type, ...] = (
+STEP_CLASSES: tuple[type[Step], ...] = (
     QuantizeWeights,
     QuantizeCalibrated,
     QuantizeOnnx,

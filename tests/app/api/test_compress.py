@@ -42,6 +42,12 @@ def test_a_fault_in_the_spec_is_found_by_its_pointer_before_the_file_is_read(cli
     assert [fault["pointer"] for fault in answer.json()["errors"]] == ["/spec/steps/0/bits"]
 
 
+def test_an_unknown_recipe_is_refused_before_the_file_is_read(client: TestClient) -> None:
+    files = {"file": ("no-model.zip", b"no zip at all")}
+    answer = client.post("/v1/compress", files=files, data={"recipe": "int9"})
+    assert (answer.status_code, answer.json()["code"]) == (422, "unknown_recipe")
+
+
 def test_a_spec_that_is_no_json_is_refused(client: TestClient) -> None:
     answer = compress(client, spec="{bits: 4}")
     assert (answer.status_code, answer.json()["code"]) == (400, "malformed_body")

@@ -9,7 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 from job_support import claim, finish, make_facts
 
-from app.db import job_claims, job_moves
+from app.db import job_claims, job_moves, worker_queries
 from app.db.engine import Database
 from app.settings import Settings
 from app.spec.base import Family
@@ -98,9 +98,18 @@ def test_limits_of_a_recipe_that_are_for_other_families_are_left_out(
     assert (encoder["min_cosine"], encoder["max_perplexity_increase"]) == (0.99, None)
 
 
-def test_a_cuda_job_waits_in_the_gpu_queue(client: TestClient, add_model: AddModel) -> None:
+def test_a_cuda_job_waits_in_the_gpu_queue_and_says_so_where_nobody_serves_it(
+    database: Database, client: TestClient, add_model: AddModel
+) -> None:
     spec = one_step("quantize.weights") | {"resources": {"device": "cuda"}}
-    assert submit(client, add_model(), recipe=None, spec=spec)["queue"] == "gpu"
+    job = submit(client, add_model(), recipe=None, spec=spec)
+    assert job["queue"] == "gpu"
+    assert "No worker with a GPU" in job["warnings"][0]
+    with database.write() as session:
+        worker_queries.announce(
+            session, "w1", queues="cpu,gpu", hardware={"memory_bytes": 2**40}, sandbox="process"
+        )
+    assert submit(client, add_model(), recipe=None, spec=spec)["warnings"] == []
 
 
 def test_an_unknown_model_is_404(client: TestClient) -> None:
@@ -314,6 +323,7 @@ def test_a_failed_job_shows_its_error_and_can_be_retried(
     retried = client.post(job["urls"]["retry"])
     assert (retried.status_code, retried.json()["status"], retried.json()["error"]) == (202, "queued", None)
     assert retried.json()["durations"]["total"] < 5
+    assert (retried.json()["started_at"], retried.json()["durations"]["running"]) == (None, None)
 
 
 def test_the_stage_a_job_failed_in_is_shown_as_stopped_not_as_running(

@@ -70,6 +70,20 @@ def test_a_misspelt_field_is_recognised(client: TestClient) -> None:
     assert found == {"/spec/steps/0/group_sise": "There is no such field here. Did you mean group_size?"}
 
 
+def test_a_field_of_another_part_is_not_suggested_where_it_does_not_belong(client: TestClient) -> None:
+    found = spec_faults(client, {"technique": "prune.depth", "block_size": 32})
+    assert "Did you mean" not in found["/spec/steps/0/block_size"]
+    answer = client.post("/v1/jobs", json={"model": "mdl_0", "recipe": "int8", "seed": 3})
+    assert answer.json()["errors"] == [
+        {"pointer": "/seed", "detail": "There is no such field here: it belongs inside `spec`."}
+    ]
+
+
+def test_a_number_that_breaks_a_rule_is_not_told_to_be_a_word(client: TestClient) -> None:
+    found = spec_faults(client, {"technique": "quantize.weights", "group_size": 100})
+    assert found == {"/spec/steps/0/group_size": "Must be a multiple of 8; got 100."}
+
+
 def test_a_misspelt_technique_is_recognised(client: TestClient) -> None:
     found = spec_faults(client, {"technique": "quantise.weights"})
     assert "Did you mean quantize.weights?" in found["/spec/steps/0/technique"]
