@@ -50,8 +50,10 @@ async def compress(
     recipe: Annotated[
         str | None, Form(description="Name of a recipe. Give this or `spec`.", examples=["int8"])
     ] = None,
-    spec: Annotated[str | None, Form(description="A spec as JSON. Give this or `recipe`.")] = None,
-    name: Annotated[str | None, Form(description="What to call the job.")] = None,
+    spec: Annotated[
+        str | None, Form(description="A spec as JSON. Give this or `recipe`.", examples=[""])
+    ] = None,
+    name: Annotated[str | None, Form(description="What to call the job.", examples=["my model"])] = None,
 ) -> JobView:
     """Make a model of the file and start a job on it; the answer is that of `POST /v1/jobs`.
 
@@ -74,8 +76,8 @@ async def compress(
 
 
 def _job_request(fields: dict[str, str | None]) -> JobRequest:
-    """The body of a job with these fields. Raises RequestValidationError with pointers into the spec."""
-    body: dict[str, Any] = {"model": _NO_MODEL} | {k: v for k, v in fields.items() if v is not None}
+    """The body of a job with these fields; an empty one is as none, since a browser's form sends all. Raises RequestValidationError with pointers into the spec."""
+    body: dict[str, Any] = {"model": _NO_MODEL} | {k: v for k, v in fields.items() if v}
     try:
         if "spec" in body:
             body["spec"] = json.loads(body["spec"])

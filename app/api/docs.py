@@ -132,6 +132,9 @@ def _finish(operation: dict[str, Any]) -> None:
     for parameter in operation.get("parameters", ()):
         if parameter["in"] == "path" and parameter["name"] in _PATH_EXAMPLES:
             parameter["example"] = _PATH_EXAMPLES[parameter["name"]]
+        # Swagger UI fills in a parameter's own example, and not its schema's.
+        if parameter["in"] == "query" and parameter.get("required") and "examples" in parameter["schema"]:
+            parameter["example"] = parameter["schema"]["examples"][0]
     if not operation.get("parameters") and "requestBody" not in operation:
         operation["responses"].pop("422", None)
 

@@ -5,6 +5,7 @@ const EXAMPLES = {
   "job_01k0b6x2v9m4c8d7e5f3g1h0j2": "v1/jobs?limit=1",
 };
 const ARTIFACT = "art_01k0b6x2v9m4c8d7e5f3g1h0j2";
+const LEFT_BY_A_JOB = /\/(report|result|download)$/;
 const UPLOAD = "upl_01k0b6x2v9m4c8d7e5f3g1h0j2";
 
 async function newest(url) {
@@ -20,7 +21,15 @@ async function specWithRealIds() {
   }
   const done = await newest("v1/jobs?limit=1&status=succeeded");
   if (done) text = text.replaceAll(ARTIFACT, done.artifacts[0].id);
-  return JSON.parse(text);
+  const spec = JSON.parse(text);
+  if (done) {
+    // The newest job may run still, or have failed: these ask for what one that succeeded left.
+    for (const [path, operations] of Object.entries(spec.paths)) {
+      if (!LEFT_BY_A_JOB.test(path)) continue;
+      operations.get.parameters.find((parameter) => parameter.name === "job_id").example = done.id;
+    }
+  }
+  return spec;
 }
 
 // Uploads are not listed: examples that name one mean the last that was started on this page.

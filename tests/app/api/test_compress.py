@@ -42,6 +42,11 @@ def test_a_fault_in_the_spec_is_found_by_its_pointer_before_the_file_is_read(cli
     assert [fault["pointer"] for fault in answer.json()["errors"]] == ["/spec/steps/0/bits"]
 
 
+def test_a_field_left_empty_is_as_none(client: TestClient) -> None:
+    answer = compress(client, recipe="int8", spec="", name="")
+    assert (answer.status_code, answer.json()["recipe"], answer.json()["name"]) == (202, "int8", None)
+
+
 def test_an_unknown_recipe_is_refused_before_the_file_is_read(client: TestClient) -> None:
     files = {"file": ("no-model.zip", b"no zip at all")}
     answer = client.post("/v1/compress", files=files, data={"recipe": "int9"})

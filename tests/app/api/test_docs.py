@@ -109,3 +109,10 @@ def test_posts_that_make_something_take_an_idempotency_key(client: TestClient) -
     for name, operation in operations(client).items():
         if name.startswith("POST") and "plans" not in name:
             assert "Idempotency-Key" in {p["name"] for p in operation.get("parameters", ())}, name
+
+
+def test_required_parameters_of_a_query_are_filled_in(client: TestClient) -> None:
+    for name, operation in operations(client).items():
+        for parameter in operation.get("parameters", ()):
+            if parameter["in"] == "query" and parameter["required"]:
+                assert parameter["example"], (name, parameter["name"])
