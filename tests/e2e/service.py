@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,10 @@ class WorkerProcess:
     def send(self, number: signal.Signals) -> None:
         """A signal to the worker and its pool, but not to the job's own process group."""
         for process in self.family():
-            if os.getpgid(process.pid) == os.getpgid(self.process.pid):
-                process.send_signal(number)
+            # One may end between being listed and being asked.
+            with suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if os.getpgid(process.pid) == os.getpgid(self.process.pid):
+                    process.send_signal(number)
 
     def alive(self) -> list[psutil.Process]:
         """Who of the family still runs."""

@@ -58,7 +58,7 @@ def test_a_demo_that_is_stopped_stops_what_it_started(directory: Path, number: s
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 3, "service, broker, worker"
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=180)
     assert process.returncode != 0
     assert "Traceback" not in output
     assert psutil.wait_procs(family, timeout=5)[1] == []
