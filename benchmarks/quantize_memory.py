@@ -159,8 +159,8 @@ def quantize(scratch: Path, shape: Shape, *, tokens: int, group_size: int, threa
         subprocess.run([sys.executable, str(OURS), str(here / "job.json")], check=True)
         measured = json.loads((here / "report.json").read_text())["parts"]["quantize"]
         spec = CompressionSpec.model_validate({"steps": [step]})
-        stages = {stage.name: stage for stage in plan_job(spec, facts_of(here / "model")).stages}
-    planned = next(s.peak_memory_bytes for name, s in stages.items() if "calibrated" in name)
+        stages = plan_job(spec, facts_of(here / "model")).stages
+    planned = next(stage.peak_memory_bytes for stage in stages if "calibrated" in stage.name)
     return Run(parameters=shape.block_parameters, tokens=tokens, planned_bytes=planned, **measured)
 
 

@@ -37,3 +37,8 @@ def list_fresh(session: Session) -> Sequence[Worker]:
     return session.scalars(
         select(Worker).where(Worker.seen_at > db_now() - FRESH_SECONDS).order_by(Worker.started_at)
     ).all()
+
+
+def list_serving(session: Session, queue: str) -> list[Worker]:
+    """Those of them that take jobs of a queue."""
+    return [worker for worker in list_fresh(session) if queue in worker.queues.split(",")]

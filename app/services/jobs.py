@@ -18,6 +18,11 @@ from app.settings import Settings
 from app.storage import get_store
 from app.storage.references import remove_unreferenced
 
+_NO_GPU = (
+    "No worker with a GPU has been seen lately (GET /v1/workers): the job waits until one starts. Cancel it and leave "
+    "resources.device out to run it on a CPU."
+)
+
 
 @dataclass(frozen=True)
 class Submission:
@@ -26,12 +31,6 @@ class Submission:
     wish: Wish
     name: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
-
-
-_NO_GPU = (
-    "No worker with a GPU has been seen lately (GET /v1/workers): the job waits until one starts. Cancel it and leave "
-    "resources.device out to run it on a CPU."
-)
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,7 @@ def submit_job(session: Session, settings: Settings, submission: Submission) -> 
     planned = plan_wish(session, submission.wish)
     require_fit(planned)
     job = _new_job(planned, settings, submission)
-    fresh = worker_queries.list_fresh(session)
-    if job.queue == "gpu" and not any("gpu" in worker.queues.split(",") for worker in fresh):
+    if job.queue == "gpu" and not worker_queries.list_serving(session, job.queue):
         job.warnings = [_NO_GPU]
     job_moves.create_job(session, job, planned.spec.stage_names())
     _send_after_commit(session, job)

@@ -124,8 +124,7 @@ def _plan(
     session: Session, model: Model, spec: CompressionSpec, facts: ModelFacts, students: dict[str, ModelFacts]
 ) -> Plan:
     """The budget is what the spec asks for, and never more than the largest worker of the queue has."""
-    queue = queue_of(spec)
-    workers = [w for w in worker_queries.list_fresh(session) if queue in w.queues.split(",")]
+    workers = worker_queries.list_serving(session, queue_of(spec))
     largest = max((int(w.hardware["memory_bytes"]) for w in workers), default=None)
     return plan_job(
         spec,
