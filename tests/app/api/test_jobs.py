@@ -102,6 +102,10 @@ def test_a_cuda_job_waits_in_the_gpu_queue_and_says_so_where_nobody_serves_it(
     database: Database, client: TestClient, add_model: AddModel
 ) -> None:
     spec = one_step("quantize.weights") | {"resources": {"device": "cuda"}}
+    with database.write() as session:
+        worker_queries.announce(
+            session, "w0", queues="cpu", hardware={"memory_bytes": 2**40}, sandbox="process"
+        )
     job = submit(client, add_model(), recipe=None, spec=spec)
     assert job["queue"] == "gpu"
     assert "No worker with a GPU" in job["warnings"][0]

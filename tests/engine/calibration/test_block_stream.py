@@ -11,6 +11,7 @@ from torch import Tensor
 from app.spec import calibration_memory
 from app.spec.calibration_memory import windows_at_once
 from workers.engine.architectures.loading import load_tokenizer
+from workers.engine.architectures.skeleton import Skeleton
 from workers.engine.calibration.block_stream import Calibration, stream_blocks
 from workers.engine.calibration.hidden_states import HiddenStates
 from workers.engine.calibration.windows import model_windows
@@ -42,6 +43,14 @@ def test_as_many_windows_run_together_as_memory_for_one_large_one_allows() -> No
     assert windows_at_once(512, 1536) == 2
     assert windows_at_once(64, 1536) == 21
     assert windows_at_once(2048, 14336) == 1
+
+
+def test_no_block_stays_in_memory_once_the_calls_are_known(tiny: Callable[[str], Path]) -> None:
+    window = torch.arange(8).unsqueeze(0)
+    skeleton = Skeleton.open(tiny("LlamaForCausalLM"), window, "cpu", torch.float32)
+    with torch.no_grad():
+        skeleton.record_calls(window)
+    assert {parameter.device.type for parameter in skeleton.blocks.parameters()} == {"meta"}
 
 
 def test_windows_that_run_together_come_out_as_they_do_alone(
