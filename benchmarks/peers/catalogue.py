@@ -71,10 +71,10 @@ PEER_METHODS = {
         PeerMethod("llmcompressor-awq", "llmcompressor", "awq", _WEIGHT_ONLY),
         PeerMethod("nncf-awq-scale-estimation", "nncf", "awq-scale-estimation", ("int4",)),
         PeerMethod("autoround-50", "autoround", "signround", _WEIGHT_ONLY, "tuned", {"iters": 50}),
-        PeerMethod("autoround-200", "autoround", "signround", _WEIGHT_ONLY, "tuned", {"iters": 200}),
+        PeerMethod("autoround-200", "autoround", "signround", _WEIGHT_ONLY, "tuned-200", {"iters": 200}),
         PeerMethod("torchao-rtn", "torchao", "rtn", _WEIGHT_ONLY),
         PeerMethod("torchao-hqq", "torchao", "hqq", _WEIGHT_ONLY),
-        PeerMethod("llmcompressor-smoothquant-gptq", "llmcompressor", "smoothquant-gptq", ("w8a8",)),
+        PeerMethod("llmcompressor-smoothquant-gptq", "llmcompressor", "smoothquant-gptq", ("w8a8",), "smoothed"),
         PeerMethod("torchao-int8-dynamic", "torchao", "int8-dynamic", ("w8a8",)),
     )
 }
