@@ -21,7 +21,7 @@ from app.spec.gguf_layout import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.spec.gguf_layout import gguf_tensors
 from app.spec.head import NO_OWN_HEAD, own_head
 from app.spec.layouts import inputs_of, limits_of_layout
-from app.spec.prune import PruneDepth, PruneMagnitude
+from app.spec.prune import PruneCalibrated, PruneDepth, PruneMagnitude
 from app.spec.quantize import QuantizedWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -31,6 +31,8 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _MEASURED = (
     "max_perplexity_increase", "max_kl", "min_top1_agreement", "min_cosine", "max_latency_ratio", "max_peak_memory_ratio",
 )  # fmt: skip
+_OfLayers = QuantizedWeights | PruneMagnitude | PruneCalibrated | QuantizeOnnx | QuantizeDynamic
+"""Steps that take `ignore`."""
 _NEEDS_MEMBERS = {"max_perplexity_increase": "perplexity", "max_kl": "next-token distributions"}
 
 
@@ -73,7 +75,7 @@ def check_spec(
         faults += [
             Fault(where + at, why) for at, why in limits_of_layout(step, shape.architecture, shape.layers)
         ]
-        if isinstance(step, QuantizedWeights | PruneMagnitude | QuantizeOnnx | QuantizeDynamic):
+        if isinstance(step, _OfLayers):
             faults += _check_layers(step, shape, where)
         if isinstance(step, QuantizeOnnx | QuantizeDynamic):
             faults += _check_head(step, facts, where)
@@ -142,9 +144,7 @@ def _check_floats(layers: Iterable[TensorFact], where: str) -> Iterator[Fault]:
         )
 
 
-def _check_layers(
-    step: QuantizedWeights | PruneMagnitude | QuantizeOnnx | QuantizeDynamic, shape: _Shape, where: str
-) -> Iterator[Fault]:
+def _check_layers(step: _OfLayers, shape: _Shape, where: str) -> Iterator[Fault]:
     for number, pattern in enumerate(step.ignore):
         if not matching_layers([pattern], shape.layers):
             example = module_name(shape.layers[0]) if shape.layers else "none"
@@ -163,8 +163,8 @@ def _check_layers(
         if step.include_head and not head:
             yield Fault(f"{where}/include_head", NO_OWN_HEAD)
         yield from _check_settings(step, [*layers, *head], where)
-    elif isinstance(step, PruneMagnitude) and step.pattern == "2:4":
-        yield from _check_multiple_of_four(layers, shape.architecture, f"{where}/pattern")
+    elif isinstance(step, PruneMagnitude | PruneCalibrated) and step.pattern != "unstructured":
+        yield from _check_neighbours(step.pattern, layers, shape.architecture, f"{where}/pattern")
 
 
 def _check_settings(step: QuantizedWeights, layers: Sequence[TensorFact], where: str) -> Iterator[Fault]:
@@ -211,12 +211,16 @@ def _check_divisor(
     )
 
 
-def _check_multiple_of_four(
-    layers: Sequence[TensorFact], architecture: Architecture, pointer: str
+def _check_neighbours(
+    pattern: str, layers: Sequence[TensorFact], architecture: Architecture, pointer: str
 ) -> Iterator[Fault]:
-    misfits = [t for t in layers if inputs_of(t.shape, architecture) % 4]
+    group = int(pattern.partition(":")[2])
+    misfits = [t for t in layers if inputs_of(t.shape, architecture) % group]
     if misfits:
-        yield Fault(pointer, f"2:4 needs inputs divisible by 4, unlike {_some(misfits)}; add them to ignore.")
+        yield Fault(
+            pointer,
+            f"{pattern} needs inputs divisible by {group}, unlike {_some(misfits)}; add them to ignore.",
+        )
 
 
 def _some(tensors: Sequence[TensorFact]) -> str:

@@ -11,7 +11,7 @@ from app.spec.distill import DistillLogits, StudentFromModel, StudentFromPreviou
 from app.spec.export import Export
 from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
-from app.spec.prune import PruneDepth, PruneMagnitude
+from app.spec.prune import PruneCalibrated, PruneDepth, PruneMagnitude
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -23,6 +23,7 @@ AnyStep = Annotated[
     | QuantizeGguf
     | QuantizeDynamic
     | PruneMagnitude
+    | PruneCalibrated
     | PruneDepth
     | DistillLogits
     | OptimizeOnnx,
@@ -36,6 +37,7 @@ STEP_CLASSES: tuple[type[Step], ...] = (
     QuantizeGguf,
     QuantizeDynamic,
     PruneMagnitude,
+    PruneCalibrated,
     PruneDepth,
     DistillLogits,
     OptimizeOnnx,

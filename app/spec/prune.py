@@ -34,6 +34,52 @@ class PruneMagnitude(Step):
         return self
 
 
+class PruneCalibrated(Step):
+    """Set those weights to zero that the outputs miss least on calibration text, and let the others make up for them.
+
+    Runs the model over the text block by block, with one block in memory; each block is calibrated on what the pruned
+    blocks before it give. The file does not get smaller: zeros are stored, and the report says so (`dense_zeros`).
+    """
+
+    needs_calibration: ClassVar[bool] = True
+
+    technique: Literal["prune.calibrated"] = "prune.calibrated"
+    sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of weights set to zero, in every layer."""
+    pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
+    """`2:4`: two zeros in every four neighbouring inputs, which GPUs from Ampere on can skip; `4:8`: four in every eight.
+    The sparsity is then 0.5."""
+    criterion: Literal["sparsegpt", "wanda", "magnitude", "random"] = "sparsegpt"
+    """Which weights go. `sparsegpt`: those whose loss can be made up for best (Frantar & Alistarh 2023). `wanda`: small ones
+    with small inputs (Sun et al. 2023). `magnitude`: small ones. `random`: any; the baseline to compare with."""
+    compensate: bool = True
+    """Move the weights that stay, so that outputs change least. False: they stay as they are, and an equal share of each
+    output's weights goes; with `wanda`, the method of its paper."""
+    refinements: Annotated[int, Field(ge=0, le=1000)] | None = None
+    """Steps of fitting the weights that stay all together (conjugate gradients). Null: 20 with `compensate`, else 0."""
+    ignore: GlobPatterns = ()
+    """Layers left as they are: shell patterns on module names, e.g. `*.layers.0.*`."""
+    calibration_tokens: Annotated[int, Field(ge=128, le=10_000_000)] = 16_384
+    """Tokens of calibration text the layers' inputs are gathered from; the time grows with it."""
+    sequence_length: Annotated[int, Field(ge=16, le=131_072)] = 512
+    """Tokens of one window of calibration text; cut to what the model can take."""
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Added to the diagonal of each layer's input statistics, as a share of its mean."""
+
+    @model_validator(mode="after")
+    def _settings_fit_together(self) -> PruneCalibrated:
+        if self.pattern != "unstructured" and self.sparsity != 0.5:
+            raise ValueError(f'pattern "{self.pattern}" fixes sparsity 0.5: leave it out')
+        return self
+
+    @property
+    def fitting_steps(self) -> int:
+        """`refinements`, made definite."""
+        if self.refinements is not None:
+            return self.refinements
+        return 20 if self.compensate else 0
+
+
 class PruneDepth(Step):
     """Remove whole blocks, those that change their input least (block influence, ShortGPT, Men et al. 2024).
 

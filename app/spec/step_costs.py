@@ -15,7 +15,7 @@ from app.spec.distill import DistillLogits
 from app.spec.facts import ModelFacts
 from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
-from app.spec.prune import PruneDepth
+from app.spec.prune import PruneCalibrated, PruneDepth
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_onnx import QuantizeOnnx
 from app.spec.sizes import Shape
@@ -48,6 +48,8 @@ STREAMED_BYTES_PER_SECOND = 150e6
 QUANTIZED_WEIGHTS_PER_SECOND = {"mse": 12e6, "absmax": 60e6}
 GPTQ_SECONDS_PER_WEIGHT = 1e-7
 """Fitting scales, factoring the inputs' statistics and compensating, on SmolLM2-135M."""
+PRUNING_SECONDS_PER_WEIGHT = 1e-7
+"""Choosing what goes, compensating and fitting what stays, on SmolLM2-135M."""
 TUNING_WINDOWS_PER_STEP = 2
 """Windows of calibration text whose gradients one step of training a block adds up."""
 GGUF_SECONDS_PER_WEIGHT = {True: 1e-6, False: 2e-7}
@@ -92,16 +94,16 @@ def streaming_seconds(nbytes: int) -> float:
 
 
 def calibration_memory(
-    step: QuantizeCalibrated, before: Shape, facts: ModelFacts, *, one_site_at_a_time: bool
+    step: QuantizeCalibrated | PruneCalibrated, before: Shape, facts: ModelFacts, *, one_site_at_a_time: bool
 ) -> int:
-    """Bytes beyond the interpreter's while a model is calibrated and quantized."""
+    """Bytes beyond the interpreter's while a model is calibrated and its layers are solved."""
     return calibrated_bytes(
         before.tensors,
         facts,
         tokens=step.calibration_tokens,
         window=min(step.sequence_length, facts.max_positions),
         one_site_at_a_time=one_site_at_a_time,
-        trained=step.solver == "signround",
+        trained=isinstance(step, QuantizeCalibrated) and step.solver == "signround",
     )
 
 
@@ -128,8 +130,9 @@ def _(step: PruneDepth, on: Surroundings) -> int:
     return 4 * on.before.largest_block + 4 * on.facts.vocab_size * on.facts.hidden_size + states
 
 
-@step_memory.register
-def _(step: QuantizeCalibrated, on: Surroundings) -> int:
+@step_memory.register(QuantizeCalibrated)
+@step_memory.register(PruneCalibrated)
+def _(step: QuantizeCalibrated | PruneCalibrated, on: Surroundings) -> int:
     whole = calibration_memory(step, on.before, on.facts, one_site_at_a_time=False)
     if on.budget is None or INTERPRETER_BYTES + whole <= on.budget:
         return whole
@@ -200,6 +203,12 @@ def _(step: QuantizeOnnx, on: Surroundings) -> float:
     forwards = runs * 2 * on.before.dense_parameters * step.calibration_tokens / FLOPS_PER_SECOND
     per_weight = GPTQ_SECONDS_PER_WEIGHT + ONNX_SECONDS_PER_PARAMETER
     return forwards + on.before.dense_parameters * per_weight + PROCESS_SECONDS
+
+
+@working_seconds.register
+def _(step: PruneCalibrated, on: Surroundings) -> float:
+    forwards = 2 * on.forward_flops * step.calibration_tokens / FLOPS_PER_SECOND
+    return forwards + on.before.dense_parameters * PRUNING_SECONDS_PER_WEIGHT
 
 
 @working_seconds.register

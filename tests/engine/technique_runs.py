@@ -54,6 +54,11 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
         "global": {"scope": "global", "sparsity": 0.3},
         "2:4": {"pattern": "2:4"},
     },
+    "prune.calibrated": {
+        "half": {"calibration_tokens": 256},
+        "2:4": {"pattern": "2:4", "calibration_tokens": 256},
+        "wanda": {"criterion": "wanda", "compensate": False, "pattern": "4:8", "calibration_tokens": 256},
+    },
     "prune.depth": {"one": {"drop_blocks": 1, "calibration_tokens": 256}},
     "distill.logits": {
         "three-steps": {

@@ -143,7 +143,7 @@ def test_h_is_put_back_where_it_has_no_factor() -> None:
     with factored_in_place(moment, 0.01, "the layer", warnings) as factor:
         assert factor is None
     assert torch.equal(moment, before)
-    assert warnings == ["rounded to nearest, since the inputs' statistics have no factor: the layer"]
+    assert warnings == ["not compensated, since the inputs' statistics have no factor: the layer"]
 
 
 def test_coupling_is_the_factor_over_its_diagonal(second_moment: Tensor) -> None:

@@ -199,8 +199,11 @@ def expert_of(layer: str) -> str:
     return f"{mixture}.experts.{rest.partition('.')[0]}"
 
 
-def warning_of_seldom_used(experts: dict[str, int]) -> list[str]:
-    """One warning that names experts and the tokens they saw, those without any first; none where there are none."""
+def warning_of_seldom_used(experts: dict[str, int], *, consequence: str) -> list[str]:
+    """One warning that names experts and the tokens they saw, those without any first; none where there are none.
+
+    `consequence`: what was done to them, e.g. "rounded to nearest".
+    """
     unseen = [name for name, tokens in experts.items() if tokens == 0]
     few = [f"{name} ({tokens})" for name, tokens in experts.items() if tokens]
     parts = [
@@ -210,4 +213,4 @@ def warning_of_seldom_used(experts: dict[str, int]) -> list[str]:
     ]
     if not parts:
         return []
-    return [f"rounded to nearest for want of calibration, {'; '.join(parts)}. Raise calibration_tokens."]
+    return [f"{consequence} for want of calibration, {'; '.join(parts)}. Raise calibration_tokens."]

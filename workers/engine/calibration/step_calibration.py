@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +12,15 @@ import torch
 from torch import Tensor
 
 from app.errors import InvalidRequest
+from app.spec.prune import PruneCalibrated
+from app.spec.quantize import QuantizeCalibrated
+from app.spec.sizes import Shape
+from app.spec.step_costs import INTERPRETER_BYTES, calibration_memory
 from workers.engine.architectures.loading import load_tokenizer
 from workers.engine.calibration.block_stream import Calibration
 from workers.engine.calibration.windows import model_windows
+from workers.engine.checkpoint import Checkpoint
+from workers.engine.checkpoint.layout import weight_files
 from workers.engine.technique import StepContext
 
 WINDOW_TOKENS = 512
@@ -68,3 +75,24 @@ def calibration_in(
         progress=lambda fraction, message: context.progress(share * fraction, message),
         dtype=dtype,
     )
+
+
+def journal_key(step: QuantizeCalibrated | PruneCalibrated, context: StepContext, windows: Tensor) -> str:
+    """The same for the same work: what a journal was begun for."""
+    files = [
+        (file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in weight_files(context.source)
+    ]
+    digest = hashlib.sha256(windows.numpy().tobytes())
+    digest.update(f"{step.model_dump_json()} {files} {context.device} {context.seed}".encode())
+    return digest.hexdigest()
+
+
+def is_short_of_memory(
+    step: QuantizeCalibrated | PruneCalibrated, context: StepContext, checkpoint: Checkpoint
+) -> bool:
+    """Whether the statistics of a whole block would go over the budget, by the plan's own figures."""
+    if context.memory_budget is None:
+        return False
+    shape = Shape.of(tuple(checkpoint.facts()))
+    needed = calibration_memory(step, shape, context.facts, one_site_at_a_time=False)
+    return INTERPRETER_BYTES + needed > context.memory_budget

@@ -11,26 +11,27 @@ Left out: matching the outputs of the original rather than of the quantized bloc
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from torch import Tensor
 
 from app.spec.kv_cache import cache_scale_facts
 from app.spec.quantize import QuantizeCalibrated
-from app.spec.sizes import Shape
-from app.spec.step_costs import INTERPRETER_BYTES, calibration_memory
 from workers.engine.calibration.block_journal import BlockJournal, open_journal
 from workers.engine.calibration.block_stream import LiveBlock, compute_dtype, stream_blocks
 from workers.engine.calibration.input_moments import warning_of_seldom_used
-from workers.engine.calibration.step_calibration import calibration_in, calibration_windows
+from workers.engine.calibration.step_calibration import (
+    calibration_in,
+    calibration_windows,
+    is_short_of_memory,
+    journal_key,
+)
 from workers.engine.calibration.text_checks import calibration_flags
 from workers.engine.checkpoint import (
     Checkpoint,
     copy_side_files,
     write_config,
 )
-from workers.engine.checkpoint.layout import weight_files
 from workers.engine.checkpoint.selection import select_layers
 from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.quantize.block_solver import BlockSolver
@@ -62,7 +63,7 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
     selection = select_layers(checkpoint, step.ignore, with_head=step.include_head)
     layers = plan_layers(checkpoint, selection, step)
     windows = calibration_windows(context, tokens=step.calibration_tokens, length=step.sequence_length)
-    with open_journal(context.journal, context.target.parent, _key(step, context, windows)) as journal:
+    with open_journal(context.journal, context.target.parent, journal_key(step, context, windows)) as journal:
         _solve(step, context, layers, windows, journal)
         records = journal.records()
         head_errors = write_found(
@@ -94,7 +95,8 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
             *warnings_of(layers, selection, checkpoint),
             *(warning for record in records for warning in record["warnings"]),
             *warning_of_seldom_used(
-                {name: tokens for record in records for name, tokens in record["seldom_used"].items()}
+                {name: tokens for record in records for name, tokens in record["seldom_used"].items()},
+                consequence="rounded to nearest",
             ),
         ),
         flags=(
@@ -108,16 +110,6 @@ def _tuning_metrics(found: list[tuple[float, float]]) -> dict[str, float | int |
     """What tuning left of the blocks' squared errors, on average over the blocks that were tuned."""
     shares = [after / before if before else 1.0 for before, after in found]
     return {"error_left_by_tuning": sum(shares) / len(shares)} if shares else {}
-
-
-def _key(step: QuantizeCalibrated, context: StepContext, windows: Tensor) -> str:
-    """The same for the same work: what a journal was begun for."""
-    files = [
-        (file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in weight_files(context.source)
-    ]
-    digest = hashlib.sha256(windows.numpy().tobytes())
-    digest.update(f"{step.model_dump_json()} {files} {context.device} {context.seed}".encode())
-    return digest.hexdigest()
 
 
 def _solve(
@@ -137,7 +129,7 @@ def _solve(
         step,
         layers,
         context.threads,
-        one_site_at_a_time=_is_short_of_memory(step, context, checkpoint),
+        one_site_at_a_time=is_short_of_memory(step, context, checkpoint),
         seed=context.seed,
     )
     records: dict[int, dict[str, Any]] = {}
@@ -155,12 +147,3 @@ def _solve(
         finished=lambda index: journal.commit(index, records.pop(index)),
         first_block=journal.blocks_done,
     )
-
-
-def _is_short_of_memory(step: QuantizeCalibrated, context: StepContext, checkpoint: Checkpoint) -> bool:
-    """Whether the statistics of a whole block would go over the budget, by the plan's own figures."""
-    if context.memory_budget is None:
-        return False
-    shape = Shape.of(tuple(checkpoint.facts()))
-    needed = calibration_memory(step, shape, context.facts, one_site_at_a_time=False)
-    return INTERPRETER_BYTES + needed > context.memory_budget

@@ -41,12 +41,15 @@ class Factor:
     damping: float
     """As a share of the mean of diag H."""
 
+    def diagonal(self) -> Tensor:
+        """U_jj in the order of the columns: (n,)."""
+        return self.flipped.diagonal().flip(0)
+
     def coupling(self, rows: slice, columns: slice) -> Tensor:
         """(U_{c,r} / U_{c,c})ᵀ: how far column r moves for one of column c's error; rows after columns, or the same."""
         n = len(self.order)
         part = self.flipped[n - columns.stop : n - columns.start, n - rows.stop : n - rows.start].flip(0, 1)
-        diagonal = self.flipped.diagonal()[n - columns.stop : n - columns.start].flip(0)
-        return part.div_(diagonal.unsqueeze(1)).t()
+        return part.div_(self.diagonal()[columns].unsqueeze(1)).t()
 
 
 def factorize(second_moment: Tensor, damping: float) -> Factor:
@@ -55,33 +58,41 @@ def factorize(second_moment: Tensor, damping: float) -> Factor:
     A factorization that fails is tried again with ten times the damping, three times.
     Raises NotPositiveDefinite then.
     """
-    return _factorize_(second_moment.clone(), damping)
+    return _factorize_(second_moment.clone(), damping, _rounding_order(second_moment.diagonal()))
 
 
 def factor_or_none(second_moment: Tensor, damping: float, names: str, warnings: list[str]) -> Factor | None:
     """What all layers of an input share; None where there is no factor. `warnings` then name them, and where H was damped more."""
-    return _warning_factorize_(second_moment.clone(), damping, names, warnings)
+    order = _rounding_order(second_moment.diagonal())
+    return _warning_factorize_(second_moment.clone(), damping, names, warnings, order)
 
 
 @contextmanager
 def factored_in_place(
-    second_moment: Tensor, damping: float, names: str, warnings: list[str]
+    second_moment: Tensor,
+    damping: float,
+    names: str,
+    warnings: list[str],
+    order: Tensor | None = None,
 ) -> Iterator[Factor | None]:
-    """The same in the memory of H, which is H again afterwards. Needs a few rows' memory beside it."""
+    """The same in the memory of H, which is H again afterwards. Needs a few rows' memory beside it.
+
+    `order` (n,), int64: in which columns are gone through, if not by descending moment.
+    """
     moments = second_moment.diagonal().clone()
-    order = _rounding_order(moments).flip(0)
+    order = _rounding_order(moments) if order is None else order
     try:
-        yield _warning_factorize_(second_moment, damping, names, warnings)
+        yield _warning_factorize_(second_moment, damping, names, warnings, order)
     finally:
         # What is above the diagonal is H's still.
-        second_moment.diagonal().copy_(moments[order])
+        flipped = order.flip(0)
+        second_moment.diagonal().copy_(moments[flipped])
         mirror_upper_(second_moment)
-        rearrange_(second_moment, torch.argsort(order))
+        rearrange_(second_moment, torch.argsort(flipped))
 
 
-def _factorize_(matrix: Tensor, damping: float) -> Factor:
+def _factorize_(matrix: Tensor, damping: float, order: Tensor) -> Factor:
     moments = matrix.diagonal().clone()
-    order = _rounding_order(moments)
     moments = torch.where(moments == 0, torch.ones_like(moments), moments)
     rearrange_(matrix, order.flip(0))
     for attempt in range(_ATTEMPTS):
@@ -100,11 +111,13 @@ def _rounding_order(moments: Tensor) -> Tensor:
     return torch.argsort(moments, descending=True, stable=True)
 
 
-def _warning_factorize_(matrix: Tensor, damping: float, names: str, warnings: list[str]) -> Factor | None:
+def _warning_factorize_(
+    matrix: Tensor, damping: float, names: str, warnings: list[str], order: Tensor
+) -> Factor | None:
     try:
-        factor = _factorize_(matrix, damping)
+        factor = _factorize_(matrix, damping, order)
     except NotPositiveDefinite:
-        warnings.append(f"rounded to nearest, since the inputs' statistics have no factor: {names}")
+        warnings.append(f"not compensated, since the inputs' statistics have no factor: {names}")
         return None
     if factor.damping > damping:
         warnings.append(f"damped by {factor.damping:g} to have a factor: {names}")
