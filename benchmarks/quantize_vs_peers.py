@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from figures import Figures
-from peers.catalogue import CASES, OUR_SETTINGS, PEER_METHODS, Case, our_settings
+from peers.catalogue import CASES, OUR_SETTINGS, PEER_METHODS, QUANTIZATION, Case, our_settings
 from peers.comparison import TIMED_AGAINST, compare, compare_best, describe, mean_of
 from peers.environments import cache_directory
 from peers.evaluator import Original
@@ -35,30 +35,34 @@ from workers.engine.calibration.builtin import builtin_text
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    run(__doc__ or "", QUANTIZATION, OUR_SETTINGS, figures="quantize_vs_peers")
+
+
+def run(description: str, cases: tuple[str, ...], ours: Path, *, figures: str) -> None:
+    """Carry out the cases of the command line, keep their figures under this name, and exit with 1 if a floor is missed."""
+    arguments = parse_arguments(description, cases, ours, work=figures)
     torch.set_num_threads(arguments.threads)
     missed = False
     for model in arguments.model:
         subject = prepare(model, arguments)
         for name in arguments.case:
-            missed |= measure(subject, CASES[name], arguments).missed
+            missed |= measure(subject, CASES[name], arguments, name=figures).missed
     sys.exit(missed)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(description: str, cases: tuple[str, ...], ours: Path, *, work: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    peers = [name for name, method in PEER_METHODS.items() if set(method.cases) & set(cases)]
     parser.add_argument("--model", type=Path, action="append", required=True, help="in Hugging Face layout")
     parser.add_argument("--calibration-text", type=Path, default=builtin_text("calibration"))
     parser.add_argument("--evaluation-text", type=Path, default=builtin_text("evaluation"))
     parser.add_argument("--calibration-tokens", type=int, default=64 * 512)
     parser.add_argument("--evaluation-tokens", type=int, default=16 * 1024)
-    parser.add_argument("--case", nargs="+", choices=tuple(CASES), default=list(CASES))
-    parser.add_argument("--peer", nargs="*", choices=tuple(PEER_METHODS), default=list(PEER_METHODS))
-    parser.add_argument(
-        "--ours", type=Path, default=OUR_SETTINGS, help="settings of ours (peers/catalogue.py)"
-    )
+    parser.add_argument("--case", nargs="+", choices=cases, default=list(cases))
+    parser.add_argument("--peer", nargs="*", choices=peers, default=peers)
+    parser.add_argument("--ours", type=Path, default=ours, help="settings of ours (peers/catalogue.py)")
     parser.add_argument(
         "--reuse-peers", action="store_true", help="take results of earlier runs for the peers'"
     )
@@ -67,12 +71,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, default=cache_directory(), help="where the peers' environments are"
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.work = arguments.work or arguments.cache / work
+    return arguments
 
 
 def prepare(model: Path, arguments: argparse.Namespace) -> Subject:
     """Cut both texts into windows and run the original on those it is judged on."""
-    work = (arguments.work or arguments.cache / "quantize_vs_peers") / model.name
+    work = arguments.work / model.name
     work.mkdir(parents=True, exist_ok=True)
     facts = facts_of(model)
     text, windows = work / "calibration.txt", work / "calibration.npz"
@@ -95,18 +101,19 @@ def prepare(model: Path, arguments: argparse.Namespace) -> Subject:
     )
 
 
-def measure(subject: Subject, case: Case, arguments: argparse.Namespace) -> Figures:
+def measure(subject: Subject, case: Case, arguments: argparse.Namespace, *, name: str) -> Figures:
     """All chosen methods of one case on one model, and their figures."""
     title = f"{subject.name}_{case.title(subject.group_size)}"
     figures = Figures(
-        f"quantize_vs_peers_{title}",
+        f"{name}_{title}",
         model=subject.name,
         evaluation=f"{arguments.evaluation_text.name}, {subject.original.windows.size} tokens",
         calibration=f"{arguments.calibration_text.name}, {arguments.calibration_tokens} tokens",
     )
     ours = {name: run_ours(subject, case, s) for name, s in our_settings(arguments.ours, case).items()}
     theirs = run_peers(subject, case, arguments)
-    if "fast" in ours and TIMED_AGAINST in theirs and not theirs[TIMED_AGAINST].reused:
+    timed = next((outcome for name, outcome in theirs.items() if name in TIMED_AGAINST), None)
+    if "fast" in ours and timed is not None and not timed.reused:
         ours["fast"] = mean_of(
             ours["fast"], run_ours(subject, case, our_settings(arguments.ours, case)["fast"])
         )

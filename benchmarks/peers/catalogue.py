@@ -18,6 +18,8 @@ class Case:
     bits: int
     grouped: bool = True
     int8_activations: bool = False
+    pattern: str | None = None
+    """Half of the weights are zero, in this pattern, and not quantized."""
 
     def title(self, group_size: int) -> str:
         """Its name with the group size, as figures bear it."""
@@ -49,6 +51,8 @@ class OurSetting:
     def for_case(self, case: Case, group_size: int) -> list[dict[str, Any]]:
         """The steps with the grid that the case asks for, where they leave it open."""
         grid = {"bits": case.bits, "group_size": group_size, "symmetric": True} if case.grouped else {}
+        if case.pattern is not None:
+            grid = {"pattern": case.pattern}
         return [grid | step for step in self.steps]
 
 
@@ -59,8 +63,12 @@ CASES = {
         Case("int3", 3),
         Case("int2", 2),
         Case("w8a8", 8, grouped=False, int8_activations=True),
+        Case("sparse50", 16, grouped=False, pattern="unstructured"),
+        Case("sparse2of4", 16, grouped=False, pattern="2:4"),
     )
 }
+PRUNING = tuple(name for name, case in CASES.items() if case.pattern is not None)
+QUANTIZATION = tuple(name for name in CASES if name not in PRUNING)
 
 _WEIGHT_ONLY = ("int4", "int3", "int2")
 
@@ -74,7 +82,11 @@ PEER_METHODS = {
         PeerMethod("autoround-200", "autoround", "signround", _WEIGHT_ONLY, "tuned-200", {"iters": 200}),
         PeerMethod("torchao-rtn", "torchao", "rtn", _WEIGHT_ONLY),
         PeerMethod("torchao-hqq", "torchao", "hqq", _WEIGHT_ONLY),
-        PeerMethod("llmcompressor-smoothquant-gptq", "llmcompressor", "smoothquant-gptq", ("w8a8",), "smoothed"),
+        PeerMethod(
+            "llmcompressor-smoothquant-gptq", "llmcompressor", "smoothquant-gptq", ("w8a8",), "smoothed"
+        ),
+        PeerMethod("llmcompressor-sparsegpt", "llmcompressor", "sparsegpt", PRUNING),
+        PeerMethod("llmcompressor-wanda", "llmcompressor", "wanda", PRUNING, "wanda"),
         PeerMethod("torchao-int8-dynamic", "torchao", "int8-dynamic", ("w8a8",)),
     )
 }

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 from figures import Figures
 
+from .catalogue import PRUNING
 from .runs import Outcome
 
-TIMED_AGAINST = "llmcompressor-gptq"
+TIMED_AGAINST = ("llmcompressor-gptq", "llmcompressor-sparsegpt")
 """The method whose time and memory ours must halve."""
 # A tensor of shapes or of zero points beside the scales: no more than this is called equal bits.
 _SAME_BITS = 1.01
@@ -99,12 +100,15 @@ def _bars(case: str | None, ours: Outcome, theirs: Outcome) -> dict[str, Bar]:
     """The floors of one comparison; at 2 and 3 bits there is one, on the lowest KL of all (compare_best)."""
     if case == "w8a8":
         return {"kl": Bar(1.0)} if theirs.name.startswith("llmcompressor") else {}
+    if case in PRUNING:
+        bars = {"delta_ln_ppl": Bar(1.0)}
+        return bars | {"seconds": Bar(0.5), "peak_rss": Bar(0.5)} if theirs.name in TIMED_AGAINST else bars
     if case != "int4":
         return {}
     bars = {"kl": Bar(1.0, strict=True), "delta_ln_ppl": Bar(1.0, strict=True)}
-    if theirs.name == TIMED_AGAINST:
+    if theirs.name in TIMED_AGAINST:
         bars |= {"seconds": Bar(0.5), "peak_rss": Bar(0.5)}
-    if ours.name == "ours-tuned":
+    if ours.name.startswith("ours-tuned"):
         # It may take as long as what it is compared with, no longer.
         bars |= {"seconds": Bar(1.0)}
     return bars

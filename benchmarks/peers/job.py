@@ -45,6 +45,8 @@ class Job:
     """File for seconds, memory and versions."""
     threads: int
     int8_activations: bool = False
+    pattern: str | None = None
+    """Where half of the weights are to be zero: `unstructured` or `2:4`."""
     windows_digest: str = ""
     """Of the calibration tokens: another run's result is reused only if it had the same."""
     options: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""llm-compressor: GPTQ, AWQ, and SmoothQuant + GPTQ with int8 activations, as its examples call them.
+"""llm-compressor: GPTQ, AWQ, SmoothQuant + GPTQ with int8 activations, SparseGPT and Wanda, as its examples call them.
 
 The model is loaded in the dtype it is stored in, as the examples do; `options.dtype` says otherwise. AWQ in 0.14.0.1 pins
 memory for copies to a GPU and fails where there is none: pinning, which changes no value, is left out here.
@@ -14,6 +14,7 @@ from datasets import Dataset
 from job import Job, Meter, main
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
@@ -39,11 +40,15 @@ def quantize(job: Job, meter: Meter) -> None:
             shuffle_calibration_samples=False,
         )
     with meter.part("save"):
-        model.save_pretrained(job.artifact, save_compressed=True)
+        model.save_pretrained(job.artifact, save_compressed=job.pattern is None)
         tokenizer.save_pretrained(job.artifact)
 
 
 def _recipe(job: Job) -> list[Any]:
+    if job.pattern is not None:
+        modifier = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[job.method]
+        structure = "0:0" if job.pattern == "unstructured" else job.pattern
+        return [modifier(sparsity=0.5, mask_structure=structure, ignore=["re:.*lm_head"])]
     grid: dict[str, Any] = {"config_groups": {"weights": _scheme(job)}, "ignore": ["lm_head"]}
     if job.method == "gptq":
         return [GPTQModifier(**grid)]
@@ -72,6 +77,11 @@ def dense_weights(job: Job) -> dict[str, Tensor]:
     """As transformers loads the artifact when told to dequantize it."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+    if job.pattern is not None:
+        pruned = AutoModelForCausalLM.from_pretrained(
+            job.artifact, dtype=torch.float32, local_files_only=True
+        )
+        return dict(pruned.named_parameters())
     model = AutoModelForCausalLM.from_pretrained(
         job.artifact,
         dtype=torch.float32,

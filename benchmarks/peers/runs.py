@@ -89,6 +89,7 @@ def run_peer(subject: Subject, case: Case, method: PeerMethod, *, reuse: bool) -
         "report": str(work / "report.json"),
         "threads": subject.threads,
         "int8_activations": case.int8_activations,
+        "pattern": case.pattern,
         "windows_digest": subject.windows_digest,
         "options": method.options,
     }
