@@ -14,7 +14,7 @@ from app.spec.facts import ModelFacts, TensorFact
 from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
 from app.spec.plan import plan_job
-from app.spec.prune import PruneMagnitude
+from app.spec.prune import PruneCalibrated, PruneMagnitude
 from app.spec.quantize import LayerOverride, QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -106,10 +106,19 @@ def test_transposed_weights_are_rounded_to_nearest_alone() -> None:
         assert "quantize.weights" in faults(step, gpt2())["/steps/0/technique"]
 
 
-def test_two_of_four_counts_the_inputs_of_transposed_weights() -> None:
-    assert faults(PruneMagnitude(pattern="2:4"), gpt2()) == {}
-    turned = facts("GPT2LMHeadModel", {"transformer.h.#.attn.c_attn.weight": (66, HIDDEN)})
-    assert "/steps/0/pattern" in faults(PruneMagnitude(pattern="2:4"), turned)
+@pytest.mark.parametrize(
+    ("step", "misfit"),
+    [
+        (PruneMagnitude(pattern="2:4"), 66),
+        (PruneCalibrated(pattern="2:4"), 66),
+        (PruneCalibrated(pattern="4:8"), 68),
+    ],
+    ids=str,
+)
+def test_patterns_count_the_inputs_of_transposed_weights(step: Step, misfit: int) -> None:
+    assert faults(step, gpt2()) == {}
+    turned = facts("GPT2LMHeadModel", {"transformer.h.#.attn.c_attn.weight": (misfit, HIDDEN)})
+    assert "/steps/0/pattern" in faults(step, turned)
 
 
 def test_time_follows_the_weights_a_token_meets_and_memory_follows_all() -> None:
@@ -124,7 +133,9 @@ def test_time_follows_the_weights_a_token_meets_and_memory_follows_all() -> None
     assert plans[0].peak_memory_bytes == plans[1].peak_memory_bytes
 
 
-@pytest.mark.parametrize("step", [QuantizeGguf(), QuantizeCalibrated(), QuantizeOnnx()], ids=str)
+@pytest.mark.parametrize(
+    "step", [QuantizeGguf(), QuantizeCalibrated(), PruneCalibrated(), QuantizeOnnx()], ids=str
+)
 def test_memory_of_a_calibrated_step_follows_the_widest_input(step: Step) -> None:
     def model(inner: int) -> ModelFacts:
         layers = "model.layers.#."

@@ -149,7 +149,7 @@ class BlockPruner:
         of_error = of_weights = 0.0
         zeros = 0
         for rows in self._row_parts(weight):
-            before, after = weight[rows].float(), sparse[rows].float()
+            before, after = weight[rows].to(torch.float32, copy=True), sparse[rows].float()
             if self.step.fitting_steps:
                 after = refitted(before, after, second_moment, steps=self.step.fitting_steps)
             # The next layers and blocks are calibrated on what they will be given.

@@ -13,11 +13,15 @@ import pytest
 from technique_runs import digests
 from tiny_models import BLOCKS, facts_of
 
+from app.spec.compression import CompressionSpec
+from app.spec.prune import PruneCalibrated
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.calibration.block_journal import open_journal
 from workers.engine.technique import StepContext, run_step
 
-STEP = QuantizeCalibrated(bits=3, group_size=16, kv_cache="fp8", calibration_tokens=256)
+QUANTIZE = QuantizeCalibrated(bits=3, group_size=16, kv_cache="fp8", calibration_tokens=256)
+# What is drawn must be drawn again.
+PRUNE = PruneCalibrated(criterion="random", calibration_tokens=256)
 
 # Runs the step, and kills itself without warning in the middle of a block.
 _CHILD = """
@@ -25,7 +29,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tiny_models import facts_of
-from app.spec.quantize import QuantizeCalibrated
+from app.spec.compression import CompressionSpec
 from workers.engine.technique import StepContext, run_step
 
 source, target, text, journal, block = sys.argv[2:]
@@ -36,7 +40,7 @@ def progress(share, message):
         os.kill(os.getpid(), signal.SIGKILL)
 
 run_step(
-    QuantizeCalibrated.model_validate_json(sys.stdin.read()),
+    CompressionSpec.model_validate_json(sys.stdin.read()).steps[0],
     StepContext(
         source=Path(source), target=Path(target), original=Path(source), facts=facts_of(Path(source)),
         calibration_text=Path(text), journal=Path(journal), progress=progress,
@@ -53,9 +57,15 @@ def context(source: Path, target: Path, text: Path, journal: Path, said: list[st
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("block", range(1, BLOCKS + 1))
+@pytest.mark.parametrize(
+    ("step", "block"), [(QUANTIZE, block) for block in range(1, BLOCKS + 1)] + [(PRUNE, 2)], ids=str
+)
 def test_killed_at_any_block_it_ends_with_the_same_bytes(
-    block: int, tiny: Callable[[str], Path], tiny_text: Path, tmp_path: Path
+    step: QuantizeCalibrated | PruneCalibrated,
+    block: int,
+    tiny: Callable[[str], Path],
+    tiny_text: Path,
+    tmp_path: Path,
 ) -> None:
     source, journal = tiny("LlamaForCausalLM"), tmp_path / "journal"
     (tmp_path / "killed").mkdir()
@@ -64,14 +74,14 @@ def test_killed_at_any_block_it_ends_with_the_same_bytes(
             sys.executable, "-c", _CHILD, str(Path(__file__).parents[1]), str(source), str(tmp_path / "killed"),
             str(tiny_text), str(journal), f"block-{block - 1:05d}",
         ],
-        input=STEP.model_dump_json(), text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        input=CompressionSpec(steps=(step,)).model_dump_json(), text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL
     said: list[str] = []
-    run_step(STEP, context(source, tmp_path / "resumed", tiny_text, journal, said))
+    run_step(step, context(source, tmp_path / "resumed", tiny_text, journal, said))
     assert said[0].startswith(f"block {block} of")
     assert not journal.exists()
-    run_step(STEP, context(source, tmp_path / "whole", tiny_text, tmp_path / "other", []))
+    run_step(step, context(source, tmp_path / "whole", tiny_text, tmp_path / "other", []))
     assert digests(tmp_path / "resumed") == digests(tmp_path / "whole")
 
 
