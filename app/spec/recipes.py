@@ -9,7 +9,7 @@ from app.spec.compression import Acceptance, CompressionSpec
 from app.spec.distill import DistillLogits, StudentFromPreviousStep
 from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
-from app.spec.prune import PruneDepth, PruneMagnitude
+from app.spec.prune import PruneCalibrated, PruneDepth
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_onnx import QuantizeOnnx
 
@@ -92,9 +92,9 @@ _ALL = (
     ),
     Recipe(
         name="sparse-2-4",
-        summary="2:4 sparsity by magnitude",
-        reason="For hardware that skips two of four weights. Without training afterwards the quality loss is large.",
-        spec=CompressionSpec(steps=(PruneMagnitude(pattern="2:4"),)),
+        summary="2:4 sparsity, calibrated: what stays makes up for what goes",
+        reason="For hardware that skips two of four weights. Large models bear it; small ones need training afterwards.",
+        spec=CompressionSpec(steps=(PruneCalibrated(pattern="2:4"),)),
     ),
     Recipe(
         name="shallow",
