@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from app.spec.step_costs import TUNING_WINDOWS_PER_STEP
 from workers.engine.calibration.block_stream import LiveBlock
 from workers.engine.calibration.hidden_states import HiddenStates
+from workers.engine.quantize.held_zeros import held_zeros
 from workers.engine.quantize.layer_fit import LayerFit
 from workers.engine.quantize.sign_rounding import codes_of, latent_signs, rates
 
@@ -121,12 +122,15 @@ class _Training:
     fit: LayerFit
     latent: Tensor
     """(rows, columns), in steps of the grid."""
+    held: Tensor | None
+    """(rows, columns), bool: pruned weights, which keep their codes."""
 
     @classmethod
     def of(cls, layer: Untuned, module: nn.Module, name: str) -> _Training:
         parameter = module.get_parameter(f"{name}.weight")
         parameter.requires_grad_(True)
-        return cls(parameter, replace(layer.fit, codes=layer.fit.codes.clone()), layer.latent)
+        fit = replace(layer.fit, codes=layer.fit.codes.clone())
+        return cls(parameter, fit, layer.latent, held_zeros(layer.original))
 
     def step(self, rate: float) -> None:
         """Move the latents by `rate` steps of the grid against the gradient, and the codes with them."""
@@ -136,7 +140,10 @@ class _Training:
         for rows in row_parts(len(self.latent)):
             part = self.fit.of_rows(rows)
             self.latent[rows].sub_(latent_signs(part, self.parameter.grad[rows]), alpha=rate)
-            part.codes.copy_(codes_of(part, self.latent[rows]))
+            codes = codes_of(part, self.latent[rows]).to(part.codes.dtype)
+            if self.held is not None:
+                codes = torch.where(self.held[rows], part.codes, codes)
+            part.codes.copy_(codes)
             self.parameter[rows] = part.restored().to(self.fit.dtype).to(self.parameter.dtype)
         self.parameter.grad = None
 

@@ -52,7 +52,8 @@ def round_in_order(
     @torch.inference_mode()
     def run(rows: slice) -> None:
         before = None if previous is None else _by_columns(previous[rows], order)
-        sweep = _Sweep.over(_by_columns(targets[rows], order), coupling, order, fit.of_rows(rows), before)
+        part = fit.of_rows(rows)
+        sweep = _Sweep.over(_by_columns(targets[rows], order), coupling, order, part, before)
         sweep.range(0, len(order))
         codes[rows] = torch.empty_like(sweep.codes).index_copy_(0, order, sweep.codes).t()
 
@@ -81,6 +82,7 @@ class _Sweep:
     targets: Tensor
     coupling: Coupling
     previous: Tensor | None
+    held: Tensor | None
     codes: Tensor
     given: Tensor
     scale: tuple[Tensor, ...]
@@ -98,6 +100,7 @@ class _Sweep:
             targets=targets,
             coupling=coupling,
             previous=previous,
+            held=None if fit.held is None else _by_columns(fit.held, order),
             codes=torch.empty_like(targets),
             given=torch.empty_like(targets),
             scale=scale.unbind(),
@@ -127,9 +130,13 @@ class _Sweep:
             code = codes[j]
             if self.grid.symmetric:
                 self.grid.nearest_(torch.mul(targets[j], self.inverse[group], out=code))
+                if self.held is not None:
+                    code.masked_fill_(self.held[start + j], 0)
                 weight = code * scale
             else:
                 self.grid.nearest_(torch.addcmul(zero, targets[j], self.inverse[group], out=code))
+                if self.held is not None:
+                    torch.where(self.held[start + j], zero, code, out=code)
                 weight = code.sub(zero).mul_(scale)
             if self.previous is None:
                 torch.sub(targets[j], weight, out=given[j])

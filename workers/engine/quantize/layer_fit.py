@@ -35,6 +35,8 @@ class LayerFit:
     """(rows, groups), float32."""
     codes: Tensor
     """(rows, columns), float32, or the grid's `code_dtype` where it is only kept."""
+    held: Tensor | None = None
+    """(rows, columns), bool: pruned weights, whose codes are the zero points whatever a solver would make of them."""
 
     @property
     def group_size(self) -> int:
@@ -57,11 +59,12 @@ class LayerFit:
 
     def of_rows(self, rows: slice) -> LayerFit:
         """Some rows of it."""
-        return replace(self, scale=self.scale[rows], zero=self.zero[rows], codes=self.codes[rows])
+        held = None if self.held is None else self.held[rows]
+        return replace(self, scale=self.scale[rows], zero=self.zero[rows], codes=self.codes[rows], held=held)
 
     def compact(self) -> LayerFit:
-        """The same in less memory."""
-        return replace(self, codes=self.codes.to(self.grid.code_dtype))
+        """What was found, in less memory."""
+        return replace(self, codes=self.codes.to(self.grid.code_dtype), held=None)
 
     def _grouped(self, values: Tensor) -> Tensor:
         return values.reshape(len(values), -1, self.group_size)

@@ -19,6 +19,7 @@ from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.freed_memory import release_freed_memory
 from workers.engine.quantize.compensation import Factor, compensated, damped, factored_in_place
 from workers.engine.quantize.grid import WeightGrid
+from workers.engine.quantize.held_zeros import held_zeros
 from workers.engine.quantize.layer_fit import LayerFit, fit_blocks, fit_layer, joined
 from workers.engine.quantize.refinement import descended, refined
 
@@ -71,6 +72,7 @@ class LayerSolver:
         weight = batch.weight(weights)
         fit = nearest_fit(weight, batch.layer, batch.grid, importance, threads=self.threads)
         if factor is not None:
+            fit = replace(fit, held=held_zeros(weight))
             fit = compensated(weight, factor, fit, threads=self.threads)
         return _settled(fit)
 
@@ -83,7 +85,7 @@ class LayerSolver:
         if rounds == 0:
             return fit
         weight = batch.weight(weights)
-        fit = replace(fit, codes=fit.codes.float())
+        fit = replace(fit, codes=fit.codes.float(), held=held_zeros(weight))
         if batch.layer.block_rows > 1:
             # Rows that share scales cannot each have them refitted.
             for _ in range(rounds):

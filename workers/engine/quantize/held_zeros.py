@@ -1,0 +1,14 @@
+"""Weights that are zero because they were pruned, and must stay so while what is around them is rounded and moved."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+# Of a layer's weights. By chance a trained weight is hardly ever zero; weights in few bits, unpacked, are more often.
+_LEAST_SHARE = 0.2
+
+
+def held_zeros(weight: Tensor) -> Tensor | None:
+    """Where a pruned layer's weight is zero: (rows, columns), bool; None for a layer that was not pruned."""
+    zero = weight == 0
+    return zero if float(zero.float().mean()) >= _LEAST_SHARE else None
