@@ -64,10 +64,10 @@ _ALL = (
     ),
     Recipe(
         name="vllm-w8a8",
-        summary="8-bit integer weights and activations for vLLM, calibrated; scales of activations found per token",
+        summary="8-bit integer weights and activations for vLLM, calibrated and smoothed; scales of activations found per token",
         reason="Integer arithmetic, for throughput on GPUs from Turing and Ampere on, which have no FP8.",
         spec=CompressionSpec(
-            steps=(QuantizeCalibrated(bits=8, activations="dynamic"),),
+            steps=(QuantizeCalibrated(bits=8, activations="dynamic", scaling="smoothquant"),),
             acceptance=Acceptance(max_perplexity_increase=0.03, min_cosine=0.98),
         ),
     ),

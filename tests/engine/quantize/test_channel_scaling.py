@@ -13,7 +13,14 @@ from torch import nn
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.architectures.feeding import Feed, feeds_of, fold
 from workers.engine.architectures.loading import load_model, load_tokenizer
-from workers.engine.quantize.channel_factors import awq_factor, balanced, best_candidate, smoothing_factor
+from workers.engine.quantize.channel_factors import (
+    SMOOTHING_STRENGTHS,
+    awq_factor,
+    balanced,
+    best_candidate,
+    expected_loss,
+    smoothing_factor,
+)
 
 Tiny = Callable[[str], Path]
 
@@ -55,6 +62,65 @@ def test_smoothing_shares_ranges_between_activations_and_weights() -> None:
     factor = smoothing_factor(inputs, weights, 0.5)
     assert factor[0] / factor[1] == pytest.approx(10)
     assert factor[2] == 1
+
+
+def rounded(values: torch.Tensor, peaks: torch.Tensor) -> torch.Tensor:
+    """To 8 bits, with the largest magnitude at 127."""
+    step = peaks / 127
+    return (values / step).round() * step
+
+
+def with_outliers() -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight (64, 96) and inputs (512, 96) of which four channels are thirty times the others."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(512, 96, generator=generator)
+    inputs[:, ::24] *= 30
+    return torch.randn(64, 96, generator=generator), inputs
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("strength", [0.0, 0.5, 0.9])
+def test_the_loss_that_is_expected_is_what_rounding_costs(strength: float, per_token: bool) -> None:
+    weight, inputs = with_outliers()
+    factor = smoothing_factor(inputs.abs().amax(0), weight.abs().amax(0), strength)
+    scaled, smooth = (weight * factor).double(), (inputs / factor).double()
+    peaks = smooth.abs().amax(1, keepdim=True) if per_token else smooth.abs().amax()
+    outputs = rounded(smooth, peaks) @ rounded(scaled, scaled.abs().amax(1, keepdim=True)).t()
+    cost = (outputs - smooth @ scaled.t()).square().sum() / len(inputs)
+    moments = inputs.square().mean(0)
+    expected = expected_loss(weight, moments, inputs, factor, per_token=per_token) / (12 * 127**2)
+    assert expected == pytest.approx(float(cost), rel=0.15)
+
+
+def test_outliers_of_the_inputs_are_smoothed_until_the_weights_would_lose_more() -> None:
+    weight, inputs = with_outliers()
+    losses = [
+        expected_loss(
+            weight, inputs.square().mean(0), inputs,
+            smoothing_factor(inputs.abs().amax(0), weight.abs().amax(0), strength), per_token=True,
+        )
+        for strength in SMOOTHING_STRENGTHS
+    ]  # fmt: skip
+    best = losses.index(min(losses))
+    assert 0 < best < len(losses) - 1
+    assert losses[best] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_a_strength_found_for_each_input_is_used(
+    activations: str, tiny: Tiny, tiny_text: Path, tmp_path: Path
+) -> None:
+    source = tiny("LlamaForCausalLM")
+    norms = []
+    for strength in (None, 0.5):
+        step = QuantizeCalibrated(
+            bits=8, activations=activations, scaling="smoothquant", smoothing_strength=strength, calibration_tokens=512
+        )  # fmt: skip
+        run(source, tmp_path / str(strength), tiny_text, step)
+        norms.append(
+            load_model(tmp_path / str(strength)).get_parameter("model.layers.0.input_layernorm.weight")
+        )
+    assert not torch.equal(*norms)
 
 
 def test_channels_that_are_never_used_have_no_factor() -> None:

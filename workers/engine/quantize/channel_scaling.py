@@ -7,24 +7,27 @@ gave, so any solver can follow. Left out: AWQ's search for clipped ranges, since
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.errors import JobFailed
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.architectures.feeding import Feed, feeds_of, fold
-from workers.engine.calibration.block_stream import LiveBlock
+from workers.engine.calibration.block_stream import EnoughSeen, LiveBlock
 from workers.engine.calibration.input_moments import InputSite, gather_moments, input_sites
 from workers.engine.checkpoint.layout import TORCH_DTYPES
 from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.quantize.channel_factors import (
     AWQ_STRENGTHS,
+    SMOOTHING_STRENGTHS,
     Restore,
     awq_factor,
     balanced,
     best_candidate,
+    expected_loss,
     smoothing_factor,
 )
 from workers.engine.quantize.layer_solver import nearest_fit
@@ -32,6 +35,10 @@ from workers.engine.quantize.layer_solver import nearest_fit
 # Of what the block adds to its input. Folding costs roundings of 16-bit weights, far less than this; a module that
 # feeds more than it is known to feed costs far more.
 _LARGEST_CHANGE = 0.05
+# Tokens whose largest features are looked at.
+_SAMPLED_TOKENS = 2048
+# SmoothQuant's own, where there are no rounded inputs to find one by.
+_USUAL_STRENGTH = 0.5
 
 
 @dataclass
@@ -91,16 +98,64 @@ def _factor(
     if step.scaling == "smoothquant":
         if site.largest is None:
             raise ValueError("an input that feeds a whole block is never empty")
-        weights = (block.module.get_parameter(f"{name}.weight") for name in feed.layers)
-        peaks = torch.stack([weight.float().abs().amax(0) for weight in weights]).amax(0)
-        inputs = site.largest.float()
-        return smoothing_factor(feed.shared(inputs), feed.shared(peaks), step.smoothing_strength)
+        weights = [block.module.get_parameter(f"{name}.weight").float() for name in feed.layers]
+        peaks = feed.shared(torch.stack([weight.abs().amax(0) for weight in weights]).amax(0))
+        inputs = feed.shared(site.largest.float())
+        if step.smoothing_strength is not None or step.activations == "none":
+            return smoothing_factor(
+                inputs, peaks, _USUAL_STRENGTH if step.smoothing_strength is None else step.smoothing_strength
+            )
+        return _smoothest(
+            [smoothing_factor(inputs, peaks, strength) for strength in SMOOTHING_STRENGTHS],
+            feed,
+            weights,
+            site.second_moment().diagonal(),
+            _sample(block, feed.layers[0]),
+            per_token=step.activations == "dynamic",
+        )
     second_moment = site.second_moment()
     candidates = [balanced(feed.shared(awq_factor(second_moment, strength))) for strength in AWQ_STRENGTHS]
     found = best_candidate(
         list(_restorable(block, feed, chosen, threads)), second_moment, [feed.repeated(c) for c in candidates]
     )
     return candidates[found]
+
+
+def _smoothest(
+    candidates: list[Tensor],
+    feed: Feed,
+    weights: list[Tensor],
+    moments: Tensor,
+    sample: Tensor,
+    *,
+    per_token: bool,
+) -> Tensor:
+    """The candidate (channels,) with which a feed's layers are expected to lose least; the first wins ties."""
+    losses = [
+        sum(expected_loss(w, moments, sample, feed.repeated(factor), per_token=per_token) for w in weights)
+        for factor in candidates
+    ]
+    return candidates[losses.index(min(losses))]
+
+
+def _sample(block: LiveBlock, layer: str) -> Tensor:
+    """What a layer is given for the first tokens: (tokens, features), float32."""
+    seen: list[Tensor] = []
+
+    def look(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].flatten(0, -2).float())
+        raise EnoughSeen
+
+    handle = block.module.get_submodule(layer).register_forward_pre_hook(look)
+    try:
+        for number in range(block.windows):
+            with suppress(EnoughSeen):
+                block.call.run(block.module, block.window(number))
+            if sum(map(len, seen)) >= _SAMPLED_TOKENS:
+                break
+    finally:
+        handle.remove()
+    return torch.cat(seen)
 
 
 def _restorable(
