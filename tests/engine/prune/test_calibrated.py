@@ -82,14 +82,21 @@ def test_a_small_budget_prunes_input_by_input_and_as_many(
     assert digests(tmp_path / "None") != digests(tmp_path / str(2**20))
 
 
-def test_report_says_what_outputs_and_weights_lost(tiny: Tiny, tiny_text: Path, tmp_path: Path) -> None:
-    source = tiny("LlamaForCausalLM")
-    few, many = (run(source, tmp_path / str(share), tiny_text, sparsity=share) for share in (0.2, 0.7))
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+@pytest.mark.parametrize("compensate", [True, False])
+def test_report_says_what_outputs_and_weights_lost(
+    compensate: bool, architecture: str, tiny: Tiny, tiny_text: Path, tmp_path: Path
+) -> None:
+    source = tiny(architecture)
+    few, many = (
+        run(source, tmp_path / str(share), tiny_text, sparsity=share, compensate=compensate)
+        for share in (0.2, 0.7)
+    )
     lost = [float(outcome.metrics["relative_output_error"] or 0) for outcome in (few, many)]
-    assert 0 < lost[0] < 0.5 * lost[1] < 0.5
-    assert few.metrics["sparsity"] == pytest.approx(0.2, abs=1e-3)
+    assert 0 < lost[0] < 0.5 * lost[1] < 0.6
+    assert few.metrics["sparsity"] == pytest.approx(0.2, abs=5e-3)
     for layer in many.layers:
-        assert layer.sparsity == pytest.approx(0.7, abs=1e-3)
+        assert layer.sparsity == pytest.approx(0.7, abs=5e-3)
         assert 0 < (layer.relative_error or 0) < 1.5
 
 
@@ -111,3 +118,13 @@ def test_weights_that_are_nan_are_named(tiny: Tiny, tiny_text: Path, tmp_path: P
     with pytest.raises(InvalidRequest, match=name):
         run(source, tmp_path / "out", tiny_text)
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_what_stays_is_fitted_without_compensation_too(tiny: Tiny, tiny_text: Path, tmp_path: Path) -> None:
+    source = tiny("LlamaForCausalLM")
+    settings = {"criterion": "wanda", "compensate": False}
+    plain, fitted = (
+        run(source, tmp_path / str(steps), tiny_text, refinements=steps, **settings) for steps in (0, 20)
+    )
+    lost = [float(outcome.metrics["relative_output_error"] or 0) for outcome in (plain, fitted)]
+    assert 0 < lost[1] < 0.9 * lost[0]

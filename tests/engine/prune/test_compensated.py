@@ -91,6 +91,13 @@ def test_fitting_ends_at_the_least_squares_of_each_row() -> None:
     assert torch.equal(ours != 0, sparse != 0)
 
 
+def test_what_is_given_stays_as_it_was_however_it_lies() -> None:
+    weight, second_moment = layer()
+    for given in (weight.clone(), weight.t().contiguous().t()):
+        removed(given, second_moment, Pattern(0.5))
+        assert torch.equal(given, weight)
+
+
 def test_a_row_without_a_weight_and_one_that_is_complete_stay_as_they_are() -> None:
     weight, second_moment = layer()
     sparse = weight.clone()

@@ -139,7 +139,7 @@ class BlockPruner:
                 cut[rows] = removed_in_order(part, factor, pattern, criterion, statistics).to(cut.dtype)
             else:
                 gone = pattern.lowest(criterion(part, statistics), by_row=True)
-                cut[rows] = part.masked_fill_(gone, 0).to(cut.dtype)
+                cut[rows] = part.masked_fill(gone, 0).to(cut.dtype)
         return cut
 
     def _settle(

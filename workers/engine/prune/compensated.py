@@ -32,7 +32,8 @@ def removed_in_order(
 
     `factor` must go through the columns in their own order, for neighbours to be neighbours.
     """
-    targets = weight.t().contiguous()
+    # A copy, also of what lies transposed already.
+    targets = weight.t().clone(memory_format=torch.contiguous_format)
     columns = len(targets)
     for start in range(0, columns, _MASK_COLUMNS):
         span = slice(start, min(columns, start + _MASK_COLUMNS))
