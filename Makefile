@@ -12,9 +12,20 @@ DEMO_ARGS ?=
 # Threads that spin while they wait take the core that another process needs; tests and benchmarks run several processes.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# Processes that share the tests of the engine, which start no servers.
+WORKERS ?= 2
+
 BIN := .venv/bin
 STAMP := .venv/.installed
 TORCH := $(shell grep "^torch==" requirements.lock)
+
+# $(call tests,MARKERS): the engine's tests in parallel, then all others; where ARGS names files, those alone.
+# That ARGS finds nothing in one of the two is no failure.
+PYTEST := $(BIN)/pytest -q
+define tests
+	$(if $(findstring tests/,$(ARGS)),$(PYTEST) -m "$(1)" $(ARGS),$(PYTEST) -m "$(1)" -n $(WORKERS) --dist loadgroup $(ARGS) tests/engine || [ $$? -eq 5 ])
+	$(if $(findstring tests/,$(ARGS)),,$(PYTEST) -m "$(1)" --ignore=tests/engine $(ARGS) || [ $$? -eq 5 ])
+endef
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve check format test bench clean
@@ -50,18 +61,18 @@ check: $(STAMP) ## The fast gate: format, lint, types, layers, migrations, fast 
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT \
 		&& export MODELPRESS_DATA_DIR="$$scratch" DATABASE_URL= \
 		&& $(BIN)/alembic upgrade head && $(BIN)/alembic check
-	$(BIN)/pytest -q -m "not slow and not e2e and not gpu" $(ARGS)
+	$(call tests,not slow and not e2e and not gpu)
 
 format: $(STAMP) ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format --quiet .
 
 test: $(STAMP) ## All tests, against real servers that they start themselves
-	$(BIN)/pytest -m "not gpu" $(ARGS)
+	$(call tests,not gpu)
 
 # Parts of benchmarks, and those that build or install gigabytes of peers and need a model by name: run them by hand.
 NOT_RUN := $(addprefix benchmarks/,figures.py machine.py growth_plot.py synthetic_llama.py llamacpp_toolchain.py \
-	onnx_peers.py onnx_vs_peers.py gguf_vs_llamacpp.py quantize_vs_peers.py)
+	onnx_peers.py onnx_vs_peers.py gguf_vs_llamacpp.py quantize_vs_peers.py prune_vs_peers.py)
 
 bench: $(STAMP) ## All benchmarks; fails when a floor is missed
 	@failed=0; for file in $(filter-out $(NOT_RUN),$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || failed=1; done; exit $$failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,15 @@ import pytest
 import torch
 from tiny_models import tiny_model, write_text
 
-torch.set_num_threads(2)
+# One of several processes that share the tests (pytest-xdist) has a core; alone it has two.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep together what shares a costly fixture: the tests of a file, and of the contract those of one run."""
+    for item in items:
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")  # type: ignore[attr-defined]
+        item.add_marker(pytest.mark.xdist_group(str(case or item.path)))
 
 
 @pytest.fixture(scope="session")
