@@ -5,7 +5,7 @@ weights go; those that stay are moved so that the outputs change least. Blocks a
 on the outputs of the pruned blocks before it. Memory holds one block, its inputs' statistics and some windows' activations.
 Papers: Frantar and Alistarh 2023, "SparseGPT"; Sun et al. 2023, "A Simple and Effective Pruning Approach for Large
 Language Models" (Wanda); least squares on the weights left as in Meng et al. 2024, "ALPS".
-Left out: another sparsity for each layer, and training afterwards, which distill.logits does without holding the zeros.
+Left out: another sparsity for each layer, and training afterwards: distill.logits does that, and holds the zeros.
 """
 
 from __future__ import annotations
