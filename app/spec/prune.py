@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -108,3 +109,37 @@ class PruneDepth(Step):
             return self.drop_blocks
         ratio = 0.2 if self.drop_ratio is None else self.drop_ratio
         return max(1, round(ratio * num_blocks))
+
+
+class PruneWidth(Step):
+    """Remove those channels inside the blocks' feed-forward parts that the outputs miss least, as many in every block.
+
+    Leaves a smaller dense model that any loader reads by its config alone. Runs the model over calibration text block by
+    block, with one block in memory; each block is calibrated on what the narrower blocks before it give.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+
+    technique: Literal["prune.width"] = "prune.width"
+    drop_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of each block's channels to remove, before rounding."""
+    round_to: Annotated[int, Field(ge=1, le=65_536)] = 64
+    """The width that is left is the nearest multiple of this below the one there was, and at least this; of two as near, the
+    larger. Kernels are fastest on multiples of 64 or 128."""
+    repair: bool = True
+    """Choose by what cannot be made up for, and refit the layer that reads the channels by least squares. False: channels go
+    by their own energy, and what stays is as it was."""
+    calibration_tokens: Annotated[int, Field(ge=128, le=10_000_000)] = 16_384
+    """Tokens of calibration text the channels' statistics are gathered from; a few for each channel are needed."""
+    sequence_length: Annotated[int, Field(ge=16, le=131_072)] = 512
+    """Tokens of one window of calibration text; cut to what the model can take."""
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Added to the diagonal of the channels' statistics, as a share of its mean."""
+
+    def width_after(self, width: int) -> int | None:
+        """How many of `width` channels stay; None where `round_to` leaves no smaller number."""
+        most = (width - 1) // self.round_to
+        if most == 0:
+            return None
+        wanted = math.floor((1 - self.drop_ratio) * width / self.round_to + 0.5)
+        return self.round_to * min(max(wanted, 1), most)
