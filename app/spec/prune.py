@@ -130,11 +130,16 @@ class PruneWidth(Step):
     """Choose by what cannot be made up for, and refit the layer that reads the channels by least squares. False: channels go
     by their own energy, and what stays is as it was."""
     calibration_tokens: Annotated[int, Field(ge=128, le=10_000_000)] = 16_384
-    """Tokens of calibration text the channels' statistics are gathered from; a few for each channel are needed."""
+    """Tokens of calibration text the channels' statistics are gathered from: better a dozen for each channel than few."""
     sequence_length: Annotated[int, Field(ge=16, le=131_072)] = 512
     """Tokens of one window of calibration text; cut to what the model can take."""
-    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Added to the diagonal of the channels' statistics, as a share of its mean."""
+    damping: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Added to each channel's mean square, as a share of it: how little what channels have in common on this text is
+    trusted. Null: channels over tokens, since what was seen seldom is chance."""
+
+    def damping_for(self, *, channels: int, tokens: int) -> float:
+        """`damping`, made definite."""
+        return min(1.0, channels / tokens) if self.damping is None else self.damping
 
     def width_after(self, width: int) -> int | None:
         """How many of `width` channels stay; None where `round_to` leaves no smaller number."""

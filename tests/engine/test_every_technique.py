@@ -31,11 +31,12 @@ from tiny_models import BLOCKS, INTERMEDIATE, facts_of
 from transformers import AutoModelForCausalLM
 
 from app.spec.architectures import ARCHITECTURES, block_index, is_router
-from app.spec.compression import STEP_CLASSES
+from app.spec.compression import STEP_CLASSES, CompressionSpec
 from app.spec.feed_forward import channel_axis, is_reader, with_width
 from app.spec.gguf import QuantizeGguf
 from app.spec.gguf_layout import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.spec.gguf_layout import gguf_tensors
+from app.spec.plan import plan_job
 from app.spec.quantize import QuantizedWeights
 from workers.engine.architectures.loading import load_model, load_tokenizer, loader_of
 from workers.engine.export.dynamic_int8 import load_dynamic_int8
@@ -326,6 +327,8 @@ def _promises_of_prune_width(run: Run) -> None:
             }
             kept = tensor.movedim(axis.dimension, 0).reshape(axis.copies * INTERMEDIATE // 2, -1).tolist()
             assert {tuple(row) for row in kept} <= rows
+    written = sum(file.stat().st_size for file in run.target.glob("*.safetensors"))
+    assert plan_job(CompressionSpec(steps=(run.case.step,)), facts_of(run.source)).output_bytes == written
     assert run.outcome.metrics["width_before"] == INTERMEDIATE
     assert run.outcome.metrics["width_after"] == INTERMEDIATE // 2
     assert 0 < run.outcome.metrics["relative_output_error"] < 1

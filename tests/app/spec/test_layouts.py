@@ -14,7 +14,7 @@ from app.spec.facts import ModelFacts, TensorFact
 from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
 from app.spec.plan import plan_job
-from app.spec.prune import PruneMagnitude
+from app.spec.prune import PruneMagnitude, PruneWidth
 from app.spec.quantize import LayerOverride, QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -87,6 +87,7 @@ def test_mixtures_are_quantized_symmetrically_and_pruned_as_one_likes(step: Step
         (OptimizeOnnx(), "/steps/0/technique", "every expert"),
         (QuantizeOnnx(), "/steps/0/technique", "every expert"),
         (QuantizeDynamic(), "/steps/0/technique", "nn.Linear"),
+        (PruneWidth(), "/steps/0/technique", "prune.depth"),
     ],
     ids=str,
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,12 +84,14 @@ class BlockNarrower:
         if self.step.repair and bias is not None:
             # A bias can take the mean of what goes: only what varies is lost (as in An et al. 2024, FLAP, section 3.3).
             moment.addr_(mean, mean, alpha=-1)
-        kept, narrow = self._solved(weight, moment, stored, done)
+        damping = self.step.damping_for(channels=len(mean), tokens=site.tokens)
+        kept, narrow = self._solved(weight, moment, damping, stored, done)
         block.alive()
         narrow = narrow.to(self.checkpoint.tensors[stored].dtype)
         change = weight.neg()
         change[:, kept] += narrow.float()
-        done.lost, done.had = output_error(change, moment), output_error(weight, moment)
+        # Rounding can bring a sum of nothing below zero.
+        done.lost, done.had = (max(0.0, output_error(d, moment)) for d in (change, weight))
         done.tensors[stored] = self._inputs_last(narrow).cpu().contiguous()
         # The same function in the old width: what follows is calibrated on it.
         live.zero_()
@@ -104,16 +104,20 @@ class BlockNarrower:
         return kept
 
     def _solved(
-        self, weight: Tensor, moment: Tensor, name: str, done: NarrowedBlock
+        self, weight: Tensor, moment: Tensor, damping: float, name: str, done: NarrowedBlock
     ) -> tuple[Tensor, Tensor]:
         """The channels that stay, and their weights in the reading layer: (width,), (out, width)."""
         if self.step.repair:
-            with _factored(moment, self.step.damping, name, done.warnings) as factor:
-                if factor is not None:
-                    inverse = torch.cholesky_inverse(factor)
-                    del factor
-                    kept = hardest_to_replace(weight.clone(), inverse, self.width)
-                    return kept, refitted(weight, moment, kept)
+            diagonal = moment.diagonal().clone()
+            inverse = _damped_inverse_(moment, damping, name, done.warnings)
+            if inverse is not None:
+                # What is never carried is not missed, however strongly it would be read.
+                kept = hardest_to_replace(weight * (diagonal > 0), inverse, self.width)
+                del inverse
+                narrow = refitted(weight, moment, kept)
+                moment.diagonal().copy_(diagonal)
+                return kept, narrow
+            moment.diagonal().copy_(diagonal)
         kept = strongest(weight, moment, self.width)
         return kept, weight[:, kept]
 
@@ -134,30 +138,25 @@ class BlockNarrower:
         return weight.t() if self.architecture.inputs_first else weight
 
 
-@contextmanager
-def _factored(moment: Tensor, damping: float, name: str, warnings: list[str]) -> Iterator[Tensor | None]:
-    """The Cholesky factor L of H as damped as it must be, H so damped meanwhile; None where there is none.
+def _damped_inverse_(moment: Tensor, damping: float, name: str, warnings: list[str]) -> Tensor | None:
+    """(H + damping)⁻¹, H left as damped as it had to be; None where there is none.
 
-    Inputs that are always zero get the damping alone, so that they go first.
+    Each diagonal element grows by a share of itself, which shrinks the correlations and leaves the choice the same
+    whatever a channel's scale (Schäfer and Strimmer 2005, "A shrinkage approach to large-scale covariance matrix estimation").
     """
-    diagonal = moment.diagonal()
-    before = diagonal.clone()
-    # Without any input there is nothing to be a share of.
-    unit = float(before.mean()) or 1.0
-    try:
-        for attempt in range(_ATTEMPTS):
-            strength = damping * 10**attempt
-            diagonal.copy_(before + strength * unit)
-            factor, failed = torch.linalg.cholesky_ex(moment)
-            if not int(failed):
-                if attempt:
-                    warnings.append(f"damped by {strength:g} to have a factor: {name}")
-                yield factor
-                return
-        warnings.append(f"not repaired, since the inputs' statistics have no factor: {name}")
-        yield None
-    finally:
-        diagonal.copy_(before)
+    before = moment.diagonal().clone()
+    # A channel that is always zero depends on no other: any number will do.
+    scale = torch.where(before > 0, before, torch.ones_like(before))
+    for attempt in range(_ATTEMPTS):
+        strength = damping * 10**attempt
+        moment.diagonal().copy_((1 + strength) * scale)
+        factor, failed = torch.linalg.cholesky_ex(moment)
+        if not int(failed):
+            if attempt:
+                warnings.append(f"damped by {strength:g} to have a factor: {name}")
+            return torch.cholesky_inverse(factor)
+    warnings.append(f"not repaired, since the inputs' statistics have no factor: {name}")
+    return None
 
 
 def _check_finite(name: str, weight: Tensor, moment: Tensor) -> None:
