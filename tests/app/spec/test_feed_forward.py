@@ -67,6 +67,12 @@ def test_a_width_is_rounded_to_a_smaller_multiple(
     assert PruneWidth(drop_ratio=drop_ratio, round_to=round_to).width_after(width) == left
 
 
+def test_what_few_tokens_say_is_trusted_less_unless_a_damping_is_given() -> None:
+    assert PruneWidth().damping_for(channels=768, tokens=3072) == 0.25
+    assert PruneWidth().damping_for(channels=768, tokens=100) == 1.0
+    assert PruneWidth(damping=0.01).damping_for(channels=768, tokens=100) == 0.01
+
+
 def test_every_architecture_without_experts_says_where_its_channels_lie() -> None:
     without = {a.name for a in ARCHITECTURES.values() if feed_forward_of(a) is None}
     assert without == {a.name for a in ARCHITECTURES.values() if a.expert_layers is not None}

@@ -125,7 +125,9 @@ def test_time_follows_the_weights_a_token_meets_and_memory_follows_all() -> None
     assert plans[0].peak_memory_bytes == plans[1].peak_memory_bytes
 
 
-@pytest.mark.parametrize("step", [QuantizeGguf(), QuantizeCalibrated(), QuantizeOnnx()], ids=str)
+@pytest.mark.parametrize(
+    "step", [QuantizeGguf(), QuantizeCalibrated(), QuantizeOnnx(), PruneWidth()], ids=str
+)
 def test_memory_of_a_calibrated_step_follows_the_widest_input(step: Step) -> None:
     def model(inner: int) -> ModelFacts:
         layers = "model.layers.#."
