@@ -16,12 +16,13 @@ from app.spec.base import Family, Step
 from app.spec.compression import Acceptance, CompressionSpec
 from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel, StudentFromPreviousStep
 from app.spec.facts import ModelFacts, TensorFact
+from app.spec.feed_forward import channel_axis, widths_of, with_width
 from app.spec.gguf import QuantizeGguf
 from app.spec.gguf_layout import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.spec.gguf_layout import gguf_tensors
 from app.spec.head import NO_OWN_HEAD, own_head
 from app.spec.layouts import inputs_of, limits_of_layout
-from app.spec.prune import PruneCalibrated, PruneDepth, PruneMagnitude
+from app.spec.prune import PruneCalibrated, PruneDepth, PruneMagnitude, PruneWidth
 from app.spec.quantize import QuantizedWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -59,6 +60,14 @@ class _Shape:
         layers = tuple(t for t in self.layers if (block_index(t.name) or 0) < left)
         return replace(self, blocks=left, layers=layers)
 
+    def with_width_of(self, step: PruneWidth) -> _Shape:
+        """Fewer channels in every feed-forward part, where the step can remove any."""
+        match [step.width_after(width) for width in widths_of(self.layers, self.architecture)]:
+            case [int(width)]:
+                return replace(self, layers=with_width(self.layers, self.architecture, width))
+            case _:
+                return self
+
 
 def check_spec(
     spec: CompressionSpec, facts: ModelFacts, students: dict[str, ModelFacts] | None = None
@@ -84,6 +93,9 @@ def check_spec(
         if isinstance(step, PruneDepth):
             faults += _check_depth(step, shape, where)
             shape = shape.without_blocks(min(step.blocks_to_drop(shape.blocks), shape.blocks - 1))
+        if isinstance(step, PruneWidth):
+            faults += _check_width(step, shape, where)
+            shape = shape.with_width_of(step)
         if isinstance(step, DistillLogits):
             faults += _check_distillation(step, facts, students or {}, where)
             shape = _after_distillation(step, shape, students or {})
@@ -237,6 +249,17 @@ def _check_depth(step: PruneDepth, shape: _Shape, where: str) -> Iterator[Fault]
             f"{where}/{field}",
             f"This removes {dropped} of {shape.blocks} blocks; at least one must stay: {shape.blocks - 1} at most.",
         )
+
+
+def _check_width(step: PruneWidth, shape: _Shape, where: str) -> Iterator[Fault]:
+    yield from _check_floats((t for t in shape.layers if channel_axis(t.name, shape.architecture)), where)
+    for width in widths_of(shape.layers, shape.architecture):
+        if step.width_after(width) is None:
+            yield Fault(
+                f"{where}/round_to",
+                f"No multiple of {step.round_to} is smaller than the {width} channels there are; "
+                f"{2 ** ((width - 1).bit_length() - 1)} works.",
+            )
 
 
 def _check_distillation(

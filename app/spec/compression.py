@@ -11,7 +11,7 @@ from app.spec.distill import DistillLogits, StudentFromModel, StudentFromPreviou
 from app.spec.export import Export
 from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
-from app.spec.prune import PruneCalibrated, PruneDepth, PruneMagnitude
+from app.spec.prune import PruneCalibrated, PruneDepth, PruneMagnitude, PruneWidth
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -25,6 +25,7 @@ AnyStep = Annotated[
     | PruneMagnitude
     | PruneCalibrated
     | PruneDepth
+    | PruneWidth
     | DistillLogits
     | OptimizeOnnx,
     Field(discriminator="technique"),
@@ -39,6 +40,7 @@ STEP_CLASSES: tuple[type[Step], ...] = (
     PruneMagnitude,
     PruneCalibrated,
     PruneDepth,
+    PruneWidth,
     DistillLogits,
     OptimizeOnnx,
 )

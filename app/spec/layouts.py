@@ -12,8 +12,10 @@ from fnmatch import fnmatchcase
 from app.spec.architectures import Architecture, is_expert
 from app.spec.base import Step
 from app.spec.facts import TensorFact
+from app.spec.feed_forward import feed_forward_of
 from app.spec.kv_cache import can_scale_cache
 from app.spec.optimize import OptimizeOnnx
+from app.spec.prune import PruneWidth
 from app.spec.quantize import QuantizeCalibrated, QuantizedWeights, QuantizeWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -47,6 +49,10 @@ _WITHOUT_EXPERTS = (
 )
 _WITHOUT_TRANSPOSED = ((QuantizeDynamic, _DYNAMIC_TRANSPOSED), (QuantizeOnnx, _ONNX_TRANSPOSED))
 _EXPERT_INPUTS = "transformers does not round the inputs of experts, so {name} could not be measured: set activations to none."
+_WITHOUT_WIDTH = (
+    "{name} has experts, each with channels of its own that only some tokens reach: use prune.depth to make it smaller, or "
+    "prune.calibrated."
+)
 _CACHE = (
     "Scales of the key-value cache are written for Llama, Mistral, Qwen2, Qwen3, Gemma and Phi3, whose caches transformers "
     "was seen to round by them, and not for {name}: set kv_cache to none."
@@ -67,6 +73,8 @@ def limits_of_layout(
         yield from _limits_of_weights(step, architecture, layers)
     if isinstance(step, QuantizeCalibrated) and step.kv_cache != "none" and not can_scale_cache(architecture):
         yield "/kv_cache", _CACHE.format(name=name)
+    if isinstance(step, PruneWidth) and feed_forward_of(architecture) is None:
+        yield "/technique", _WITHOUT_WIDTH.format(name=name)
     if architecture.expert_layers is not None:
         whys = (why for kind, why in _WITHOUT_EXPERTS if isinstance(step, kind))
         yield from (("/technique", why.format(name=name)) for why in whys)

@@ -17,11 +17,12 @@ from app.spec.base import Step
 from app.spec.compatibility import blocks_cut, matching_layers, module_name
 from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel
 from app.spec.facts import BYTES_PER_ELEMENT, ModelFacts, TensorFact
+from app.spec.feed_forward import widths_of, with_width
 from app.spec.gguf import QuantizeGguf
 from app.spec.gguf_layout import ARCHITECTURES, data_bytes, gguf_tensors, index_bytes
 from app.spec.kv_cache import cache_scale_facts
 from app.spec.optimize import OptimizeOnnx
-from app.spec.prune import PruneDepth
+from app.spec.prune import PruneDepth, PruneWidth
 from app.spec.quantize import QuantizeCalibrated, QuantizedWeights
 from app.spec.quantize_dynamic import QuantizeDynamic, tensors_after
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -85,8 +86,8 @@ def after_step(step: Step, shape: Shape, facts: ModelFacts, students: dict[str, 
     match step:
         case QuantizedWeights():
             return _quantized(step, shape)
-        case PruneDepth():
-            return without_blocks(shape, step.blocks_to_drop(shape.blocks))
+        case PruneDepth() | PruneWidth():
+            return _smaller(step, shape, facts)
         case DistillLogits(student=StudentFromDepthCut(drop_ratio=ratio)):
             return without_blocks(shape, blocks_cut(ratio, shape.blocks))
         case DistillLogits(student=StudentFromModel(model=model)) if model in students:
@@ -102,6 +103,18 @@ def without_blocks(shape: Shape, count: int) -> Shape:
     kept = shape.blocks - count
     tensors = tuple(t for t in shape.tensors if (block_index(t.name) or 0) < kept)
     return Shape.of(tensors)
+
+
+def _smaller(step: PruneDepth | PruneWidth, shape: Shape, facts: ModelFacts) -> Shape:
+    """The model with fewer blocks, or with fewer channels in every feed-forward part."""
+    if isinstance(step, PruneDepth):
+        return without_blocks(shape, step.blocks_to_drop(shape.blocks))
+    architecture = KNOWN[facts.architecture]
+    match [step.width_after(width) for width in widths_of(shape.tensors, architecture)]:
+        case [int(width)]:
+            return Shape.of(with_width(shape.tensors, architecture, width))
+        case _:
+            return shape
 
 
 def compressible(shape: Shape) -> tuple[TensorFact, ...]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import singledispatch
 
+from app.spec.architectures import ARCHITECTURES
 from app.spec.base import Step
 from app.spec.calibration_memory import calibrated_bytes
 from app.spec.distill import DistillLogits
 from app.spec.facts import ModelFacts
+from app.spec.feed_forward import is_reader
 from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
-from app.spec.prune import PruneCalibrated, PruneDepth
+from app.spec.prune import PruneCalibrated, PruneDepth, PruneWidth
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_onnx import QuantizeOnnx
 from app.spec.sizes import Shape
@@ -94,7 +96,11 @@ def streaming_seconds(nbytes: int) -> float:
 
 
 def calibration_memory(
-    step: QuantizeCalibrated | PruneCalibrated, before: Shape, facts: ModelFacts, *, one_site_at_a_time: bool
+    step: QuantizeCalibrated | PruneCalibrated | PruneWidth,
+    before: Shape,
+    facts: ModelFacts,
+    *,
+    one_site_at_a_time: bool,
 ) -> int:
     """Bytes beyond the interpreter's while a model is calibrated and its layers are solved."""
     return calibrated_bytes(
@@ -137,6 +143,20 @@ def _(step: QuantizeCalibrated | PruneCalibrated, on: Surroundings) -> int:
     if on.budget is None or INTERPRETER_BYTES + whole <= on.budget:
         return whole
     return calibration_memory(step, on.before, on.facts, one_site_at_a_time=True)
+
+
+@step_memory.register
+def _(step: PruneWidth, on: Surroundings) -> int:
+    # H⁻¹ and its factor beside H, and the reading layer three times in float32.
+    beside = max((4 * (2 * inner**2 + 3 * inner * outer) for inner, outer in _readers(on)), default=0)
+    return calibration_memory(step, on.before, on.facts, one_site_at_a_time=True) + beside
+
+
+def _readers(on: Surroundings) -> list[tuple[int, int]]:
+    """Inputs and outputs of the layer that reads the channels of each block's feed-forward part."""
+    architecture = ARCHITECTURES[on.facts.architecture]
+    shapes = [t.shape for t in on.before.tensors if is_reader(t.name, architecture)]
+    return [(shape[0], shape[1]) if architecture.inputs_first else (shape[1], shape[0]) for shape in shapes]
 
 
 @step_memory.register
@@ -209,6 +229,15 @@ def _(step: QuantizeOnnx, on: Surroundings) -> float:
 def _(step: PruneCalibrated, on: Surroundings) -> float:
     forwards = 2 * on.forward_flops * step.calibration_tokens / FLOPS_PER_SECOND
     return forwards + on.before.dense_parameters * PRUNING_SECONDS_PER_WEIGHT
+
+
+@working_seconds.register
+def _(step: PruneWidth, on: Surroundings) -> float:
+    forwards = 2 * on.forward_flops * step.calibration_tokens
+    # Moments of the inputs; inverting them, eliminating what goes, and refitting what stays.
+    moments = sum(inner**2 * step.calibration_tokens for inner, _ in _readers(on))
+    solving = sum(inner**2 * (3 * inner + 4 * outer) for inner, outer in _readers(on)) if step.repair else 0
+    return (forwards + moments + solving) / FLOPS_PER_SECOND
 
 
 @working_seconds.register

@@ -27,14 +27,16 @@ from technique_runs import (
     run_case,
     tensors_of,
 )
-from tiny_models import BLOCKS, facts_of
+from tiny_models import BLOCKS, INTERMEDIATE, facts_of
 from transformers import AutoModelForCausalLM
 
 from app.spec.architectures import ARCHITECTURES, block_index, is_router
-from app.spec.compression import STEP_CLASSES
+from app.spec.compression import STEP_CLASSES, CompressionSpec
+from app.spec.feed_forward import channel_axis, is_reader, with_width
 from app.spec.gguf import QuantizeGguf
 from app.spec.gguf_layout import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.spec.gguf_layout import gguf_tensors
+from app.spec.plan import plan_job
 from app.spec.quantize import QuantizedWeights
 from workers.engine.architectures.loading import load_model, load_tokenizer, loader_of
 from workers.engine.export.dynamic_int8 import load_dynamic_int8
@@ -298,6 +300,40 @@ def _promises_of_prune_depth(run: Run) -> None:
         assert torch.equal(tensor, before[origin])
 
 
+def _promises_of_prune_width(run: Run) -> None:
+    """Half the channels are left, with their own rows in the layers that write them; all else is as it was."""
+    architecture = ARCHITECTURES[run.case.architecture]
+    tensors, before = tensors_of(run.target), tensors_of(run.source)
+    shapes = {
+        t.name: t.shape for t in with_width(facts_of(run.source).tensors, architecture, INTERMEDIATE // 2)
+    }
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
+    pruned = {layer.name for layer in run.outcome.layers if layer.action == "pruned"}
+    assert pruned == {t.name for t in facts_of(run.source).compressible() if shapes[t.name] != t.shape}
+    assert len(pruned) >= 2 * BLOCKS
+    for name, tensor in tensors.items():
+        axis = channel_axis(name, architecture)
+        if axis is None:
+            # A bias of the layer that reads the channels takes the mean of what went.
+            is_moved = is_reader(name.removesuffix("bias") + "weight", architecture)
+            assert torch.equal(tensor, before[name]) != is_moved
+        elif not is_reader(name, architecture):
+            rows = {
+                tuple(row)
+                for row in before[name]
+                .movedim(axis.dimension, 0)
+                .reshape(axis.copies * INTERMEDIATE, -1)
+                .tolist()
+            }
+            kept = tensor.movedim(axis.dimension, 0).reshape(axis.copies * INTERMEDIATE // 2, -1).tolist()
+            assert {tuple(row) for row in kept} <= rows
+    written = sum(file.stat().st_size for file in run.target.glob("*.safetensors"))
+    assert plan_job(CompressionSpec(steps=(run.case.step,)), facts_of(run.source)).output_bytes == written
+    assert run.outcome.metrics["width_before"] == INTERMEDIATE
+    assert run.outcome.metrics["width_after"] == INTERMEDIATE // 2
+    assert 0 < run.outcome.metrics["relative_output_error"] < 1
+
+
 def _promises_of_distill_logits(run: Run) -> None:
     _promises_of_fewer_blocks(run, BLOCKS - 1)
     before, after = tensors_of(run.source), tensors_of(run.target)
@@ -348,6 +384,7 @@ _PROMISES: dict[str, Callable[[Run], None]] = {
     "prune.magnitude": _promises_of_zeros,
     "prune.calibrated": _promises_of_zeros,
     "prune.depth": _promises_of_prune_depth,
+    "prune.width": _promises_of_prune_width,
     "distill.logits": _promises_of_distill_logits,
     "optimize.onnx": _promises_of_optimize_onnx,
     "quantize.onnx": _promises_of_quantize_onnx,

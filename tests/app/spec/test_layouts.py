@@ -14,7 +14,7 @@ from app.spec.facts import ModelFacts, TensorFact
 from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
 from app.spec.plan import plan_job
-from app.spec.prune import PruneCalibrated, PruneMagnitude
+from app.spec.prune import PruneCalibrated, PruneMagnitude, PruneWidth
 from app.spec.quantize import LayerOverride, QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -87,6 +87,7 @@ def test_mixtures_are_quantized_symmetrically_and_pruned_as_one_likes(step: Step
         (OptimizeOnnx(), "/steps/0/technique", "every expert"),
         (QuantizeOnnx(), "/steps/0/technique", "every expert"),
         (QuantizeDynamic(), "/steps/0/technique", "nn.Linear"),
+        (PruneWidth(), "/steps/0/technique", "prune.depth"),
     ],
     ids=str,
 )
@@ -134,7 +135,9 @@ def test_time_follows_the_weights_a_token_meets_and_memory_follows_all() -> None
 
 
 @pytest.mark.parametrize(
-    "step", [QuantizeGguf(), QuantizeCalibrated(), PruneCalibrated(), QuantizeOnnx()], ids=str
+    "step",
+    [QuantizeGguf(), QuantizeCalibrated(), PruneCalibrated(), QuantizeOnnx(), PruneWidth()],
+    ids=str,
 )
 def test_memory_of_a_calibrated_step_follows_the_widest_input(step: Step) -> None:
     def model(inner: int) -> ModelFacts:

@@ -113,6 +113,18 @@ def test_skipped_layers_are_named_with_their_reason() -> None:
     assert "model.layers.0.self_attn.q_proj (ignored by '*.0.*')" in found["layers_skipped"]
 
 
+def test_layers_that_width_pruning_is_not_for_are_not_skipped_and_those_it_narrows_hold_no_zeros() -> None:
+    layers = (
+        LayerOutcome(name="a", action="pruned", parameters=1),
+        LayerOutcome(name="b", action="untouched", reason="no layer of the feed-forward part", parameters=1),
+    )
+    step = StepReport(technique="prune.width", seconds=1, layers=layers)
+    assert (
+        not {"layers_skipped", "dense_zeros"}
+        & raised(evaluated(result={"zero_share": None}), steps=(step,)).keys()
+    )
+
+
 def test_blocks_that_depth_pruning_keeps_are_not_skipped() -> None:
     layers = (
         LayerOutcome(name="a", action="removed", parameters=1),

@@ -128,3 +128,17 @@ def test_what_stays_is_fitted_without_compensation_too(tiny: Tiny, tiny_text: Pa
     )
     lost = [float(outcome.metrics["relative_output_error"] or 0) for outcome in (plain, fitted)]
     assert 0 < lost[1] < 0.9 * lost[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_keep_the_dtype_they_are_stored_in(
+    dtype: torch.dtype, tiny: Tiny, tiny_text: Path, tmp_path: Path
+) -> None:
+    def convert(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+    source = changed(tiny("LlamaForCausalLM"), tmp_path / "source", convert)
+    outcome = run(source, tmp_path / "out", tiny_text)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in after.values()} == {dtype}
+    assert all(layer.sparsity == pytest.approx(0.5, abs=1e-3) for layer in outcome.layers)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from app.errors import InvalidRequest
-from app.spec.prune import PruneCalibrated
+from app.spec.prune import PruneCalibrated, PruneWidth
 from app.spec.quantize import QuantizeCalibrated
 from app.spec.sizes import Shape
 from app.spec.step_costs import INTERPRETER_BYTES, calibration_memory
@@ -77,7 +77,9 @@ def calibration_in(
     )
 
 
-def journal_key(step: QuantizeCalibrated | PruneCalibrated, context: StepContext, windows: Tensor) -> str:
+def journal_key(
+    step: QuantizeCalibrated | PruneCalibrated | PruneWidth, context: StepContext, windows: Tensor
+) -> str:
     """The same for the same work: what a journal was begun for."""
     files = [
         (file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in weight_files(context.source)

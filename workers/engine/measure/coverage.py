@@ -50,8 +50,10 @@ def skipped(steps: Sequence[StepReport]) -> tuple[LayerOutcome, ...]:
         outcome.name: outcome
         for step in steps
         for outcome in step.layers
-        # Removing blocks leaves the others alone by its nature.
-        if outcome.action == "untouched" and not any(o.action == "removed" for o in step.layers)
+        # Removing blocks or channels leaves the other layers alone by its nature.
+        if outcome.action == "untouched"
+        and step.technique != "prune.width"
+        and not any(o.action == "removed" for o in step.layers)
     }
     return tuple(found.values())
 

@@ -142,7 +142,7 @@ def _is_faster(before: Latency, after: Latency) -> bool:
 
 def _dense_zeros(facts: Facts) -> Iterator[Flag]:
     before, after = facts.evaluated.original.zero_share or 0.0, facts.evaluated.result.zero_share
-    pruned = any(o.action == "pruned" for step in facts.steps for o in step.layers)
+    pruned = any(o.action == "pruned" and o.sparsity is not None for step in facts.steps for o in step.layers)
     if pruned and (after is None or after - before > _ZEROS_ADDED):
         share = "Pruned" if after is None else f"{after:.0%} of the"
         detail = f"{share} weights are zeros that are stored like any other number: they save no bytes by themselves."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,8 +60,8 @@ class BlockPruner:
     """Prunes block after block."""
 
     step: PruneCalibrated
-    layers: frozenset[str]
-    """Names of the weights."""
+    layers: Mapping[str, torch.dtype]
+    """The weights by name, and what they are stored in, which may be another dtype than what is computed in."""
     inputs_first: bool
     """Whether weights lie as (in, out)."""
     one_site_at_a_time: bool
@@ -105,7 +106,8 @@ class BlockPruner:
         with damped(second_moment, self.step.damping):
             for name, weight in weights.items():
                 self._settle(name, weight, sparse.pop(name), second_moment, done)
-                done.tensors[name] = self._inputs_last(weight).cpu().contiguous()
+                stored = self._inputs_last(weight).to(self.layers[name])
+                done.tensors[name] = stored.cpu().contiguous()
         release_freed_memory()
 
     def _removed(
@@ -153,7 +155,7 @@ class BlockPruner:
             if self.step.fitting_steps:
                 after = refitted(before, after, second_moment, steps=self.step.fitting_steps)
             # The next layers and blocks are calibrated on what they will be given.
-            weight[rows] = after.to(weight.dtype)
+            weight[rows] = after.to(self.layers[name]).to(weight.dtype)
             zeros += int((weight[rows] == 0).sum())
             difference = weight[rows].float() - before
             of_error += _total(difference.square())

@@ -53,7 +53,7 @@ def prune_calibrated(step: PruneCalibrated, context: StepContext) -> StepOutcome
         )
         pruner = BlockPruner(
             step,
-            frozenset(selection.chosen),
+            {name: entry.dtype for name, entry in selection.chosen.items()},
             inputs_first=architecture_in(checkpoint.config).inputs_first,
             one_site_at_a_time=is_short_of_memory(step, context, checkpoint),
             seed=context.seed,
