@@ -54,8 +54,8 @@ class PruneCalibrated(Step):
     """Which weights go. `sparsegpt`: those whose loss can be made up for best (Frantar & Alistarh 2023). `wanda`: small ones
     with small inputs (Sun et al. 2023). `magnitude`: small ones. `random`: any; the baseline to compare with."""
     compensate: bool = True
-    """Move the weights that stay, so that outputs change least. False: they stay as they are, and an equal share of each
-    output's weights goes; with `wanda`, the method of its paper."""
+    """Move the weights that stay, so that outputs change least. False: they stay as they are unless `refinements` is given,
+    and an equal share of each output's weights goes; with `wanda`, the method of its paper."""
     refinements: Annotated[int, Field(ge=0, le=1000)] | None = None
     """Steps of fitting the weights that stay all together (conjugate gradients). Null: 6 with `compensate`, else 0. More
     come closer on the calibration text, and with few tokens no closer elsewhere."""
@@ -69,7 +69,7 @@ class PruneCalibrated(Step):
     """Added to the diagonal of each layer's input statistics, as a share of its mean; more helps where tokens are few."""
 
     @model_validator(mode="after")
-    def _settings_fit_together(self) -> PruneCalibrated:
+    def _patterns_are_half(self) -> PruneCalibrated:
         if self.pattern != "unstructured" and self.sparsity != 0.5:
             raise ValueError(f'pattern "{self.pattern}" fixes sparsity 0.5: leave it out')
         return self

@@ -217,7 +217,7 @@ class QuantizeCalibrated(QuantizedWeights):
     weights, for when activations are rounded too (Xiao et al. 2022)."""
     smoothing_strength: Annotated[float, Field(ge=0, le=1)] | None = None
     """SmoothQuant's α: how much of the range of activations goes to the weights, from 0 (none) to 1 (all). Null: where
-    activations are rounded, what is expected to cost least is found for each input; else 0.5."""
+    activations are rounded to integers, what is expected to cost least is found for each input; else 0.5."""
     bias_correction: bool = False
     """Add to each layer's bias what its outputs lost on average (Nagel et al. 2019, "Data-Free Quantization Through
     Weight Equalization and Bias Correction", sec. 4.2); layers without a bias are left without."""

@@ -20,7 +20,7 @@ from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneCalibrated, PruneDepth, PruneWidth
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_onnx import QuantizeOnnx
-from app.spec.sizes import Shape
+from app.spec.sizes import Shape, compressible
 
 _MIB = 2**20
 
@@ -227,8 +227,10 @@ def _(step: QuantizeOnnx, on: Surroundings) -> float:
 
 @working_seconds.register
 def _(step: PruneCalibrated, on: Surroundings) -> float:
-    forwards = 2 * on.forward_flops * step.calibration_tokens / FLOPS_PER_SECOND
-    return forwards + on.before.dense_parameters * PRUNING_SECONDS_PER_WEIGHT
+    forwards = 2 * on.forward_flops * step.calibration_tokens
+    # Each step of fitting multiplies every weight by H.
+    fitting = 2 * step.fitting_steps * sum(t.elements * t.shape[1] for t in compressible(on.before))
+    return (forwards + fitting) / FLOPS_PER_SECOND + on.before.dense_parameters * PRUNING_SECONDS_PER_WEIGHT
 
 
 @working_seconds.register

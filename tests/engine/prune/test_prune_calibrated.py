@@ -142,3 +142,16 @@ def test_weights_keep_the_dtype_they_are_stored_in(
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in after.values()} == {dtype}
     assert all(layer.sparsity == pytest.approx(0.5, abs=1e-3) for layer in outcome.layers)
+
+
+def test_inputs_that_are_always_zero_cost_nothing(tiny: Tiny, tiny_text: Path, tmp_path: Path) -> None:
+    def silence(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("layernorm.weight"):
+                tensor[::2] = 0
+
+    source = changed(tiny("LlamaForCausalLM"), tmp_path / "source", silence)
+    ignored = {"ignore": ("*o_proj", "*down_proj")}
+    outcome = run(source, tmp_path / "out", tiny_text, criterion="wanda", compensate=False, **ignored)
+    assert outcome.metrics["sparsity"] == 0.5
+    assert float(outcome.metrics["relative_output_error"] or 0) == pytest.approx(0, abs=1e-6)

@@ -57,11 +57,26 @@ def test_pruned_weights_stay_zero_and_others_do_not_follow(
 def test_compensation_without_holding_would_fill_them(
     pruned: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.engine.quantize.layer_solver.held_zeros", lambda _: None)
+    monkeypatch.setattr("workers.engine.quantize.layer_solver.is_pruned", lambda _: False)
     step = QuantizeCalibrated(bits=4, group_size=16, calibration_tokens=512)
     run(pruned, tmp_path, tiny_text, step)
     zero = load_file(pruned / "model.safetensors")[NAME] == 0
     assert (weights_of(tmp_path)[zero] != 0).any()
+
+
+def test_a_layer_is_judged_by_itself_where_others_share_its_input(
+    tiny: Callable[[str], Path], tiny_text: Path, tmp_path: Path
+) -> None:
+    step = PruneCalibrated(sparsity=0.3, ignore=("*gate_proj",), calibration_tokens=512)
+    source, target = tmp_path / "pruned", tmp_path / "quantized"
+    for directory in (source, target):
+        directory.mkdir()
+    run(tiny("LlamaForCausalLM"), source, tiny_text, step)
+    run(source, target, tiny_text, QuantizeCalibrated(bits=8, calibration_tokens=512))
+    name = "model.layers.1.mlp.up_proj.weight"
+    zero = load_file(source / "model.safetensors")[name] == 0
+    assert zero.any()
+    assert (dict(read_dequantized(target))[name][zero] == 0).all()
 
 
 def test_a_few_zeros_are_no_pruning() -> None:

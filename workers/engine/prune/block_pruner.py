@@ -102,12 +102,15 @@ class BlockPruner:
             done.silent.look_at_weight(name, weight)
         done.silent.look_at_inputs(list(weights), second_moment.diagonal())
         statistics = ColumnStatistics(second_moment.diagonal().clone(), None, generator)
-        sparse = self._removed(weights, second_moment, statistics, done)
-        with damped(second_moment, self.step.damping):
-            for name, weight in weights.items():
-                self._settle(name, weight, sparse.pop(name), second_moment, done)
-                stored = self._inputs_last(weight).to(self.layers[name])
-                done.tensors[name] = stored.cpu().contiguous()
+        sparse, damping = self._removed(weights, second_moment, statistics, done)
+        if damping is not None and self.step.fitting_steps:
+            with damped(second_moment, damping):
+                for name, weight in weights.items():
+                    self._fit(weight, sparse[name], second_moment)
+        for name, weight in weights.items():
+            self._settle(name, weight, sparse.pop(name), second_moment, done)
+            stored = self._inputs_last(weight).to(self.layers[name])
+            done.tensors[name] = stored.cpu().contiguous()
         release_freed_memory()
 
     def _removed(
@@ -116,14 +119,19 @@ class BlockPruner:
         second_moment: Tensor,
         statistics: ColumnStatistics,
         done: PrunedBlock,
-    ) -> dict[str, Tensor]:
-        """The weights without what goes, in their own dtype, by name."""
-        if not self.step.compensate and self.step.criterion != "sparsegpt":
-            return {name: self._cut(weight, None, statistics) for name, weight in weights.items()}
+    ) -> tuple[dict[str, Tensor], float | None]:
+        """The weights without what goes, in their own dtype, by name, and the damping that H needs; None without a factor."""
+        step = self.step
+        if not step.compensate and step.criterion != "sparsegpt":
+            cut = {name: self._cut(weight, None, statistics) for name, weight in weights.items()}
+            return cut, step.damping
         order = torch.arange(len(second_moment), device=second_moment.device)
         names = ", ".join(weights)
         with factored_in_place(second_moment, self.step.damping, names, done.warnings, order) as factor:
-            return {name: self._cut(weight, factor, statistics) for name, weight in weights.items()}
+            if factor is None and step.criterion == "sparsegpt":
+                done.warnings.append(f"chosen by wanda in the place of sparsegpt: {names}")
+            cut = {name: self._cut(weight, factor, statistics) for name, weight in weights.items()}
+            return cut, None if factor is None else factor.damping
 
     def _cut(self, weight: Tensor, factor: Factor | None, statistics: ColumnStatistics) -> Tensor:
         """A weight (rows, columns) without what goes, some rows at a time."""
@@ -131,7 +139,7 @@ class BlockPruner:
         pattern = Pattern.named(step.pattern, step.sparsity)
         criterion = CRITERIA[step.criterion]
         if factor is None and step.criterion == "sparsegpt":
-            # Without a factor there is no such score; a warning names the layers.
+            # Without a factor there is no such score.
             criterion = CRITERIA["wanda"]
         elif factor is not None:
             statistics = ColumnStatistics(statistics.moment, factor.diagonal(), statistics.generator)
@@ -144,18 +152,24 @@ class BlockPruner:
                 cut[rows] = part.masked_fill(gone, 0).to(cut.dtype)
         return cut
 
+    def _fit(self, weight: Tensor, sparse: Tensor, second_moment: Tensor) -> None:
+        """Fit what is left of a weight, in place."""
+        for rows in self._row_parts(weight):
+            fitted = refitted(
+                weight[rows].float(), sparse[rows].float(), second_moment, steps=self.step.fitting_steps
+            )
+            sparse[rows] = fitted.to(sparse.dtype)
+
     def _settle(
         self, name: str, weight: Tensor, sparse: Tensor, second_moment: Tensor, done: PrunedBlock
     ) -> None:
-        """Fit what is left, give it to the block in the place of the weight, and add up what was lost."""
+        """Give the block what is left in the place of the weight, and add up what was lost."""
         of_error = of_weights = 0.0
         zeros = 0
         for rows in self._row_parts(weight):
-            before, after = weight[rows].to(torch.float32, copy=True), sparse[rows].float()
-            if self.step.fitting_steps:
-                after = refitted(before, after, second_moment, steps=self.step.fitting_steps)
+            before = weight[rows].to(torch.float32, copy=True)
             # The next layers and blocks are calibrated on what they will be given.
-            weight[rows] = after.to(self.layers[name]).to(weight.dtype)
+            weight[rows] = sparse[rows].to(self.layers[name]).to(weight.dtype)
             zeros += int((weight[rows] == 0).sum())
             difference = weight[rows].float() - before
             of_error += _total(difference.square())

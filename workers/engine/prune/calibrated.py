@@ -34,6 +34,12 @@ from workers.engine.technique import StepContext, StepOutcome, implements
 
 # Writing takes little of the time.
 _SOLVING = 0.97
+_OF_DEAD_INPUTS = {
+    "sparsegpt": "Their weights count as worth nothing.",
+    "wanda": "Their weights count as worth nothing.",
+    "magnitude": "Their weights are judged by their size all the same.",
+    "random": "Their weights are drawn as all others are.",
+}
 
 
 @implements(PruneCalibrated)
@@ -75,7 +81,7 @@ def prune_calibrated(step: PruneCalibrated, context: StepContext) -> StepOutcome
         metrics={"calibration_tokens": windows.numel()},
         flags=(
             *calibration_flags(context, windows, tokens=step.calibration_tokens),
-            *SilentChannels.joined(records).flags(dead_weights="Their weights count as worth nothing."),
+            *SilentChannels.joined(records).flags(dead_weights=_OF_DEAD_INPUTS[step.criterion]),
         ),
     )
 
@@ -132,7 +138,7 @@ def _outcome(
         warnings=(
             *selection.warnings,
             *(warning for record in records for warning in record["warnings"]),
-            *warning_of_seldom_used(seldom, consequence="pruned by size alone"),
+            *warning_of_seldom_used(seldom, consequence="pruned as if all inputs were alike,"),
         ),
         flags=flags,
     )

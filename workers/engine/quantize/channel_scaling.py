@@ -101,7 +101,7 @@ def _factor(
         weights = [block.module.get_parameter(f"{name}.weight").float() for name in feed.layers]
         peaks = feed.shared(torch.stack([weight.abs().amax(0) for weight in weights]).amax(0))
         inputs = feed.shared(site.largest.float())
-        if step.smoothing_strength is not None or step.activations == "none":
+        if step.smoothing_strength is not None or step.activations == "none" or step.number_format != "int":
             return smoothing_factor(
                 inputs, peaks, _USUAL_STRENGTH if step.smoothing_strength is None else step.smoothing_strength
             )
@@ -110,7 +110,8 @@ def _factor(
             feed,
             weights,
             site.second_moment().diagonal(),
-            _sample(block, feed.layers[0]),
+            # One range for all tokens is that of the largest inputs there were.
+            _sample(block, feed.layers[0]) if step.activations == "dynamic" else site.largest.float()[None],
             per_token=step.activations == "dynamic",
         )
     second_moment = site.second_moment()

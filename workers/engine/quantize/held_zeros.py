@@ -8,7 +8,11 @@ from torch import Tensor
 _LEAST_SHARE = 0.2
 
 
+def is_pruned(weight: Tensor) -> bool:
+    """Whether so many of a whole layer's weights are zero that it must have been pruned."""
+    return float((weight == 0).float().mean()) >= _LEAST_SHARE
+
+
 def held_zeros(weight: Tensor) -> Tensor | None:
     """Where a pruned layer's weight is zero: (rows, columns), bool; None for a layer that was not pruned."""
-    zero = weight == 0
-    return zero if float(zero.float().mean()) >= _LEAST_SHARE else None
+    return weight == 0 if is_pruned(weight) else None

@@ -19,7 +19,7 @@ from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.freed_memory import release_freed_memory
 from workers.engine.quantize.compensation import Factor, compensated, damped, factored_in_place
 from workers.engine.quantize.grid import WeightGrid
-from workers.engine.quantize.held_zeros import held_zeros
+from workers.engine.quantize.held_zeros import is_pruned
 from workers.engine.quantize.layer_fit import LayerFit, fit_blocks, fit_layer, joined
 from workers.engine.quantize.refinement import descended, refined
 
@@ -35,6 +35,19 @@ class _Batch:
     def weight(self, weights: dict[str, Tensor]) -> Tensor:
         """Its rows, one below the other: (rows, columns), float32."""
         return torch.cat([weights[name][part].float() for name, part in self.parts])
+
+    def held(self, weights: dict[str, Tensor]) -> Tensor | None:
+        """Where weights of pruned layers are zero: (rows, columns), bool; None where no layer of it was pruned."""
+        if not any(is_pruned(weights[name]) for name, _ in self.parts):
+            return None
+        return torch.cat(
+            [
+                weights[name][part] == 0
+                if is_pruned(weights[name])
+                else torch.zeros_like(weights[name][part], dtype=torch.bool)
+                for name, part in self.parts
+            ]
+        )
 
 
 class LayerSolver:
@@ -72,7 +85,7 @@ class LayerSolver:
         weight = batch.weight(weights)
         fit = nearest_fit(weight, batch.layer, batch.grid, importance, threads=self.threads)
         if factor is not None:
-            fit = replace(fit, held=held_zeros(weight))
+            fit = replace(fit, held=batch.held(weights))
             fit = compensated(weight, factor, fit, threads=self.threads)
         return _settled(fit)
 
@@ -85,7 +98,7 @@ class LayerSolver:
         if rounds == 0:
             return fit
         weight = batch.weight(weights)
-        fit = replace(fit, codes=fit.codes.float(), held=held_zeros(weight))
+        fit = replace(fit, codes=fit.codes.float(), held=batch.held(weights))
         if batch.layer.block_rows > 1:
             # Rows that share scales cannot each have them refitted.
             for _ in range(rounds):
