@@ -144,6 +144,17 @@ class CompressionSpec(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _narrowed_before_it_is_sparse(self) -> CompressionSpec:
+        is_sparse = False
+        for number, step in enumerate(self.steps):
+            if is_sparse and isinstance(step, PruneWidth):
+                raise ValueError(
+                    f"steps/{number}: prune.width would fill the zeros of the step before it: put it first"
+                )
+            is_sparse |= isinstance(step, PruneMagnitude | PruneCalibrated)
+        return self
+
     @property
     def output_format(self) -> Format:
         """The format the result is written in."""

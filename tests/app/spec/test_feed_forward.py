@@ -10,7 +10,7 @@ from app.spec.compression import CompressionSpec
 from app.spec.facts import ModelFacts, TensorFact
 from app.spec.feed_forward import feed_forward_of, widths_of, with_width
 from app.spec.plan import plan_job
-from app.spec.prune import PruneMagnitude, PruneWidth
+from app.spec.prune import PruneCalibrated, PruneMagnitude, PruneWidth
 from app.spec.quantize import QuantizeWeights
 
 HIDDEN, WIDTH = 64, 256
@@ -124,3 +124,10 @@ def test_a_plan_counts_the_statistics_and_their_inverse() -> None:
     spec = CompressionSpec(steps=(PruneWidth(),))
     peaks = [plan_job(spec, llama(width=width)).stages[2].peak_memory_bytes for width in (WIDTH, 4096)]
     assert peaks[1] - peaks[0] > 3 * 4 * 4096**2
+
+
+@pytest.mark.parametrize("pruning", [PruneCalibrated(), PruneMagnitude()], ids=lambda step: step.technique)
+def test_zeros_are_made_after_a_model_is_narrowed(pruning: PruneCalibrated | PruneMagnitude) -> None:
+    assert CompressionSpec(steps=(PruneWidth(), pruning))
+    with pytest.raises(ValueError, match=r"steps/1: prune\.width"):
+        CompressionSpec(steps=(pruning, PruneWidth()))
