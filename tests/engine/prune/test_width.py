@@ -57,7 +57,7 @@ def outputs(
     if narrower is None:
         stream_blocks(calibrated, visit)
     else:
-        stream_blocks(calibrated, visit, prepare=lambda block: tensors.update(narrower.narrow(block).tensors))
+        stream_blocks(calibrated, visit, prepare=lambda block: tensors.update(narrower.narrow(block)[0]))
     return torch.stack([torch.cat(parts) for parts in found]), tensors
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from app.spec.quantize import QuantizeCalibrated
 from app.spec.sizes import Shape
 from app.spec.step_costs import INTERPRETER_BYTES, calibration_memory
 from workers.engine.architectures.loading import load_tokenizer
-from workers.engine.calibration.block_stream import Calibration
+from workers.engine.calibration.block_journal import BlockJournal
+from workers.engine.calibration.block_stream import Calibration, LiveBlock, stream_blocks
 from workers.engine.calibration.windows import model_windows
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.checkpoint.layout import weight_files
@@ -98,3 +100,26 @@ def is_short_of_memory(
     shape = Shape.of(tuple(checkpoint.facts()))
     needed = calibration_memory(step, shape, context.facts, one_site_at_a_time=False)
     return INTERPRETER_BYTES + needed > context.memory_budget
+
+
+def solve_into(
+    journal: BlockJournal,
+    calibration: Calibration,
+    solve: Callable[[LiveBlock], tuple[dict[str, Tensor], dict[str, Any]]],
+) -> None:
+    """Solve block after block into the journal, from the first that is not finished.
+
+    `solve` changes a block, and returns the tensors that are to be written and what is to be reported, fit for JSON.
+    """
+    records: dict[int, dict[str, Any]] = {}
+
+    def prepare(block: LiveBlock) -> None:
+        tensors, records[block.index] = solve(block)
+        journal.put(block.index, tensors)
+
+    stream_blocks(
+        calibration,
+        prepare=prepare,
+        finished=lambda index: journal.commit(index, records.pop(index)),
+        first_block=journal.blocks_done,
+    )

@@ -58,8 +58,11 @@ class BlockNarrower:
     width: int
 
     @torch.no_grad()
-    def narrow(self, block: LiveBlock) -> NarrowedBlock:
-        """Choose the channels of a block that stay. Raises JobFailed when calibration never reaches them."""
+    def narrow(self, block: LiveBlock) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Choose the channels of a block that stay: what is to be written and reported.
+
+        Raises JobFailed when calibration never reaches them.
+        """
         wanted = {name for name in block.stored_names.values() if is_reader(name, self.architecture)}
         chosen, (site,) = reached_sites(block, wanted)
         ((inside, stored),) = chosen.items()
@@ -69,7 +72,7 @@ class BlockNarrower:
         kept = self._narrow_reader(block, site, inside, stored, done)
         self._narrow_writers(block, kept, done)
         release_freed_memory()
-        return done
+        return done.tensors, done.record()
 
     def _narrow_reader(
         self, block: LiveBlock, site: InputSite, inside: str, stored: str, done: NarrowedBlock

@@ -70,8 +70,11 @@ class BlockPruner:
     seed: int = 0
 
     @torch.no_grad()
-    def prune(self, block: LiveBlock) -> PrunedBlock:
-        """Prune the chosen layers of a block. Raises JobFailed when calibration never reaches one of them."""
+    def prune(self, block: LiveBlock) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Prune the chosen layers of a block: what is to be written and reported.
+
+        Raises JobFailed when calibration never reaches one of them.
+        """
         chosen, sites = reached_sites(block, self.layers)
         done = PrunedBlock()
         generator = torch.Generator().manual_seed(self.seed + block.index)
@@ -79,7 +82,7 @@ class BlockPruner:
             gather_moments(block, together)
             for site in together:
                 self._prune_site(block, site, {chosen[name]: name for name in site.layers}, generator, done)
-        return done
+        return done.tensors, done.record()
 
     def _prune_site(
         self,

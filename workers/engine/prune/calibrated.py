@@ -15,14 +15,15 @@ from typing import Any
 from app.spec.architectures import architecture_in
 from app.spec.prune import PruneCalibrated
 from app.spec.report import Flag, LayerOutcome
-from workers.engine.calibration.block_journal import BlockJournal, open_journal
-from workers.engine.calibration.block_stream import Calibration, LiveBlock, compute_dtype, stream_blocks
+from workers.engine.calibration.block_journal import open_journal
+from workers.engine.calibration.block_stream import compute_dtype
 from workers.engine.calibration.input_moments import warning_of_seldom_used
 from workers.engine.calibration.step_calibration import (
     calibration_in,
     calibration_windows,
     is_short_of_memory,
     journal_key,
+    solve_into,
 )
 from workers.engine.calibration.text_checks import calibration_flags
 from workers.engine.checkpoint import Checkpoint, copy_side_files
@@ -64,7 +65,7 @@ def prune_calibrated(step: PruneCalibrated, context: StepContext) -> StepOutcome
             one_site_at_a_time=is_short_of_memory(step, context, checkpoint),
             seed=context.seed,
         )
-        _prune_into(journal, pruner, calibration)
+        solve_into(journal, calibration, pruner.prune)
         records = journal.records()
         write_found(
             checkpoint,
@@ -83,23 +84,6 @@ def prune_calibrated(step: PruneCalibrated, context: StepContext) -> StepOutcome
             *calibration_flags(context, windows, tokens=step.calibration_tokens),
             *SilentChannels.joined(records).flags(dead_weights=_OF_DEAD_INPUTS[step.criterion]),
         ),
-    )
-
-
-def _prune_into(journal: BlockJournal, pruner: BlockPruner, calibration: Calibration) -> None:
-    """Prune block after block into the journal, from the first that is not finished."""
-    records: dict[int, dict[str, Any]] = {}
-
-    def prepare(block: LiveBlock) -> None:
-        done = pruner.prune(block)
-        journal.put(block.index, done.tensors)
-        records[block.index] = done.record()
-
-    stream_blocks(
-        calibration,
-        prepare=prepare,
-        finished=lambda index: journal.commit(index, records.pop(index)),
-        first_block=journal.blocks_done,
     )
 
 

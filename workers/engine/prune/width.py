@@ -18,9 +18,14 @@ from app.spec.architectures import Architecture, architecture_in
 from app.spec.feed_forward import FeedForward, channel_axis, feed_forward_of, widths_of
 from app.spec.prune import PruneWidth
 from app.spec.report import Flag, LayerOutcome
-from workers.engine.calibration.block_journal import BlockJournal, open_journal
-from workers.engine.calibration.block_stream import Calibration, LiveBlock, compute_dtype, stream_blocks
-from workers.engine.calibration.step_calibration import calibration_in, calibration_windows, journal_key
+from workers.engine.calibration.block_journal import open_journal
+from workers.engine.calibration.block_stream import compute_dtype
+from workers.engine.calibration.step_calibration import (
+    calibration_in,
+    calibration_windows,
+    journal_key,
+    solve_into,
+)
 from workers.engine.calibration.text_checks import calibration_flags
 from workers.engine.checkpoint import Checkpoint, copy_side_files, write_config
 from workers.engine.checkpoint.selection import Selection, select_layers
@@ -55,7 +60,8 @@ def prune_width(step: PruneWidth, context: StepContext) -> StepOutcome:
             share=_SOLVING,
             dtype=compute_dtype(stored.dtype, context.device),
         )
-        _narrow_into(journal, BlockNarrower(step, checkpoint, architecture, after), calibration)
+        narrower = BlockNarrower(step, checkpoint, architecture, after)
+        solve_into(journal, calibration, narrower.narrow)
         records = journal.records()
         write_found(
             checkpoint,
@@ -98,23 +104,6 @@ def _widths(step: PruneWidth, checkpoint: Checkpoint, architecture: Architecture
             hint="Ask for a smaller round_to.",
         )
     return before, after
-
-
-def _narrow_into(journal: BlockJournal, narrower: BlockNarrower, calibration: Calibration) -> None:
-    """Narrow block after block into the journal, from the first that is not finished."""
-    records: dict[int, dict[str, Any]] = {}
-
-    def prepare(block: LiveBlock) -> None:
-        done = narrower.narrow(block)
-        journal.put(block.index, done.tensors)
-        records[block.index] = done.record()
-
-    stream_blocks(
-        calibration,
-        prepare=prepare,
-        finished=lambda index: journal.commit(index, records.pop(index)),
-        first_block=journal.blocks_done,
-    )
 
 
 def _outcome(

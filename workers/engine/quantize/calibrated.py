@@ -18,13 +18,14 @@ from torch import Tensor
 from app.spec.kv_cache import cache_scale_facts
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.calibration.block_journal import BlockJournal, open_journal
-from workers.engine.calibration.block_stream import LiveBlock, compute_dtype, stream_blocks
+from workers.engine.calibration.block_stream import LiveBlock, compute_dtype
 from workers.engine.calibration.input_moments import warning_of_seldom_used
 from workers.engine.calibration.step_calibration import (
     calibration_in,
     calibration_windows,
     is_short_of_memory,
     journal_key,
+    solve_into,
 )
 from workers.engine.calibration.text_checks import calibration_flags
 from workers.engine.checkpoint import (
@@ -132,18 +133,11 @@ def _solve(
         one_site_at_a_time=is_short_of_memory(step, context, checkpoint),
         seed=context.seed,
     )
-    records: dict[int, dict[str, Any]] = {}
 
-    def prepare(block: LiveBlock) -> None:
+    def solve(block: LiveBlock) -> tuple[dict[str, Tensor], dict[str, Any]]:
         done = solver.solve(block)
         # Seen after the weights have changed: these are the keys and values that will be cached.
         scales = {} if step.kv_cache == "none" else cache_scales(block, cache_scale_facts(checkpoint.facts()))
-        journal.put(block.index, done.tensors | scales)
-        records[block.index] = done.record()
+        return done.tensors | scales, done.record()
 
-    stream_blocks(
-        calibration,
-        prepare=prepare,
-        finished=lambda index: journal.commit(index, records.pop(index)),
-        first_block=journal.blocks_done,
-    )
+    solve_into(journal, calibration, solve)

@@ -52,8 +52,7 @@ def round_in_order(
     @torch.inference_mode()
     def run(rows: slice) -> None:
         before = None if previous is None else _by_columns(previous[rows], order)
-        part = fit.of_rows(rows)
-        sweep = _Sweep.over(_by_columns(targets[rows], order), coupling, order, part, before)
+        sweep = _Sweep.over(_by_columns(targets[rows], order), coupling, order, fit.of_rows(rows), before)
         sweep.range(0, len(order))
         codes[rows] = torch.empty_like(sweep.codes).index_copy_(0, order, sweep.codes).t()
 

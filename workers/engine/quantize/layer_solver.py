@@ -31,6 +31,8 @@ class _Batch:
     layer: StoredLayer
     grid: WeightGrid
     parts: tuple[tuple[str, slice], ...]
+    pruned: frozenset[str]
+    """Layers whose zeros stay."""
 
     def weight(self, weights: dict[str, Tensor]) -> Tensor:
         """Its rows, one below the other: (rows, columns), float32."""
@@ -38,16 +40,10 @@ class _Batch:
 
     def held(self, weights: dict[str, Tensor]) -> Tensor | None:
         """Where weights of pruned layers are zero: (rows, columns), bool; None where no layer of it was pruned."""
-        if not any(is_pruned(weights[name]) for name, _ in self.parts):
+        if not any(name in self.pruned for name, _ in self.parts):
             return None
-        return torch.cat(
-            [
-                weights[name][part] == 0
-                if is_pruned(weights[name])
-                else torch.zeros_like(weights[name][part], dtype=torch.bool)
-                for name, part in self.parts
-            ]
-        )
+        zero = [(weights[name][part] == 0) & (name in self.pruned) for name, part in self.parts]
+        return torch.cat(zero)
 
 
 class LayerSolver:
@@ -85,8 +81,7 @@ class LayerSolver:
         weight = batch.weight(weights)
         fit = nearest_fit(weight, batch.layer, batch.grid, importance, threads=self.threads)
         if factor is not None:
-            fit = replace(fit, held=batch.held(weights))
-            fit = compensated(weight, factor, fit, threads=self.threads)
+            fit = compensated(weight, factor, replace(fit, held=batch.held(weights)), threads=self.threads)
         return _settled(fit)
 
     def _refine(
@@ -145,6 +140,7 @@ def _batches(
     alike: dict[Hashable, list[str]] = {}
     for name, layer in layers.items():
         alike.setdefault(layer.alike, []).append(name)
+    pruned = frozenset(name for name, weight in weights.items() if is_pruned(weight))
     for names in alike.values():
         layer = layers[names[0]]
         # Layers that are served as one share their input, and so a scale of the whole.
@@ -152,7 +148,7 @@ def _batches(
             max(float(weights[name].abs().max()) for name in names) if layer.needs_peak else 0.0
         )
         for parts in _parts([(name, layers[name].rows) for name in names], layer, weights_at_once):
-            yield _Batch(layer, grid, tuple(parts))
+            yield _Batch(layer, grid, tuple(parts), pruned)
 
 
 def _parts(
