@@ -89,18 +89,27 @@ class Skeleton:
 
     def materialise(self, module: nn.Module, *, prefix: str) -> dict[str, str]:
         """Read the weights of a module from the checkpoint. Returns their names there by those in the module."""
-        names: dict[str, str] = {}
-        for name, _ in list(module.named_parameters()):
-            stored = self.names.get(prefix + name)
+        names = self.stored_names(module, prefix=prefix)
+        for name, stored in names.items():
+            self.place(module, name, self.checkpoint.read(stored))
+        return names
+
+    def stored_names(self, module: nn.Module, *, prefix: str) -> dict[str, str]:
+        """Names in the checkpoint of a module's parameters, by those in the module. Raises IntakeError where one is missing."""
+        names = {name: self.names.get(prefix + name) for name, _ in module.named_parameters()}
+        for name, stored in names.items():
             if stored is None:
                 raise IntakeError(
                     f"The weights have no tensor for {prefix}{name}.",
                     code="missing_tensor",
                     hint="Save the model again with save_pretrained() and upload all of its files.",
                 )
-            names[name] = stored
-            _set_parameter(module, name, self.checkpoint.read(stored).to(self.device, self.dtype))
-        return names
+        return {name: stored for name, stored in names.items() if stored is not None}
+
+    def place(self, module: nn.Module, name: str, weight: Tensor) -> None:
+        """Give a module a parameter, on the device and in the dtype that is computed in."""
+        # Cast where it is faster: a weight in memory that a GPU reads by itself arrives while the next one is asked for.
+        _set_parameter(module, name, weight.to(self.device, non_blocking=True).to(self.dtype))
 
     def record_calls(self, window: Tensor) -> list[BlockCall]:
         """The arguments of each block, from one forward in which only the first block computes."""

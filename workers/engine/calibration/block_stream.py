@@ -1,13 +1,12 @@
 """Run a model over windows of tokens block by block, with one block's weights in memory at a time.
 
-Hidden states wait in two files between blocks, one that is read and one that is written: a job that was killed goes on
-at the block it was at, with the states that block was given.
+Hidden states wait between blocks where a job that was killed finds them again: see `block_states`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 
 from app.spec.calibration_memory import windows_at_once
 from workers.engine.architectures.skeleton import BlockCall, Skeleton
-from workers.engine.calibration.hidden_states import HiddenStates
+from workers.engine.calibration.block_reader import reading_blocks
+from workers.engine.calibration.block_states import BlockStates, StatesShape, open_states
 from workers.engine.technique import Progress
 
 Visit = Callable[[int, Tensor, Tensor], None]
@@ -62,7 +62,7 @@ class LiveBlock:
 
 Prepare = Callable[[LiveBlock], None]
 Finished = Callable[[int], None]
-"""Called with a block's index once its outputs are on the disk."""
+"""Called with a block's index once its outputs are on the disk, if they are put there: with them all before are finished."""
 
 
 def _nothing(block: LiveBlock) -> None:
@@ -120,36 +120,31 @@ def stream_blocks(
     skeleton = Skeleton.open(calibration.directory, windows, device, calibration.dtype)
     calls = skeleton.record_calls(windows[:1])
     told = _Told(calibration.progress, len(calls), len(windows), passes=1 if prepare is _nothing else 2)
-    with _spools(calibration, skeleton, fill=first_block == 0) as spools:
+    with _states(calibration, skeleton, first_block) as states, reading_blocks(skeleton) as reader:
         for index in range(first_block, len(calls)):
             block, call = skeleton.blocks[index], calls[index]
-            before, after = spools[index % 2], spools[(index + 1) % 2]
-            stored = skeleton.materialise(block, prefix=f"{skeleton.blocks_name}.{index}.")
-
+            stored = reader.load(index)
             parts = _parts(len(windows), windows_at_once(windows.shape[1], _widest(block)))
 
-            def inputs(
-                index: int = index, states: HiddenStates = before, parts: list[range] = parts
-            ) -> Iterator[Tensor]:
+            def inputs(index: int = index, parts: list[range] = parts) -> Iterator[Tensor]:
                 for part in parts:
-                    yield states.read(part.start, len(part)).to(device)
+                    yield states.read(part.start, len(part))
                     told.windows_done(index, part.stop, earlier=0)
 
-            def window(number: int, states: HiddenStates = before) -> Tensor:
-                return states.read(number).to(device)
-
             scratch = calibration.spool_directory
-            prepare(LiveBlock(index, block, stored, call, inputs, len(windows), window, scratch, told.again))
+            prepare(
+                LiveBlock(index, block, stored, call, inputs, len(windows), states.read, scratch, told.again)
+            )
             for part in parts:
-                hidden = before.read(part.start, len(part)).to(device)
+                hidden = states.read(part.start, len(part))
                 output = call.run(block, hidden)
                 visit(index, hidden, output)
-                after.write(part.start, output)
+                states.write(part.start, output)
                 told.windows_done(index, part.stop, earlier=told.passes - 1)
-            if finished is not _unnoticed:
-                after.sync()
-                finished(index)
             block.to("meta")
+            # After the last one there is nothing to go on with.
+            if states.passed(index, keep=finished is not _unnoticed) or index + 1 == len(calls):
+                finished(index)
 
 
 def _widest(block: nn.Module) -> int:
@@ -162,19 +157,17 @@ def _parts(windows: int, at_once: int) -> list[range]:
 
 
 @contextmanager
-def _spools(calibration: Calibration, skeleton: Skeleton, *, fill: bool) -> Iterator[list[HiddenStates]]:
-    """The two files of hidden states; filled, the first holds what reaches the first block."""
+def _states(calibration: Calibration, skeleton: Skeleton, first_block: int) -> Iterator[BlockStates]:
+    """The states that reach `first_block`, which an earlier process left if it is not the first of all."""
     windows = calibration.windows
-    shape = tuple(skeleton.embed(windows[:1]).shape[1:])
-    with ExitStack() as stack:
-        spools = [
-            stack.enter_context(HiddenStates(path, len(windows), shape, calibration.dtype))
-            for path in (calibration.spool_directory / f"states-{parity}" for parity in (0, 1))
-        ]
-        if fill:
+    shape = StatesShape(len(windows), tuple(skeleton.embed(windows[:1]).shape[1:]), calibration.dtype)
+    block = first_block or -1
+    with open_states(calibration.spool_directory, shape, device=calibration.device, block=block) as states:
+        if block == -1:
             for number in range(len(windows)):
-                spools[0].write(number, skeleton.embed(windows[number : number + 1]))
-        yield spools
+                states.write(number, skeleton.embed(windows[number : number + 1]))
+            states.passed(-1, keep=False)
+        yield states
 
 
 @dataclass

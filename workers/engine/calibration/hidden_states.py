@@ -17,7 +17,7 @@ class HiddenStates:
     """(windows, tokens, hidden) in one dtype. A context manager that closes the file and leaves it."""
 
     def __init__(self, path: Path, windows: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self._shape, self._dtype = shape, dtype
+        self.shape, self.dtype = shape, dtype
         self._nbytes = torch.Size(shape).numel() * dtype.itemsize
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         os.posix_fallocate(self._descriptor, 0, windows * self._nbytes)
@@ -39,11 +39,11 @@ class HiddenStates:
             if read == 0:
                 raise OSError("the file of hidden states ended early")
             done += read
-        return buffer.view(self._dtype).view(count, *self._shape)
+        return buffer.view(self.dtype).view(count, *self.shape)
 
     def write(self, number: int, hidden: Tensor) -> None:
         """Put the states of windows from `number` on: (windows, tokens, hidden)."""
-        data = hidden.to(self._dtype).cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        data = hidden.to(self.dtype).cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         done = 0
         while done < len(data):
             done += os.pwrite(self._descriptor, data[done:], number * self._nbytes + done)

@@ -99,14 +99,15 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
 
 @contextmanager
 def _products_in_16_bits(rows: Tensor) -> Iterator[None]:
-    """On a CPU, let float32 operands that came from bfloat16 be multiplied as that: twice as fast, and nothing lost.
+    """Let float32 operands that came from bfloat16 be multiplied as that, or as TF32 on a GPU: faster, and nothing lost.
 
     A product in bfloat16 itself would be rounded to bfloat16: then H of many features may have no factor.
     """
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    on_cpu = rows.device.type == "cpu"
+    matmul = torch.backends.mkldnn.matmul if on_cpu else torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
-    if rows.dtype is torch.bfloat16 and rows.device.type == "cpu":
-        matmul.fp32_precision = "bf16"
+    if rows.dtype is torch.bfloat16:
+        matmul.fp32_precision = "bf16" if on_cpu else "tf32"
     try:
         yield
     finally:

@@ -117,9 +117,8 @@ def solve_into(
         tensors, records[block.index] = solve(block)
         journal.put(block.index, tensors)
 
-    stream_blocks(
-        calibration,
-        prepare=prepare,
-        finished=lambda index: journal.commit(index, records.pop(index)),
-        first_block=journal.blocks_done,
-    )
+    def commit(_last: int) -> None:
+        for index in sorted(records):
+            journal.commit(index, records.pop(index))
+
+    stream_blocks(calibration, prepare=prepare, finished=commit, first_block=journal.blocks_done)

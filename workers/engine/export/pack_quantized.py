@@ -77,13 +77,13 @@ class PackedLayer(StoredLayer):
     def parts(self, fit: LayerFit, start: int) -> Parts:
         """What some rows, from `start` on, become."""
         found: Parts = {
-            self.packed.name: (start, pack_rows(fit.codes.to(torch.int8).cpu(), self.bits)),
+            self.packed.name: (start, pack_rows(fit.codes.to(torch.int8), self.bits).cpu()),
             self.scale.name: (start, self._in_dtype(fit.scale)),
         }
         if start == 0:
             found[self.shape.name] = (0, torch.tensor([self.rows, self.columns]))
         if not self.symmetric:
-            zeros = pack_columns(fit.zero.to(torch.int8).cpu(), self.bits)
+            zeros = pack_columns(fit.zero.to(torch.int8), self.bits).cpu()
             found[self.zero_point.name] = (start * self.bits // 32, zeros)
         return found
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from app.errors import JobFailed
-from app.spec.calibration_memory import NARROW_WEIGHTS_AT_ONCE, WEIGHTS_AT_ONCE
 from app.spec.prune import PruneCalibrated
 from workers.engine.calibration.block_stream import LiveBlock
 from workers.engine.calibration.input_moments import InputSite, expert_of, gather_moments, reached_sites
@@ -21,6 +20,7 @@ from workers.engine.prune.criteria import CRITERIA, ColumnStatistics
 from workers.engine.prune.masks import Pattern
 from workers.engine.quantize.compensation import Factor, damped, factored_in_place, row_errors
 from workers.engine.quantize.silent_channels import SilentChannels
+from workers.engine.quantize.weights_at_once import weights_at_once
 
 
 @dataclass
@@ -184,7 +184,7 @@ class BlockPruner:
         done.zeros[name] = zeros
 
     def _row_parts(self, weight: Tensor) -> list[slice]:
-        at_once = NARROW_WEIGHTS_AT_ONCE if self.one_site_at_a_time else WEIGHTS_AT_ONCE
+        at_once = weights_at_once(weight.device, narrow=self.one_site_at_a_time)
         size = max(1, at_once // weight.shape[1])
         return [slice(start, start + size) for start in range(0, len(weight), size)]
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from app.errors import JobFailed
-from app.spec.calibration_memory import NARROW_WEIGHTS_AT_ONCE, WEIGHTS_AT_ONCE
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.calibration.block_stream import LiveBlock
 from workers.engine.calibration.hidden_states import HiddenStates
@@ -25,6 +24,7 @@ from workers.engine.quantize.layer_fit import LayerFit
 from workers.engine.quantize.layer_solver import LayerSolver
 from workers.engine.quantize.sign_rounding import best_alone, doubts
 from workers.engine.quantize.silent_channels import SilentChannels
+from workers.engine.quantize.weights_at_once import weights_at_once
 
 # Of a layer, while what was lost is added up.
 _WEIGHTS_AT_ONCE = 2**22
@@ -113,7 +113,8 @@ class BlockSolver:
         done = SolvedBlock()
         if not chosen:
             return done
-        at_once = NARROW_WEIGHTS_AT_ONCE if self.one_site_at_a_time else WEIGHTS_AT_ONCE
+        device = next(block.module.parameters()).device
+        at_once = weights_at_once(device, narrow=self.one_site_at_a_time)
         solver = LayerSolver(self.step, self.threads, at_once)
         for together in [[site] for site in sites] if self.one_site_at_a_time else [sites]:
             gather_moments(block, together)

@@ -2,7 +2,7 @@
 
 A column k that comes after j is moved by −coupling(k, j) times what column j gave: GPTQ gives its rounding error,
 coordinate descent the change of its weight. Ranges are halved down to a few columns: between halves the targets move by
-one matrix product, within the last few by outer products that stay in a core's cache.
+one matrix product, within the last few by outer products that stay in a core's cache, or on a GPU in one kernel.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from workers.engine.checkpoint.streaming import one_torch_thread
+from workers.engine.quantize.column_kernel import COLUMNS, ColumnKernel, column_kernel
 from workers.engine.quantize.grid import WeightGrid
 from workers.engine.quantize.layer_fit import LayerFit
 
@@ -46,7 +48,7 @@ def round_in_order(
     gives its change, without it its rounding error. Rows do not depend on each other: each of `threads` threads takes
     some if it is worth it, and a few at a time, to bound memory.
     """
-    slices = _row_slices(len(targets), len(order), threads if targets.device.type == "cpu" else 1)
+    slices = _row_slices(targets, threads)
     codes = torch.empty_like(targets)
 
     @torch.inference_mode()
@@ -62,7 +64,11 @@ def round_in_order(
     return codes
 
 
-def _row_slices(rows: int, columns: int, threads: int) -> list[slice]:
+def _row_slices(weight: Tensor, threads: int) -> list[slice]:
+    rows, columns = weight.shape
+    if weight.device.type != "cpu":
+        # Whoever calls bounds the memory; the more rows, the more of a GPU works.
+        return [slice(0, rows)]
     parts = max(1, min(threads, rows // _ROWS_PER_THREAD), -(-rows * columns // _WEIGHTS_AT_ONCE))
     step = -(-rows // parts)
     return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
@@ -84,10 +90,13 @@ class _Sweep:
     held: Tensor | None
     codes: Tensor
     given: Tensor
-    scale: tuple[Tensor, ...]
-    inverse: tuple[Tensor, ...]
-    zero: tuple[Tensor, ...]
-    groups: list[int]
+    scale: Tensor
+    inverse: Tensor
+    zero: Tensor
+    groups: Tensor
+    """(columns,), int64."""
+    kernel: ColumnKernel | None
+    """Of the last few columns, on a GPU."""
 
     @classmethod
     def over(
@@ -102,15 +111,22 @@ class _Sweep:
             held=None if fit.held is None else _by_columns(fit.held, order),
             codes=torch.empty_like(targets),
             given=torch.empty_like(targets),
-            scale=scale.unbind(),
-            inverse=scale.reciprocal().unbind(),
-            zero=fit.zero.t().contiguous().unbind(),
-            groups=fit.group_of[order].tolist(),
+            scale=scale,
+            inverse=scale.reciprocal(),
+            zero=fit.zero.t().contiguous(),
+            groups=fit.group_of[order],
+            kernel=column_kernel(fit.grid, targets.device),
         )
+
+    @cached_property
+    def _of_columns(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Scale, its inverse and zero point of each column: (rows,) each."""
+        by_group = list(zip(self.scale, self.inverse, self.zero, strict=True))
+        return [by_group[group] for group in self.groups.tolist()]
 
     def range(self, start: int, stop: int) -> None:
         """Round columns `start` to `stop`, whose targets are up to date with all columns before them."""
-        if stop - start <= _LEAF_COLUMNS:
+        if stop - start <= (_LEAF_COLUMNS if self.kernel is None else COLUMNS):
             self._leaf(start, stop)
             return
         middle = (start + stop) // 2
@@ -122,18 +138,36 @@ class _Sweep:
         self.range(middle, stop)
 
     def _leaf(self, start: int, stop: int) -> None:
+        coupling = self.coupling(slice(start, stop), slice(start, stop))
+        if self.kernel is None:
+            self._round_one_by_one(start, stop, coupling.t().contiguous())
+            return
+        columns = slice(start, stop)
+        self.kernel(
+            targets=self.targets[columns],
+            codes=self.codes[columns],
+            given=self.given[columns],
+            previous=None if self.previous is None else self.previous[columns],
+            held=None if self.held is None else self.held[columns],
+            coupling=coupling,
+            scale=self.scale,
+            inverse=self.inverse,
+            zero=self.zero,
+            groups=self.groups[columns],
+        )
+
+    def _round_one_by_one(self, start: int, stop: int, coupling: Tensor) -> None:
+        """`coupling` (columns, columns): column k of row j is how far k moves for one of j."""
         targets, codes, given = (t[start:stop].unbind() for t in (self.targets, self.codes, self.given))
-        coupling = self.coupling(slice(start, stop), slice(start, stop)).t().contiguous()
-        for j, group in enumerate(self.groups[start:stop]):
-            scale, zero = self.scale[group], self.zero[group]
+        for j, (scale, inverse, zero) in enumerate(self._of_columns[start:stop]):
             code = codes[j]
             if self.grid.symmetric:
-                self.grid.nearest_(torch.mul(targets[j], self.inverse[group], out=code))
+                self.grid.nearest_(torch.mul(targets[j], inverse, out=code))
                 if self.held is not None:
                     code.masked_fill_(self.held[start + j], 0)
                 weight = code * scale
             else:
-                self.grid.nearest_(torch.addcmul(zero, targets[j], self.inverse[group], out=code))
+                self.grid.nearest_(torch.addcmul(zero, targets[j], inverse, out=code))
                 if self.held is not None:
                     torch.where(self.held[start + j], zero, code, out=code)
                 weight = code.sub(zero).mul_(scale)

@@ -17,6 +17,7 @@ from workers.engine.quantize.layer_fit import LayerFit
 
 # Floats of the rows' systems that are solved at once.
 _SYSTEM_FLOATS = 2**22
+_GPU_SYSTEM_FLOATS = 2**26
 # As a share of the mean of a system's diagonal: keeps groups with few levels solvable in float32.
 _RIDGE = 1e-6
 
@@ -51,7 +52,8 @@ def descended(
 def refit_scales(weight: Tensor, fit: LayerFit, second_moment: Tensor) -> LayerFit:
     """The scales that fit the codes best, row by row; a row keeps its own where rounding undoes the gain."""
     groups = fit.scale.shape[1]
-    chunk = max(1, _SYSTEM_FLOATS // max(groups * groups, weight.shape[1]))
+    at_once = _SYSTEM_FLOATS if weight.device.type == "cpu" else _GPU_SYSTEM_FLOATS
+    chunk = max(1, at_once // max(groups * groups, weight.shape[1]))
     starts = range(0, len(weight), chunk)
     parts = [
         _refit_rows(weight[start : start + chunk], fit.of_rows(slice(start, start + chunk)), second_moment)
