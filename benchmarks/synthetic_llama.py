@@ -54,12 +54,12 @@ class Shape:
         return sum(rows * columns for rows, columns in shapes)
 
 
-def make_llama(directory: Path, shape: Shape) -> None:
-    """Write config, bf16 weights in shards of 2 GB, and tokenizer."""
+def make_llama(directory: Path, shape: Shape, *, device: str = "cpu") -> None:
+    """Write config, bf16 weights in shards of 2 GB, and tokenizer; `device`: where the weights are drawn."""
     facts = [
         TensorFact(name=f"{name}.weight", dtype="BF16", shape=size) for name, size in shape.weights().items()
     ]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     with CheckpointWriter(directory, facts, 2_000_000_000) as writer:
         for fact in facts:
             if len(fact.shape) == 1:
@@ -67,7 +67,9 @@ def make_llama(directory: Path, shape: Shape) -> None:
                 continue
             rows, columns = fact.shape
             for start in range(0, rows, _ROWS_AT_ONCE):
-                slab = torch.randn(min(_ROWS_AT_ONCE, rows - start), columns, generator=generator)
+                slab = torch.randn(
+                    min(_ROWS_AT_ONCE, rows - start), columns, generator=generator, device=device
+                )
                 writer.write_rows(fact.name, start, slab.mul_(columns**-0.5).to(torch.bfloat16))
     write_config(directory, _config(shape))
     _write_tokenizer(directory)

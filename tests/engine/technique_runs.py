@@ -165,7 +165,9 @@ class Run:
     progress: list[tuple[float, str]] = field(default_factory=list)
 
 
-def run_case(case: Case, source: Path, target: Path, text: Path, *, seed: int = 0) -> Run:
+def run_case(
+    case: Case, source: Path, target: Path, text: Path, *, seed: int = 0, device: str = "cpu"
+) -> Run:
     """Run a technique into `target`."""
     said: list[tuple[float, str]] = []
     before = digests(source)
@@ -175,6 +177,7 @@ def run_case(case: Case, source: Path, target: Path, text: Path, *, seed: int = 
         target,
         text,
         seed=seed,
+        device=device,
         progress=lambda share, message: said.append((share, message)),
     )
     outcome = run_step(case.step, context)
@@ -189,6 +192,7 @@ def context_for(
     *,
     progress: Callable[[float, str], None] = lambda *_: None,
     seed: int = 0,
+    device: str = "cpu",
 ) -> StepContext:
     """The context a pipeline would give."""
     return StepContext(
@@ -198,6 +202,7 @@ def context_for(
         facts=facts_of(source),
         calibration_text=text if step.needs_calibration else None,
         training_text=text if step.needs_training else None,
+        device=device,
         threads=2,
         seed=seed,
         progress=progress,

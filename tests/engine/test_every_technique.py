@@ -52,6 +52,13 @@ REPEATED = [
     for case in all_cases()
     if case.architecture in REPEATABLE.get(case.technique, REPRESENTATIVE) and not case.is_slow
 ]
+# What runs on the device that a job is given; whatever ends in ONNX or GGUF is written by a CPU in the end.
+_ON_GPU = [
+    pytest.param(case, id=str(case))
+    for case in all_cases()
+    if case.architecture in ("LlamaForCausalLM", "BertModel", "GPT2LMHeadModel", "MixtralForCausalLM")
+    and case.technique not in ("optimize.onnx", "quantize.onnx", "quantize.dynamic")
+]
 _WEIGHT_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|model\.onnx(_data)?|model\.gguf"
 )
@@ -127,6 +134,17 @@ def test_progress_grows_from_0_to_1(case: Case, runs: Callable[[Case], Run]) -> 
     assert shares == sorted(shares)
     assert shares[0] >= 0
     assert shares[-1] == pytest.approx(1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", _ON_GPU)
+def test_on_a_gpu_the_promises_are_the_same(
+    case: Case, tiny: Callable[[str], Path], tiny_text: Path, tmp_path: Path
+) -> None:
+    run = run_case(case, tiny(case.architecture), tmp_path, tiny_text, device="cuda")
+    _PROMISES[case.technique](run)
+    tokens = load_tokenizer(run.target)(_TOKENS, return_tensors="pt")
+    assert np.isfinite(_LOADERS[case.step.produces](run.target, tokens)).all()
 
 
 @pytest.mark.parametrize("case", REPEATED)

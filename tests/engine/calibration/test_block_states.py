@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -92,10 +93,8 @@ def _blocks_seen(
     calibration = Calibration(
         directory=source, windows=windows, spool_directory=spool, device="cpu", progress=lambda *_: None
     )
-    try:
+    with suppress(KeyboardInterrupt):
         stream_blocks(calibration, visit, prepare=prepare, finished=finished.append, first_block=first_block)
-    except KeyboardInterrupt:
-        pass
     return {index: torch.cat(parts) for index, parts in seen.items()}, finished
 
 
