@@ -42,11 +42,12 @@ _SHARING = (
 
 _FEATURES_AT_ONCE = 2**21
 """Numbers in the widest tensor of a forward through a block, if one window has no more."""
+_GPU_FEATURES_AT_ONCE = 2**26
 
 
-def windows_at_once(tokens: int, widest: int) -> int:
+def windows_at_once(tokens: int, widest: int, *, on_gpu: bool = False) -> int:
     """How many windows of so many tokens are run through a block together."""
-    return max(1, _FEATURES_AT_ONCE // (tokens * widest))
+    return max(1, (_GPU_FEATURES_AT_ONCE if on_gpu else _FEATURES_AT_ONCE) // (tokens * widest))
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,8 @@ class Meter:
             "processor_seconds": _processor_seconds() - processor,
             "peak_rss_bytes": _peak_rss_bytes(),
         }
+        if torch.cuda.is_available():
+            self.parts[name]["peak_gpu_bytes"] = torch.cuda.max_memory_reserved()
 
 
 def main(

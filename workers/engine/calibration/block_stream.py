@@ -124,7 +124,8 @@ def stream_blocks(
         for index in range(first_block, len(calls)):
             block, call = skeleton.blocks[index], calls[index]
             stored = reader.load(index)
-            parts = _parts(len(windows), windows_at_once(windows.shape[1], _widest(block)))
+            at_once = windows_at_once(windows.shape[1], _widest(block), on_gpu=device != "cpu")
+            parts = _parts(len(windows), at_once)
 
             def inputs(index: int = index, parts: list[range] = parts) -> Iterator[Tensor]:
                 for part in parts:

@@ -86,7 +86,7 @@ def write_student(
     with CheckpointWriter(target, checkpoint.facts(), max_shard_bytes) as writer:
         for fact in checkpoint.facts():
             before = checkpoint.read(fact.name)
-            after = state[fact.name].to(before.dtype) if fact.name in state else before
+            after = state[fact.name].to(before.device, before.dtype) if fact.name in state else before
             writer.write(fact.name, after)
             if is_compressible(fact.name, fact.shape):
                 outcomes[fact.name] = _outcome(fact, before, after, is_trained=is_trained)

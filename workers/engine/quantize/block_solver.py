@@ -185,7 +185,7 @@ class BlockSolver:
     ) -> None:
         """Give the block the weights that a loader makes of the file, and add up what was lost; few rows at a time."""
         of_error = of_weights = 0.0
-        size = max(1, _WEIGHTS_AT_ONCE // weight.shape[1])
+        size = max(1, _settled_at_once(weight) // weight.shape[1])
         for start in range(0, len(weight), size):
             rows = slice(start, start + size)
             before = weight[rows].to(torch.float32, copy=True)
@@ -199,6 +199,10 @@ class BlockSolver:
             done.outputs_lost += _total(row_errors(difference.to(weight.dtype), second_moment))
             done.outputs_had += _total(row_errors(before.to(weight.dtype), second_moment))
         done.weight_errors[name] = (of_error, of_weights)
+
+
+def _settled_at_once(weight: Tensor) -> int:
+    return _WEIGHTS_AT_ONCE if weight.device.type == "cpu" else weights_at_once(weight.device, narrow=True)
 
 
 def _untuned(weight: Tensor, fit: LayerFit, second_moment: Tensor) -> Untuned:
