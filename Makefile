@@ -31,7 +31,7 @@ define tests
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check format test bench clean
+.PHONY: help setup demo serve check format test gpu bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,9 +73,12 @@ format: $(STAMP) ## Format the code and fix what ruff can fix
 test: $(STAMP) ## All tests, against real servers that they start themselves
 	$(call tests,not gpu)
 
+gpu: $(STAMP) ## The tests that need an NVIDIA GPU
+	$(PYTEST) -m gpu $(ARGS) tests
+
 # Parts of benchmarks, and those that build or install gigabytes of peers and need a model by name: run them by hand.
 NOT_RUN := $(addprefix benchmarks/,figures.py machine.py growth_plot.py synthetic_llama.py llamacpp_toolchain.py \
-	onnx_peers.py onnx_vs_peers.py gguf_vs_llamacpp.py quantize_vs_peers.py prune_vs_peers.py)
+	onnx_peers.py onnx_vs_peers.py gguf_vs_llamacpp.py quantize_vs_peers.py prune_vs_peers.py quantize_gpu.py)
 
 bench: $(STAMP) ## All benchmarks; fails when a floor is missed
 	@failed=0; for file in $(filter-out $(NOT_RUN),$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || failed=1; done; exit $$failed
