@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from app.spec.architectures import block_index, is_compressible
 from app.spec.facts import ModelFacts, TensorFact
 
-WEIGHTS_AT_ONCE = 2**23
-"""Weights whose scales and codes are solved at once."""
-NARROW_WEIGHTS_AT_ONCE = 2**22
-"""The same where memory is short."""
+_WEIGHTS_AT_ONCE = 2**23
+_NARROW_WEIGHTS_AT_ONCE = 2**22
+# Of small layers: more at once take more memory than they save time.
+_ROWS_AT_ONCE = 1024
 _SOLVING_BYTES = 44
 """Per weight that is solved at once: weights, codes, targets, differences and their like in float32, as measured in a sweep."""
 _FOUND_BYTES = 2
@@ -40,7 +40,13 @@ _SHARING = (
 )
 
 
-_FEATURES_AT_ONCE = 2**21
+def weights_at_once(columns: int, *, narrow: bool) -> int:
+    """Weights of layers of so many inputs whose scales and codes are solved at once; `narrow`: where memory is short."""
+    most = _NARROW_WEIGHTS_AT_ONCE if narrow else _WEIGHTS_AT_ONCE
+    return min(most, _ROWS_AT_ONCE * columns)
+
+
+_FEATURES_AT_ONCE = 2**20
 """Numbers in the widest tensor of a forward through a block, if one window has no more."""
 _GPU_FEATURES_AT_ONCE = 2**26
 
@@ -113,10 +119,10 @@ def _solving(sites: list[Site], window: int, width: int, *, one_site_at_a_time: 
     """The most that is held at once beside a block's weights."""
     moments = [4 * site.features**2 for site in sites]
     held = 0 if one_site_at_a_time else sum(moments)
-    at_once = NARROW_WEIGHTS_AT_ONCE if one_site_at_a_time else WEIGHTS_AT_ONCE
     found = sum(site.weights for site in sites) // 2
     peak = 0
     for site, moment in zip(sites, moments, strict=True):
+        at_once = weights_at_once(site.features, narrow=one_site_at_a_time)
         rows = _SOLVING_BYTES * min(site.weights, at_once) + _FOUND_BYTES * site.weights
         own = moment if one_site_at_a_time else 0
         peak = max(peak, own + held + rows)

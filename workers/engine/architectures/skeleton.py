@@ -140,6 +140,10 @@ class Skeleton:
 
         return self._forward_with([stop], window)
 
+    def forget_embeddings(self) -> None:
+        """Give their memory back, once nothing is to be embedded any more."""
+        self.model.get_input_embeddings().to("meta")  # type: ignore[operator]
+
     def _forward_with(self, forwards: list[Callable[..., Any]], window: Tensor) -> Tensor:
         """Run the model with the forwards of its first blocks replaced, up to the one that raises _ReachedBlocks."""
         replaced = list(zip(self.blocks, forwards, strict=False))

@@ -168,6 +168,7 @@ def _states(calibration: Calibration, skeleton: Skeleton, first_block: int) -> I
             for number in range(len(windows)):
                 states.write(number, skeleton.embed(windows[number : number + 1]))
             states.passed(-1, keep=False)
+        skeleton.forget_embeddings()
         yield states
 
 

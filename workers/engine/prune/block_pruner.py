@@ -184,7 +184,7 @@ class BlockPruner:
         done.zeros[name] = zeros
 
     def _row_parts(self, weight: Tensor) -> list[slice]:
-        at_once = weights_at_once(weight.device, narrow=self.one_site_at_a_time)
+        at_once = weights_at_once(weight, narrow=self.one_site_at_a_time)
         size = max(1, at_once // weight.shape[1])
         return [slice(start, start + size) for start in range(0, len(weight), size)]
 

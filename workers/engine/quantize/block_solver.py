@@ -113,11 +113,10 @@ class BlockSolver:
         done = SolvedBlock()
         if not chosen:
             return done
-        device = next(block.module.parameters()).device
-        at_once = weights_at_once(device, narrow=self.one_site_at_a_time)
-        solver = LayerSolver(self.step, self.threads, at_once)
+        solver = LayerSolver(self.step, self.threads, narrow=self.one_site_at_a_time)
         for together in [[site] for site in sites] if self.one_site_at_a_time else [sites]:
             gather_moments(block, together)
+            release_freed_memory()
             for site in together:
                 self._solve_site(block, site, {name: chosen[name] for name in site.layers}, solver, done)
         if self.step.bias_correction and not any(f"{name}.bias" in block.stored_names for name in chosen):
@@ -202,7 +201,7 @@ class BlockSolver:
 
 
 def _settled_at_once(weight: Tensor) -> int:
-    return _WEIGHTS_AT_ONCE if weight.device.type == "cpu" else weights_at_once(weight.device, narrow=True)
+    return _WEIGHTS_AT_ONCE if weight.device.type == "cpu" else weights_at_once(weight, narrow=True)
 
 
 def _untuned(weight: Tensor, fit: LayerFit, second_moment: Tensor) -> Untuned:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from app.spec.calibration_memory import WEIGHTS_AT_ONCE
 from app.spec.quantize import QuantizeCalibrated
 from workers.engine.checkpoint.layout import TORCH_DTYPES
 from workers.engine.export.stored_layer import StoredLayer
@@ -22,6 +21,7 @@ from workers.engine.quantize.grid import WeightGrid
 from workers.engine.quantize.held_zeros import is_pruned
 from workers.engine.quantize.layer_fit import LayerFit, fit_blocks, fit_layer, joined
 from workers.engine.quantize.refinement import descended, refined
+from workers.engine.quantize.weights_at_once import weights_at_once
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ class _Batch:
 class LayerSolver:
     """Carries out a step's choices, and keeps what a reader of the report must know."""
 
-    def __init__(
-        self, step: QuantizeCalibrated, threads: int, weights_at_once: int = WEIGHTS_AT_ONCE
-    ) -> None:
-        self.step, self.threads, self.weights_at_once = step, threads, weights_at_once
+    def __init__(self, step: QuantizeCalibrated, threads: int, *, narrow: bool = False) -> None:
+        """`narrow`: memory is short."""
+        self.step, self.threads, self.narrow = step, threads, narrow
         self.warnings: list[str] = []
 
     def solve(
         self, weights: dict[str, Tensor], layers: Mapping[str, StoredLayer], second_moment: Tensor
     ) -> dict[str, LayerFit]:
         """Fit weights (rows, columns) that share inputs of second moment H (columns, columns), by name."""
-        batches = list(_batches(weights, layers, self.weights_at_once))
+        at_once = weights_at_once(next(iter(weights.values())), narrow=self.narrow)
+        batches = list(_batches(weights, layers, at_once))
         importance = second_moment.diagonal().clone()
         if self.step.solver == "nearest":
             fits = [self._fit(batch, weights, importance, None) for batch in batches]
@@ -134,7 +134,7 @@ def nearest_fit(
 
 
 def _batches(
-    weights: Mapping[str, Tensor], layers: Mapping[str, StoredLayer], weights_at_once: int
+    weights: Mapping[str, Tensor], layers: Mapping[str, StoredLayer], at_once: int
 ) -> Iterator[_Batch]:
     """Layers whose weights may be stacked, since all that matters of how they are stored is the same."""
     alike: dict[Hashable, list[str]] = {}
@@ -147,16 +147,16 @@ def _batches(
         grid = layer.grid(
             max(float(weights[name].abs().max()) for name in names) if layer.needs_peak else 0.0
         )
-        for parts in _parts([(name, layers[name].rows) for name in names], layer, weights_at_once):
+        for parts in _parts([(name, layers[name].rows) for name in names], layer, at_once):
             yield _Batch(layer, grid, tuple(parts), pruned)
 
 
 def _parts(
-    rows_of: list[tuple[str, int]], layer: StoredLayer, weights_at_once: int
+    rows_of: list[tuple[str, int]], layer: StoredLayer, at_once: int
 ) -> Iterator[list[tuple[str, slice]]]:
     """Cut layers of so many rows into lists of a bounded number of weights; blocks of rows are not cut."""
     parts: list[tuple[str, slice]] = []
-    most = weights_at_once // layer.columns // layer.block_rows * layer.block_rows
+    most = at_once // layer.columns // layer.block_rows * layer.block_rows
     room = limit = max(layer.block_rows, most)
     for name, rows in rows_of:
         start = 0

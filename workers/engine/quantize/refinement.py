@@ -17,6 +17,8 @@ from workers.engine.quantize.layer_fit import LayerFit
 
 # Floats of the rows' systems that are solved at once.
 _SYSTEM_FLOATS = 2**22
+# Of small layers: a dozen float32 copies of them are alive.
+_ROWS_AT_ONCE = 512
 _GPU_SYSTEM_FLOATS = 2**26
 # As a share of the mean of a system's diagonal: keeps groups with few levels solvable in float32.
 _RIDGE = 1e-6
@@ -52,8 +54,9 @@ def descended(
 def refit_scales(weight: Tensor, fit: LayerFit, second_moment: Tensor) -> LayerFit:
     """The scales that fit the codes best, row by row; a row keeps its own where rounding undoes the gain."""
     groups = fit.scale.shape[1]
-    at_once = _SYSTEM_FLOATS if weight.device.type == "cpu" else _GPU_SYSTEM_FLOATS
-    chunk = max(1, at_once // max(groups * groups, weight.shape[1]))
+    floats = max(groups * groups, weight.shape[1])
+    on_cpu = weight.device.type == "cpu"
+    chunk = max(1, min(_ROWS_AT_ONCE, _SYSTEM_FLOATS // floats) if on_cpu else _GPU_SYSTEM_FLOATS // floats)
     starts = range(0, len(weight), chunk)
     parts = [
         _refit_rows(weight[start : start + chunk], fit.of_rows(slice(start, start + chunk)), second_moment)

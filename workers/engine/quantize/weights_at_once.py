@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from app.spec.calibration_memory import NARROW_WEIGHTS_AT_ONCE, WEIGHTS_AT_ONCE
+from app.spec import calibration_memory
 
 # A GPU works on columns one after the other: the more rows at once, the more of it works. Each takes some 44 bytes.
 _ON_GPU = 2**26
@@ -12,9 +13,9 @@ _ON_SMALL_GPU = 2**24
 _SMALL_GPU_BYTES = 16 * 2**30
 
 
-def weights_at_once(device: torch.device, *, narrow: bool) -> int:
-    """The most weights whose scales and codes are solved together; `narrow`: where memory is short."""
-    if device.type == "cpu":
-        return NARROW_WEIGHTS_AT_ONCE if narrow else WEIGHTS_AT_ONCE
-    small = torch.cuda.get_device_properties(device).total_memory < _SMALL_GPU_BYTES
+def weights_at_once(weight: Tensor, *, narrow: bool) -> int:
+    """The most weights like these (rows, columns) that are solved together; `narrow`: where memory is short."""
+    if weight.device.type == "cpu":
+        return calibration_memory.weights_at_once(weight.shape[1], narrow=narrow)
+    small = torch.cuda.get_device_properties(weight.device).total_memory < _SMALL_GPU_BYTES
     return _ON_SMALL_GPU if small or narrow else _ON_GPU
