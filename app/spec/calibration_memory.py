@@ -17,6 +17,8 @@ _WEIGHTS_AT_ONCE = 2**23
 _NARROW_WEIGHTS_AT_ONCE = 2**22
 # Of small layers: more at once take more memory than they save time.
 _ROWS_AT_ONCE = 1024
+LOGITS_AT_ONCE = 2**23
+"""Logits of a language model whose loss is differentiated at once."""
 _SOLVING_BYTES = 44
 """Per weight that is solved at once: weights, codes, targets, differences and their like in float32, as measured in a sweep."""
 _FOUND_BYTES = 2
@@ -27,6 +29,8 @@ _LATENT_BYTES = 8
 """Per weight of a block that is trained: where it would best be in float32, its codes before and now in 16 bits."""
 _TRAINED_ACTIVATIONS = 30
 """Tensors of a window's (tokens, widest input) kept for the gradients."""
+_LOGITS_COPIES = 5
+"""Of the logits at once: as they come, in float32, their softmax, and the gradients of these."""
 _RUNTIME_BYTES = 60 * 2**20
 """What torch's kernels and allocators keep for themselves."""
 # Layers that are called with one and the same input, in the names that architectures give them.
@@ -107,6 +111,28 @@ def calibrated_bytes(
         for index, found in inside.items()
     ]
     return max(peaks, default=0) + embeddings + _RUNTIME_BYTES
+
+
+def gradient_bytes(tensors: Iterable[TensorFact], facts: ModelFacts, *, tokens: int, window: int) -> int:
+    """Peak beyond the interpreter's while a model is run backwards block by block; arguments as above."""
+    weights: dict[int, int] = defaultdict(int)
+    widest = largest = 0
+    width = 4
+    for tensor in tensors:
+        index = block_index(tensor.name)
+        if index is None:
+            continue
+        width = 2 if tensor.dtype == "BF16" else 4
+        weights[index] += tensor.elements
+        if is_compressible(tensor.name, tensor.shape):
+            widest, largest = max(widest, *tensor.shape), max(largest, tensor.elements)
+    table = facts.vocab_size * facts.hidden_size * width
+    embeddings = min(tokens, facts.vocab_size) * facts.hidden_size * width
+    # Sums of magnitudes in float32, what is written of them, one layer's gradient, and what is kept for the gradients.
+    block = max(weights.values(), default=0) * (width + 4 + 2) + largest * width
+    activations = _TRAINED_ACTIVATIONS * window * widest * width
+    tail = table + _LOGITS_COPIES * 4 * LOGITS_AT_ONCE if facts.family == "causal_lm" else 0
+    return max(block + activations, tail) + embeddings + _RUNTIME_BYTES
 
 
 def _training(sites: list[Site], window: int, width: int) -> int:

@@ -50,9 +50,11 @@ class PruneCalibrated(Step):
     pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
     """`2:4`: two zeros in every four neighbouring inputs, which GPUs from Ampere on can skip; `4:8`: four in every eight.
     The sparsity is then 0.5."""
-    criterion: Literal["sparsegpt", "wanda", "magnitude", "random"] = "sparsegpt"
+    criterion: Literal["sparsegpt", "wanda", "taylor", "gradient", "magnitude", "random"] = "sparsegpt"
     """Which weights go. `sparsegpt`: those whose loss can be made up for best (Frantar & Alistarh 2023). `wanda`: small ones
-    with small inputs (Sun et al. 2023). `magnitude`: small ones. `random`: any; the baseline to compare with."""
+    with small inputs (Sun et al. 2023). `taylor`: those whose absence moves the model's own loss least, to first order
+    (Molchanov et al. 2019). `gradient`: those that this loss depends on least, whatever their size. These two take about
+    three times as long. `magnitude`: small ones. `random`: any; the baseline to compare with."""
     compensate: bool = True
     """Move the weights that stay, so that outputs change least. False: they stay as they are unless `refinements` is given,
     and an equal share of each output's weights goes; with `wanda`, the method of its paper."""
@@ -73,6 +75,11 @@ class PruneCalibrated(Step):
         if self.pattern != "unstructured" and self.sparsity != 0.5:
             raise ValueError(f'pattern "{self.pattern}" fixes sparsity 0.5: leave it out')
         return self
+
+    @property
+    def uses_gradients(self) -> bool:
+        """Whether the model is run backwards first."""
+        return self.criterion in ("taylor", "gradient")
 
     @property
     def fitting_steps(self) -> int:

@@ -11,7 +11,7 @@ from functools import singledispatch
 
 from app.spec.architectures import ARCHITECTURES
 from app.spec.base import Step
-from app.spec.calibration_memory import calibrated_bytes
+from app.spec.calibration_memory import calibrated_bytes, gradient_bytes
 from app.spec.distill import DistillLogits
 from app.spec.facts import ModelFacts
 from app.spec.feed_forward import is_reader
@@ -136,9 +136,23 @@ def _(step: PruneDepth, on: Surroundings) -> int:
     return 4 * on.before.largest_block + 4 * on.facts.vocab_size * on.facts.hidden_size + states
 
 
-@step_memory.register(QuantizeCalibrated)
-@step_memory.register(PruneCalibrated)
-def _(step: QuantizeCalibrated | PruneCalibrated, on: Surroundings) -> int:
+@step_memory.register
+def _(step: QuantizeCalibrated, on: Surroundings) -> int:
+    return _solving_memory(step, on)
+
+
+@step_memory.register
+def _(step: PruneCalibrated, on: Surroundings) -> int:
+    solving = _solving_memory(step, on)
+    if not step.uses_gradients:
+        return solving
+    window = min(step.sequence_length, on.facts.max_positions)
+    backward = gradient_bytes(on.before.tensors, on.facts, tokens=step.calibration_tokens, window=window)
+    return max(solving, backward)
+
+
+def _solving_memory(step: QuantizeCalibrated | PruneCalibrated, on: Surroundings) -> int:
+    """Of the whole block at once, or of one input after the other where the budget asks for it."""
     whole = calibration_memory(step, on.before, on.facts, one_site_at_a_time=False)
     if on.budget is None or INTERPRETER_BYTES + whole <= on.budget:
         return whole
@@ -227,7 +241,9 @@ def _(step: QuantizeOnnx, on: Surroundings) -> float:
 
 @working_seconds.register
 def _(step: PruneCalibrated, on: Surroundings) -> float:
-    forwards = 2 * on.forward_flops * step.calibration_tokens
+    # Gradients: forward, then block by block forward once more and backward, which is two.
+    passes = 6 if step.uses_gradients else 2
+    forwards = passes * on.forward_flops * step.calibration_tokens
     # Each step of fitting multiplies every weight by H.
     fitting = 2 * step.fitting_steps * sum(t.elements * t.shape[1] for t in compressible(on.before))
     return (forwards + fitting) / FLOPS_PER_SECOND + on.before.dense_parameters * PRUNING_SECONDS_PER_WEIGHT

@@ -58,6 +58,8 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
         "half": {"calibration_tokens": 256},
         "2:4": {"pattern": "2:4", "calibration_tokens": 256},
         "wanda": {"criterion": "wanda", "compensate": False, "pattern": "4:8", "calibration_tokens": 256},
+        "taylor": {"criterion": "taylor", "calibration_tokens": 256},
+        "gradient": {"criterion": "gradient", "compensate": False, "pattern": "2:4", "calibration_tokens": 256},
     },
     "prune.depth": {"one": {"drop_blocks": 1, "calibration_tokens": 256}},
     "prune.width": {"half": {"drop_ratio": 0.5, "round_to": 16, "calibration_tokens": 256}},

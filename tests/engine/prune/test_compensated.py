@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from workers.engine.prune.compensated import refitted, removed_in_order
-from workers.engine.prune.criteria import CRITERIA, ColumnStatistics
+from workers.engine.prune.criteria import CRITERIA, LayerStatistics
 from workers.engine.prune.masks import Pattern
 from workers.engine.quantize.compensation import factored_in_place, output_error
 
@@ -28,7 +28,10 @@ def removed(
     moments = second_moment.diagonal().clone()
     with factored_in_place(second_moment, DAMPING, "layer", [], torch.arange(COLUMNS)) as factor:
         assert factor is not None
-        statistics = ColumnStatistics(moments, factor.diagonal(), Generator().manual_seed(seed))
+        # Where outputs are pulled at by white noise, |∂L/∂w| is the size of the input.
+        gradient = moments.sqrt().expand(ROWS, -1)
+        generator = Generator().manual_seed(seed)
+        statistics = LayerStatistics(moments, factor.diagonal(), generator, gradient)
         return removed_in_order(weight, factor, pattern, CRITERIA[criterion], statistics)
 
 
@@ -114,3 +117,5 @@ def test_every_criterion_beats_chance_and_what_sees_the_inputs_beats_what_does_n
             sparse = removed(weight, second_moment.clone(), Pattern(0.5), name, seed)
             lost[name] += output_error(sparse - weight, second_moment)
     assert lost["sparsegpt"] < lost["wanda"] < lost["magnitude"] < 0.7 * lost["random"]
+    assert lost["taylor"] == lost["wanda"]
+    assert lost["gradient"] < 0.9 * lost["random"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from workers.engine.prune.criteria import CRITERIA, ColumnStatistics
+from workers.engine.prune.criteria import CRITERIA, LayerStatistics
 from workers.engine.prune.masks import Pattern
 
 SCORES = torch.rand(12, 40, generator=torch.Generator().manual_seed(0))
@@ -33,7 +33,7 @@ def test_of_all_the_lowest_go() -> None:
 
 def test_what_criteria_say_of_small_numbers() -> None:
     weight = torch.tensor([[1.0, -3.0, 2.0]])
-    statistics = ColumnStatistics(
+    statistics = LayerStatistics(
         torch.tensor([4.0, 1.0, 0.0]), torch.tensor([0.5, 1.0, 2.0]), torch.Generator()
     )
     assert CRITERIA["magnitude"](weight, statistics).tolist() == [[1, 3, 2]]
@@ -45,7 +45,7 @@ def test_what_criteria_say_of_small_numbers() -> None:
 def test_chance_draws_the_same_from_the_same_seed() -> None:
     weight = torch.ones(4, 8)
     drawn = [
-        CRITERIA["random"](weight, ColumnStatistics(torch.ones(8), None, torch.Generator().manual_seed(seed)))
+        CRITERIA["random"](weight, LayerStatistics(torch.ones(8), None, torch.Generator().manual_seed(seed)))
         for seed in (1, 1, 2)
     ]
     assert torch.equal(drawn[0], drawn[1])

@@ -15,6 +15,7 @@ from app.errors import InvalidRequest
 from app.spec.prune import PruneCalibrated
 from workers.engine.architectures.loading import load_model, load_tokenizer
 from workers.engine.calibration.windows import model_windows
+from workers.engine.prune.criteria import CRITERIA
 from workers.engine.technique import StepContext, StepOutcome, run_step
 
 Tiny = Callable[[str], Path]
@@ -50,6 +51,37 @@ def test_the_model_keeps_more_the_more_a_method_looks_at(
             expected, given = (load_model(path)(windows)[0] for path in (source, tmp_path / str(number)))
         errors.append(float((given - expected).square().mean()))
     assert errors[0] < 0.9 * errors[1] < 0.7 * errors[2]
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "BertForSequenceClassification"])
+def test_every_criterion_beats_chance(architecture: str, tiny: Tiny, tiny_text: Path, tmp_path: Path) -> None:
+    source = tiny(architecture)
+    windows = model_windows(load_tokenizer(source), tiny_text, facts_of(source), tokens=1024, length=64)
+    lost = {}
+    for criterion in CRITERIA:
+        run(source, tmp_path / criterion, tiny_text, criterion=criterion, compensate=False)
+        with torch.inference_mode():
+            expected, given = (load_model(path)(windows)[0] for path in (source, tmp_path / criterion))
+        lost[criterion] = float((given - expected).square().mean())
+    chance = lost.pop("random")
+    assert all(error < 0.9 * chance for error in lost.values()), (lost, chance)
+
+
+def test_what_the_loss_does_not_depend_on_is_chosen_by_its_inputs(
+    tiny: Tiny, tiny_text: Path, tmp_path: Path
+) -> None:
+    # Nothing of this layer's outputs is read.
+    source = changed(
+        tiny("LlamaForCausalLM"),
+        tmp_path / "source",
+        lambda tensors: tensors["model.layers.2.mlp.down_proj.weight"].zero_(),
+    )
+    outcome = run(source, tmp_path / "out", tiny_text, criterion="taylor")
+    chosen = {
+        warning.rpartition(" ")[2] for warning in outcome.warnings if warning.startswith("chosen by wanda")
+    }
+    assert chosen == {f"model.layers.2.mlp.{name}_proj.weight" for name in ("gate", "up")}
+    assert all(layer.sparsity == pytest.approx(0.5, abs=1e-3) for layer in outcome.layers if layer.name in chosen)
 
 
 def test_wanda_without_compensation_is_its_paper(tiny: Tiny, tiny_text: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ Of the embedding table only the rows of the tokens at hand are read, of the head
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,17 @@ class BlockCall:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    others: tuple[Any, ...] | None = None
+    """What it returns after its hidden states; None where it returns those alone, and no tuple."""
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Call the block as the model would: (windows, tokens, hidden) -> the same."""
         output: Tensor | tuple[Tensor, ...] = block(hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def returned(self, hidden: Tensor) -> Any:
+        """Hidden states in the form that the block would return them in."""
+        return hidden if self.others is None else (hidden, *self.others)
 
 
 class _ReachedBlocks(Exception):  # noqa: N818 - control flow out of a forward that is not ours
@@ -50,7 +56,10 @@ class Skeleton:
     checkpoint: Checkpoint
     names: dict[str, str]
     """Names in the checkpoint by names within the base model."""
+    whole: nn.Module
+    """The model with its head, of which nothing is read."""
     model: nn.Module
+    """The base model within it."""
     blocks: nn.ModuleList
     blocks_name: str
     device: str
@@ -83,7 +92,7 @@ class Skeleton:
         blocks = model.get_submodule(name)
         if not isinstance(blocks, nn.ModuleList):
             raise TypeError(f"{name} of {architecture.name} is no list of blocks")
-        skeleton = cls(checkpoint, names, model, blocks, name, device, dtype)
+        skeleton = cls(checkpoint, names, whole.eval(), model, blocks, name, device, dtype)
         skeleton._read_outside_blocks(windows)
         return skeleton
 
@@ -109,7 +118,7 @@ class Skeleton:
     def place(self, module: nn.Module, name: str, weight: Tensor) -> None:
         """Give a module a parameter, on the device and in the dtype that is computed in."""
         # Cast where it is faster: a weight in memory that a GPU reads by itself arrives while the next one is asked for.
-        _set_parameter(module, name, weight.to(self.device, non_blocking=True).to(self.dtype))
+        set_parameter(module, name, weight.to(self.device, non_blocking=True).to(self.dtype))
 
     def record_calls(self, window: Tensor) -> list[BlockCall]:
         """The arguments of each block, from one forward in which only the first block computes."""
@@ -120,17 +129,18 @@ class Skeleton:
 
         def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             calls.append(BlockCall(args, kwargs))
-            if len(calls) == len(self.blocks):
-                raise _ReachedBlocks(hidden)
             if not outputs:
                 # Some architectures' blocks return a tuple: what the first one really returns has the right form.
                 outputs.append(first(hidden, *args, **kwargs))
+            if len(calls) == len(self.blocks):
+                raise _ReachedBlocks(hidden)
             return outputs[0]
 
         self._forward_with([record] * len(self.blocks), window)
         # A job that goes on at a later block would keep it to the end.
         self.blocks[0].to("meta")
-        return calls
+        others = outputs[0][1:] if isinstance(outputs[0], tuple) else None
+        return [replace(call, others=others) for call in calls]
 
     def embed(self, window: Tensor) -> Tensor:
         """The hidden states that reach the first block: (1, tokens) -> (1, tokens, hidden)."""
@@ -169,7 +179,7 @@ class Skeleton:
                 weight = self._rows_of(stored, torch.unique(windows).tolist())
             else:
                 weight = self.checkpoint.read(stored)
-            _set_parameter(self.model, name, weight.to(self.device, self.dtype))
+            set_parameter(self.model, name, weight.to(self.device, self.dtype))
 
     def _rows_of(self, stored: str, tokens: list[int]) -> Tensor:
         """The embedding table with only these rows filled: the pages of the others are never touched."""
@@ -180,6 +190,7 @@ class Skeleton:
         return table
 
 
-def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor in the place of a parameter, by its name within the module."""
     owner, _, leaf = name.rpartition(".")
     module.get_submodule(owner).register_parameter(leaf, nn.Parameter(value, requires_grad=False))

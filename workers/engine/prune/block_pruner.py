@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from app.errors import JobFailed
+from app.spec.architectures import block_index
 from app.spec.prune import PruneCalibrated
 from workers.engine.calibration.block_stream import LiveBlock
 from workers.engine.calibration.input_moments import InputSite, expert_of, gather_moments, reached_sites
+from workers.engine.calibration.weight_gradients import WeightGradients
 from workers.engine.checkpoint.selection import non_finite
 from workers.engine.freed_memory import release_freed_memory
 from workers.engine.prune.compensated import refitted, removed_in_order
-from workers.engine.prune.criteria import CRITERIA, ColumnStatistics
+from workers.engine.prune.criteria import CRITERIA, Criterion, LayerStatistics
 from workers.engine.prune.masks import Pattern
 from workers.engine.quantize.compensation import Factor, damped, factored_in_place, row_errors
 from workers.engine.quantize.silent_channels import SilentChannels
@@ -67,6 +69,8 @@ class BlockPruner:
     one_site_at_a_time: bool
     """Gather the statistics of one input, prune its layers, go on to the next: less memory, more passes. What follows
     sees what the pruned layers before it in the block give."""
+    gradients: WeightGradients | None = None
+    """For criteria that need them."""
     seed: int = 0
 
     @torch.no_grad()
@@ -104,7 +108,7 @@ class BlockPruner:
         for name, weight in weights.items():
             done.silent.look_at_weight(name, weight)
         done.silent.look_at_inputs(list(weights), second_moment.diagonal())
-        statistics = ColumnStatistics(second_moment.diagonal().clone(), None, generator)
+        statistics = LayerStatistics(second_moment.diagonal().clone(), None, generator)
         sparse, damping = self._removed(weights, second_moment, statistics, done)
         if damping is not None and self.step.fitting_steps:
             with damped(second_moment, damping):
@@ -120,40 +124,69 @@ class BlockPruner:
         self,
         weights: dict[str, Tensor],
         second_moment: Tensor,
-        statistics: ColumnStatistics,
+        statistics: LayerStatistics,
         done: PrunedBlock,
     ) -> tuple[dict[str, Tensor], float | None]:
         """The weights without what goes, in their own dtype, by name, and the damping that H needs; None without a factor."""
         step = self.step
         if not step.compensate and step.criterion != "sparsegpt":
-            cut = {name: self._cut(weight, None, statistics) for name, weight in weights.items()}
+            cut = {name: self._cut(name, weight, None, statistics, done) for name, weight in weights.items()}
             return cut, step.damping
         order = torch.arange(len(second_moment), device=second_moment.device)
         names = ", ".join(weights)
         with factored_in_place(second_moment, self.step.damping, names, done.warnings, order) as factor:
             if factor is None and step.criterion == "sparsegpt":
                 done.warnings.append(f"chosen by wanda in the place of sparsegpt: {names}")
-            cut = {name: self._cut(weight, factor, statistics) for name, weight in weights.items()}
+            cut = {
+                name: self._cut(name, weight, factor, statistics, done) for name, weight in weights.items()
+            }
             return cut, None if factor is None else factor.damping
 
-    def _cut(self, weight: Tensor, factor: Factor | None, statistics: ColumnStatistics) -> Tensor:
+    def _cut(
+        self,
+        name: str,
+        weight: Tensor,
+        factor: Factor | None,
+        statistics: LayerStatistics,
+        done: PrunedBlock,
+    ) -> Tensor:
         """A weight (rows, columns) without what goes, some rows at a time."""
         step, cut = self.step, torch.empty_like(weight)
         pattern = Pattern.named(step.pattern, step.sparsity)
-        criterion = CRITERIA[step.criterion]
-        if factor is None and step.criterion == "sparsegpt":
-            # Without a factor there is no such score.
-            criterion = CRITERIA["wanda"]
-        elif factor is not None:
-            statistics = ColumnStatistics(statistics.moment, factor.diagonal(), statistics.generator)
+        gradient = self._gradient(name, weight, done)
+        criterion = self._criterion(factor, gradient)
+        if factor is not None:
+            statistics = replace(statistics, factor=factor.diagonal())
         for rows in self._row_parts(weight):
             part = weight[rows].float()
+            if gradient is not None:
+                statistics = replace(statistics, gradient=gradient[rows].float())
             if factor is not None and step.compensate:
                 cut[rows] = removed_in_order(part, factor, pattern, criterion, statistics).to(cut.dtype)
             else:
                 gone = pattern.lowest(criterion(part, statistics), by_row=True)
                 cut[rows] = part.masked_fill(gone, 0).to(cut.dtype)
         return cut
+
+    def _criterion(self, factor: Factor | None, gradient: Tensor | None) -> Criterion:
+        """The step's, or Wanda's where what it needs is not there."""
+        has_none = self.step.uses_gradients and gradient is None
+        if has_none or (self.step.criterion == "sparsegpt" and factor is None):
+            return CRITERIA["wanda"]
+        return CRITERIA[self.step.criterion]
+
+    def _gradient(self, name: str, weight: Tensor, done: PrunedBlock) -> Tensor | None:
+        """That of a weight (rows, columns), where the criterion needs it and the loss depends on the weight at all."""
+        if self.gradients is None:
+            return None
+        index = block_index(name)
+        if index is None:
+            raise ValueError(f"{name} is in no block")
+        gradient = self._inputs_last(self.gradients.of_block(index).read(name)).to(weight.device)
+        if gradient.any():
+            return gradient
+        done.warnings.append(f"chosen by wanda, since the loss does not depend on it: {name}")
+        return None
 
     def _fit(self, weight: Tensor, sparse: Tensor, second_moment: Tensor) -> None:
         """Fit what is left of a weight, in place."""

@@ -3,6 +3,7 @@
 Idea: with the second moments H of a layer's inputs, the error of its outputs is tr(ΔW H ΔWᵀ). A criterion says which
 weights go; those that stay are moved so that the outputs change least. Blocks are done in order, and each is calibrated
 on the outputs of the pruned blocks before it. Memory holds one block, its inputs' statistics and some windows' activations.
+For criteria that ask for gradients the model is run backwards first, as it came; see weight_gradients.
 Papers: Frantar and Alistarh 2023, "SparseGPT"; Sun et al. 2023, "A Simple and Effective Pruning Approach for Large
 Language Models" (Wanda); least squares on the weights left as in Meng et al. 2024, "ALPS".
 Left out: another sparsity for each layer, and training afterwards: distill.logits does that, and holds the zeros.
@@ -10,13 +11,14 @@ Left out: another sparsity for each layer, and training afterwards: distill.logi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from app.spec.architectures import architecture_in
 from app.spec.prune import PruneCalibrated
 from app.spec.report import Flag, LayerOutcome
 from workers.engine.calibration.block_journal import open_journal
-from workers.engine.calibration.block_stream import compute_dtype
+from workers.engine.calibration.block_stream import Calibration, compute_dtype
 from workers.engine.calibration.input_moments import warning_of_seldom_used
 from workers.engine.calibration.step_calibration import (
     calibration_in,
@@ -26,6 +28,7 @@ from workers.engine.calibration.step_calibration import (
     solve_into,
 )
 from workers.engine.calibration.text_checks import calibration_flags
+from workers.engine.calibration.weight_gradients import gather_gradients
 from workers.engine.checkpoint import Checkpoint, copy_side_files
 from workers.engine.checkpoint.selection import Selection, select_layers
 from workers.engine.prune.block_pruner import BlockPruner
@@ -33,11 +36,14 @@ from workers.engine.quantize.found_layers import write_found
 from workers.engine.quantize.silent_channels import SilentChannels
 from workers.engine.technique import StepContext, StepOutcome, implements
 
-# Writing takes little of the time.
+# Writing takes little of the time, running the model backwards most of it.
 _SOLVING = 0.97
+_DIFFERENTIATING = 0.6
 _OF_DEAD_INPUTS = {
     "sparsegpt": "Their weights count as worth nothing.",
     "wanda": "Their weights count as worth nothing.",
+    "taylor": "Their weights count as worth nothing.",
+    "gradient": "Their weights count as worth nothing.",
     "magnitude": "Their weights are judged by their size all the same.",
     "random": "Their weights are drawn as all others are.",
 }
@@ -58,11 +64,16 @@ def prune_calibrated(step: PruneCalibrated, context: StepContext) -> StepOutcome
         calibration = calibration_in(
             journal.directory, context, windows, share=_SOLVING, dtype=compute_dtype(stored, context.device)
         )
+        gradients = None
+        if step.uses_gradients:
+            backward, calibration = _split(calibration, _DIFFERENTIATING)
+            gradients = gather_gradients(backward, selection.chosen, seed=context.seed)
         pruner = BlockPruner(
             step,
             {name: entry.dtype for name, entry in selection.chosen.items()},
             inputs_first=architecture_in(checkpoint.config).inputs_first,
             one_site_at_a_time=is_short_of_memory(step, context, checkpoint),
+            gradients=gradients,
             seed=context.seed,
         )
         solve_into(journal, calibration, pruner.prune)
@@ -84,6 +95,15 @@ def prune_calibrated(step: PruneCalibrated, context: StepContext) -> StepOutcome
             *calibration_flags(context, windows, tokens=step.calibration_tokens),
             *SilentChannels.joined(records).flags(dead_weights=_OF_DEAD_INPUTS[step.criterion]),
         ),
+    )
+
+
+def _split(calibration: Calibration, share: float) -> tuple[Calibration, Calibration]:
+    """One that goes first and takes a share of the progress, and one for the rest."""
+    tell = calibration.progress
+    return (
+        replace(calibration, progress=lambda done, message: tell(share * done, message)),
+        replace(calibration, progress=lambda done, message: tell(share + (1 - share) * done, message)),
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.engine.prune.criteria import ColumnStatistics, Criterion
+from workers.engine.prune.criteria import Criterion, LayerStatistics
 from workers.engine.prune.masks import Pattern
 from workers.engine.quantize.compensation import Factor
 
@@ -26,7 +26,7 @@ _COLUMNS_AT_ONCE = 512
 
 @torch.no_grad()
 def removed_in_order(
-    weight: Tensor, factor: Factor, pattern: Pattern, criterion: Criterion, statistics: ColumnStatistics
+    weight: Tensor, factor: Factor, pattern: Pattern, criterion: Criterion, statistics: LayerStatistics
 ) -> Tensor:
     """The weight with what goes set to zero and the rest moved: (rows, columns), float32 -> (rows, columns).
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from workers.engine.prune.criteria.statistics import ColumnStatistics
+from workers.engine.prune.criteria.statistics import LayerStatistics
 
 
-def magnitude(weight: Tensor, _statistics: ColumnStatistics) -> Tensor:
+def magnitude(weight: Tensor, _statistics: LayerStatistics) -> Tensor:
     """Score by size, whatever the inputs: (rows, columns) -> (rows, columns)."""
     return weight.abs()

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from workers.engine.prune.criteria.statistics import ColumnStatistics
+from workers.engine.prune.criteria.statistics import LayerStatistics
 
 
-def optimal_brain(weight: Tensor, statistics: ColumnStatistics) -> Tensor:
+def optimal_brain(weight: Tensor, statistics: LayerStatistics) -> Tensor:
     """Score by the error that remains: (rows, columns) -> (rows, columns). Needs the factor.
 
     A weight whose input never was anything but zero is worth nothing.

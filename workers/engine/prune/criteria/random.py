@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.engine.prune.criteria.statistics import ColumnStatistics
+from workers.engine.prune.criteria.statistics import LayerStatistics
 
 
-def random(weight: Tensor, statistics: ColumnStatistics) -> Tensor:
+def random(weight: Tensor, statistics: LayerStatistics) -> Tensor:
     """Score by lot: (rows, columns) -> (rows, columns)."""
     drawn = torch.rand(weight.shape, generator=statistics.generator)
     return drawn.to(weight.device)

@@ -1,4 +1,4 @@
-"""What criteria may ask of the inputs of a layer."""
+"""What criteria may ask of a layer beside its weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Generator, Tensor
 
 
 @dataclass(frozen=True)
-class ColumnStatistics:
-    """Of each input feature, in the order of the weight's columns."""
+class LayerStatistics:
+    """Of each input feature, in the order of the weight's columns, and of each weight."""
 
     moment: Tensor
     """(columns,), float32: E[x²], the diagonal of H = Σ x xᵀ / T."""
@@ -19,12 +19,15 @@ class ColumnStatistics:
     of H without the columns before j. None where it was not asked for."""
     generator: Generator
     """For criteria that draw."""
+    gradient: Tensor | None = None
+    """(rows, columns), float32: the mean of |∂L/∂w| over windows. None where it was not asked for."""
 
-    def of(self, columns: slice) -> ColumnStatistics:
+    def of(self, columns: slice) -> LayerStatistics:
         """Those of some columns alone."""
         factor = None if self.factor is None else self.factor[columns]
-        return replace(self, moment=self.moment[columns], factor=factor)
+        gradient = None if self.gradient is None else self.gradient[:, columns]
+        return replace(self, moment=self.moment[columns], factor=factor, gradient=gradient)
 
 
-Criterion = Callable[[Tensor, ColumnStatistics], Tensor]
+Criterion = Callable[[Tensor, LayerStatistics], Tensor]
 """Weights (rows, columns), float32, and the statistics of these columns -> scores (rows, columns), float32."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from workers.engine.prune.criteria.statistics import ColumnStatistics
+from workers.engine.prune.criteria.statistics import LayerStatistics
 
 
-def wanda(weight: Tensor, statistics: ColumnStatistics) -> Tensor:
+def wanda(weight: Tensor, statistics: LayerStatistics) -> Tensor:
     """Score by size and by the root mean square of the input: (rows, columns) -> (rows, columns)."""
     return weight.abs() * statistics.moment.sqrt()
