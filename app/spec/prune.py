@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from app.spec.base import Step
 from app.spec.quantize import GlobPatterns
 
+SENSITIVITY_SPARSITIES = (0.3, 0.5, 0.7, 0.85)
+"""At which it is found out what a layer's sparsity costs."""
+
 
 class PruneMagnitude(Step):
     """Set the smallest weights of linear layers to zero (Han et al. 2015). Needs no data.
@@ -46,7 +49,7 @@ class PruneCalibrated(Step):
 
     technique: Literal["prune.calibrated"] = "prune.calibrated"
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of weights set to zero, in every layer."""
+    """Share of weights set to zero, over the layers pruned."""
     pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
     """`2:4`: two zeros in every four neighbouring inputs, which GPUs from Ampere on can skip; `4:8`: four in every eight.
     The sparsity is then 0.5."""
@@ -55,6 +58,10 @@ class PruneCalibrated(Step):
     with small inputs (Sun et al. 2023). `taylor`: those whose absence moves the model's own loss least, to first order
     (Molchanov et al. 2019). `gradient`: those that this loss depends on least, whatever their size. These two take about
     three times as long. `magnitude`: small ones. `random`: any; the baseline to compare with."""
+    allocation: Literal["uniform", "sensitivity"] = "uniform"
+    """How the sparsity is shared out. `uniform`: every layer gets the same. `sensitivity`: those that the model's loss depends
+    on less get more, at most 0.2 away from it, by a curve of each layer that stands in the report; takes about five times
+    as long."""
     compensate: bool = True
     """Move the weights that stay, so that outputs change least. False: they stay as they are unless `refinements` is given,
     and an equal share of each output's weights goes; with `wanda`, the method of its paper."""
@@ -74,12 +81,21 @@ class PruneCalibrated(Step):
     def _patterns_are_half(self) -> PruneCalibrated:
         if self.pattern != "unstructured" and self.sparsity != 0.5:
             raise ValueError(f'pattern "{self.pattern}" fixes sparsity 0.5: leave it out')
+        if self.pattern != "unstructured" and self.allocation != "uniform":
+            raise ValueError(
+                f'pattern "{self.pattern}" fixes the sparsity of every layer: leave allocation out'
+            )
         return self
 
     @property
     def uses_gradients(self) -> bool:
-        """Whether the model is run backwards first."""
+        """Whether weights are chosen by gradients."""
         return self.criterion in ("taylor", "gradient")
+
+    @property
+    def runs_backwards(self) -> bool:
+        """Whether the model is run backwards first."""
+        return self.uses_gradients or self.allocation == "sensitivity"
 
     @property
     def fitting_steps(self) -> int:

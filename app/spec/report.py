@@ -9,6 +9,9 @@ from pydantic import ConfigDict, Field
 from app.spec.base import Frozen
 from app.spec.compression import CompressionSpec
 
+SENSITIVITY = "sensitivity of "
+"""Before the name of a layer: the series of what the loss grows by with the sparsity of this layer alone."""
+
 Verdict = Literal["accepted", "rejected", "unmeasured"]
 
 FlagCode = Literal[
@@ -62,7 +65,7 @@ class StepReport(Frozen):
     peak_memory_bytes: int | None = None
     metrics: dict[str, float | int | str | None] = Field(default_factory=dict)
     curves: dict[str, tuple[tuple[float, float], ...]] = Field(default_factory=dict)
-    """Series to plot, e.g. `held_out_loss`: (step, value) pairs."""
+    """Series to plot, e.g. `held_out_loss`: (step, value) pairs; `sensitivity of …`: (sparsity, nats a token) of a layer."""
     layers: tuple[LayerOutcome, ...] = ()
     warnings: tuple[str, ...] = ()
     flags: tuple[Flag, ...] = ()

@@ -17,7 +17,7 @@ from app.spec.facts import ModelFacts
 from app.spec.feed_forward import is_reader
 from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
-from app.spec.prune import PruneCalibrated, PruneDepth, PruneWidth
+from app.spec.prune import SENSITIVITY_SPARSITIES, PruneCalibrated, PruneDepth, PruneWidth
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_onnx import QuantizeOnnx
 from app.spec.sizes import Shape, compressible
@@ -144,7 +144,7 @@ def _(step: QuantizeCalibrated, on: Surroundings) -> int:
 @step_memory.register
 def _(step: PruneCalibrated, on: Surroundings) -> int:
     solving = _solving_memory(step, on)
-    if not step.uses_gradients:
+    if not step.runs_backwards:
         return solving
     window = min(step.sequence_length, on.facts.max_positions)
     backward = gradient_bytes(on.before.tensors, on.facts, tokens=step.calibration_tokens, window=window)
@@ -242,11 +242,13 @@ def _(step: QuantizeOnnx, on: Surroundings) -> float:
 @working_seconds.register
 def _(step: PruneCalibrated, on: Surroundings) -> float:
     # Gradients: forward, then block by block forward once more and backward, which is two.
-    passes = 6 if step.uses_gradients else 2
+    passes = 6 if step.runs_backwards else 2
     forwards = passes * on.forward_flops * step.calibration_tokens
     # Each step of fitting multiplies every weight by H.
     fitting = 2 * step.fitting_steps * sum(t.elements * t.shape[1] for t in compressible(on.before))
-    return (forwards + fitting) / FLOPS_PER_SECOND + on.before.dense_parameters * PRUNING_SECONDS_PER_WEIGHT
+    choosing = on.before.dense_parameters * PRUNING_SECONDS_PER_WEIGHT
+    times = 1 + len(SENSITIVITY_SPARSITIES) if step.allocation == "sensitivity" else 1
+    return forwards / FLOPS_PER_SECOND + times * (fitting / FLOPS_PER_SECOND + choosing)
 
 
 @working_seconds.register

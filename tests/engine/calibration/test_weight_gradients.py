@@ -17,7 +17,7 @@ from app.spec.architectures import ARCHITECTURES, is_compressible
 from app.spec.base import Family
 from workers.engine.architectures.loading import load_model, load_tokenizer
 from workers.engine.calibration import model_tail
-from workers.engine.calibration.block_stream import Calibration
+from workers.engine.calibration.block_stream import Calibration, LiveBlock
 from workers.engine.calibration.weight_gradients import WeightGradients, gather_gradients
 from workers.engine.calibration.windows import model_windows
 
@@ -57,11 +57,11 @@ def whole(directory: Path, windows: Tensor) -> dict[str, Tensor]:
     for number, window in enumerate(windows[:, None]):
         model.zero_grad()
         if ARCHITECTURES[type(model).__name__].family is Family.CAUSAL_LM:
-            loss = model(window, labels=window).loss
+            loss = model(window, labels=window).loss * (window.shape[1] - 1)
         else:
             output = model(window)[0]
             noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(SEED + number))
-            loss = (noise * output).mean()
+            loss = (noise * output).sum()
         loss.backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
@@ -118,6 +118,27 @@ def test_stopped_at_any_block_it_ends_with_the_same(
         assert resumed.file(index).read_bytes() == again.file(index).read_bytes()
     # What is large is not left behind.
     assert not [path for path in spool.iterdir() if path.name.startswith(("inputs", "slopes"))]
+
+
+def test_squares_at_the_outputs_are_means_over_tokens(tiny: Tiny, tiny_text: Path, tmp_path: Path) -> None:
+    directory = tiny("LlamaForCausalLM")
+    given = calibration(directory, tiny_text, tmp_path / "spool")
+    seen: dict[str, Tensor] = {}
+
+    def probe(block: LiveBlock, squares: dict[str, Tensor]) -> dict[str, Any]:
+        seen.update(squares)
+        return {"block": block.index, "tokens": sum(len(hidden.flatten(0, 1)) for hidden in block.inputs())}
+
+    found = gather_gradients(given, weights_of(directory), seed=SEED, probe=probe).probed()
+    assert found == [{"block": index, "tokens": given.windows.numel()} for index in range(BLOCKS)]
+    model = load_model(directory)
+    name = "model.layers.1.self_attn.v_proj"
+    slopes: list[Tensor] = []
+    model.get_submodule(name).register_full_backward_hook(lambda _, _inputs, out: slopes.append(out[0][0]))
+    for window in given.windows[:, None]:
+        (model(window, labels=window).loss * (window.shape[1] - 1)).backward()
+    expected = torch.cat(slopes).square().mean(0)
+    torch.testing.assert_close(seen[f"{name}.weight"], expected, rtol=1e-3, atol=1e-6)
 
 
 def test_progress_grows_and_all_of_it_is_said(tiny: Tiny, tiny_text: Path, tmp_path: Path) -> None:

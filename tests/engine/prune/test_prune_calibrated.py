@@ -81,7 +81,9 @@ def test_what_the_loss_does_not_depend_on_is_chosen_by_its_inputs(
         warning.rpartition(" ")[2] for warning in outcome.warnings if warning.startswith("chosen by wanda")
     }
     assert chosen == {f"model.layers.2.mlp.{name}_proj.weight" for name in ("gate", "up")}
-    assert all(layer.sparsity == pytest.approx(0.5, abs=1e-3) for layer in outcome.layers if layer.name in chosen)
+    assert all(
+        layer.sparsity == pytest.approx(0.5, abs=1e-3) for layer in outcome.layers if layer.name in chosen
+    )
 
 
 def test_wanda_without_compensation_is_its_paper(tiny: Tiny, tiny_text: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What comes after a model's blocks, and how a loss at its end depends on what the last block gives.
 
-A language model's loss is its own, the cross-entropy of the next token. Encoders are given no labels, and a loss that
+A language model's loss is its own, the cross-entropy of the next token, summed over a window. Encoders are given no labels, and a loss that
 compares their outputs with themselves has no slope; theirs is the inner product of what they put out (label logits, or
 the last hidden states) with white noise: the slope of -log p where the outputs are seen with Gaussian noise, and its mean
 square is the diagonal of that model's Fisher information (Martens 2020, "New insights and perspectives on the natural
@@ -68,20 +68,19 @@ class ModelTail:
             else:
                 output = self.model(input_ids=window)[0].float()
                 noise = torch.randn(output.shape, generator=generator).to(output.device)
-                torch.autograd.backward((noise * output).mean())
+                torch.autograd.backward((noise * output).sum())
         if leaf.grad is None:
             raise RuntimeError("the outputs do not depend on the blocks")
         return leaf.grad
 
     def _add_slope_of_next_token(self, window: Tensor) -> None:
         """Some positions at a time, since logits are many times wider than hidden states."""
-        predicted = window.shape[1] - 1
         config: Any = self.model.config
         at_once = max(1, LOGITS_AT_ONCE // config.vocab_size)
-        for places in torch.split(torch.arange(predicted, device=window.device), at_once):
+        for places in torch.split(torch.arange(window.shape[1] - 1, device=window.device), at_once):
             logits = self.model(input_ids=window, logits_to_keep=places).logits[0]
             loss = nn.functional.cross_entropy(logits.float(), window[0, places + 1], reduction="sum")
-            torch.autograd.backward(loss / predicted)
+            torch.autograd.backward(loss)
 
     @contextmanager
     def _handing_on(self, hidden: Tensor) -> Iterator[None]:

@@ -2,32 +2,36 @@
 
 Idea: forward block by block, keeping on disk what every block is given; the loss and its slope at the outputs of the last
 one; then the blocks backwards, each run once more on its inputs to turn the slope at its outputs into that at its
-inputs and at its weights. One window's gradient is ∂L/∂w of its own mean loss; kept is the mean of |∂L/∂w| over
-windows, of which signs cannot cancel (Das et al. 2023, "Beyond Size: How Gradients Shape Pruning Decisions in Large
-Language Models", eq. 4 with p = 1).
+inputs and at its weights. Kept is the mean over windows of |∂L/∂w|, L the loss of a window, of which signs cannot cancel
+(Das et al. 2023, "Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models", eq. 4 with p = 1), and
+the mean over tokens of (∂L/∂y)² at each output y of a layer.
 
 inputs                what every block is given, and what the last one gives; written under another name until it is whole
 slopes-0, slopes-1    ∂L/∂h between the blocks, read and written by turns
 gradients-00003       what is kept of block 3, as safetensors; a block with it is finished
+probed-00003          what a probe found of block 3, as JSON
 
 A job that was killed goes on at the block it was at.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors.torch import save
+from torch import Tensor
 
 from app.errors import JobFailed
 from workers.engine.architectures.skeleton import BlockCall, Skeleton
-from workers.engine.calibration.block_stream import Calibration, stream_blocks
+from workers.engine.calibration.block_stream import Calibration, LiveBlock, stream_blocks
+from workers.engine.calibration.gradient_sums import slope_at_inputs, summed_gradients
 from workers.engine.calibration.hidden_states import HiddenStates
 from workers.engine.calibration.model_tail import ModelTail
 from workers.engine.checkpoint import Checkpoint
@@ -52,8 +56,23 @@ class WeightGradients:
         entries = {entry.name: entry for entry in read_entries(self.file(index))}
         return Checkpoint(self.directory, {}, entries)
 
+    def probed_file(self, index: int) -> Path:
+        """Where what a probe found of a block lies."""
+        return self.directory / f"probed-{index:05d}"
 
-def gather_gradients(calibration: Calibration, wanted: Container[str], *, seed: int) -> WeightGradients:
+    def probed(self) -> list[dict[str, Any]]:
+        """What a probe found of each block, in order."""
+        return [json.loads(path.read_text()) for path in sorted(self.directory.glob("probed-*"))]
+
+
+Probe = Callable[[LiveBlock, dict[str, Tensor]], dict[str, Any]]
+"""Called with a block as it came and, for each of its wanted weights by stored name, the mean over all tokens of (∂L/∂y)²:
+(outputs,), float32. Returns what it found, fit for JSON."""
+
+
+def gather_gradients(
+    calibration: Calibration, wanted: Container[str], *, seed: int, probe: Probe | None = None
+) -> WeightGradients:
     """Find the gradients of the weights with these stored names, on all windows; in the spool directory.
 
     `seed`: of the noise that encoders' losses are made of. Raises JobFailed when a gradient is not finite; IntakeError
@@ -61,20 +80,24 @@ def gather_gradients(calibration: Calibration, wanted: Container[str], *, seed: 
     """
     kept = WeightGradients(calibration.spool_directory)
     windows = calibration.windows
-    if kept.file(0).is_file():
+    finished = kept.file if probe is None else kept.probed_file
+    if finished(0).is_file():
         return kept
     skeleton = Skeleton.open(calibration.directory, windows, calibration.device, calibration.dtype)
     calls = skeleton.record_calls(windows[:1])
     # Backwards: the finished blocks are the last ones.
-    unfinished = next((i for i in range(len(calls)) if kept.file(i).is_file()), len(calls))
+    unfinished = next((i for i in range(len(calls)) if finished(i).is_file()), len(calls))
     with _spools(calibration, skeleton, len(calls)) as (inputs, slopes):
         backward = _Backward(calibration, skeleton, calls, inputs, slopes)
         if unfinished == len(calls):
             backward.through_tail(seed)
         for index in reversed(range(unfinished)):
-            means = backward.through_block(index, wanted)
-            slopes[index % 2].sync()
-            _save(means, kept.file(index))
+            with backward.live(index) as block:
+                means, squares = backward.through_block(block, wanted)
+                _save(means, kept.file(index))
+                del means
+                if probe is not None:
+                    _write(json.dumps(probe(block, squares)).encode(), kept.probed_file(index))
     for name in ("inputs", "slopes-0", "slopes-1"):
         (calibration.spool_directory / name).unlink()
     return kept
@@ -138,51 +161,53 @@ class _Backward:
                 progress((number + 1) / len(windows), "the loss")
         self.slopes[blocks % 2].sync()
 
-    def through_block(self, index: int, wanted: Container[str]) -> dict[str, Tensor]:
+    def through_block(
+        self, block: LiveBlock, wanted: Container[str]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Turn the slope at a block's outputs into that at its inputs.
 
-        Returns the mean of |∂L/∂w|, float32, by stored names.
+        Returns, in float32 by stored names, the mean over windows of |∂L/∂w|, and that over tokens of (∂L/∂y)².
         """
-        windows, block = len(self.calibration.windows), self.skeleton.blocks[index]
-        stored = self.skeleton.materialise(block, prefix=f"{self.skeleton.blocks_name}.{index}.")
-        sums = _summed_gradients(block, {inside: name for inside, name in stored.items() if name in wanted})
-        progress = _telling(self.calibration, _TAIL, 1.0, "backward").progress
-        for number in range(windows):
-            hidden = self.inputs.read(index * windows + number).to(self.calibration.device)
-            slope = self.slopes[(index + 1) % 2].read(number).to(self.calibration.device)
-            self.slopes[index % 2].write(number, _slope_at_inputs(self.calls[index], block, hidden, slope))
-            done = (len(self.calls) - 1 - index + (number + 1) / windows) / len(self.calls)
-            progress(done, f"block {index + 1} of {len(self.calls)}")
-        block.to("meta")
-        return {name: total / windows for name, total in sums.items()}
-
-
-@torch.enable_grad()
-def _slope_at_inputs(call: BlockCall, block: nn.Module, hidden: Tensor, slope: Tensor) -> Tensor:
-    """From that at the outputs: both (1, tokens, hidden). The weights' gradients go to their hooks."""
-    leaf = hidden.requires_grad_()
-    torch.autograd.backward(call.run(block, leaf), slope)
-    if leaf.grad is None:
-        raise RuntimeError("the block does not depend on its inputs")
-    return leaf.grad
-
-
-def _summed_gradients(block: nn.Module, wanted: dict[str, str]) -> dict[str, Tensor]:
-    """Sums, by stored names, that |∂L/∂w| is added to in every backward pass; no gradient is held longer than that."""
-    sums: dict[str, Tensor] = {}
-
-    def add(parameter: Tensor, total: Tensor) -> None:
-        if parameter.grad is not None:
-            total.add_(parameter.grad.abs_())
-            parameter.grad = None
-
-    for inside, name in wanted.items():
-        parameter = block.get_parameter(inside).requires_grad_()
-        total = sums[name] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
-        parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-            lambda found, total=total: add(found, total)
+        before, after = self.slopes[block.index % 2], self.slopes[(block.index + 1) % 2]
+        chosen = {inside: name for inside, name in block.stored_names.items() if name in wanted}
+        with summed_gradients(block.module, chosen) as (gradients, squares):
+            for number in range(block.windows):
+                slope = after.read(number).to(self.calibration.device)
+                before.write(number, slope_at_inputs(block.call, block.module, block.window(number), slope))
+                self._tell(block.index, (number + 1) / block.windows)
+        before.sync()
+        tokens = self.calibration.windows.numel()
+        return (
+            {name: total / block.windows for name, total in gradients.items()},
+            {name: total / tokens for name, total in squares.items()},
         )
-    return sums
+
+    @contextmanager
+    def live(self, index: int) -> Iterator[LiveBlock]:
+        """A block with its weights in memory."""
+        windows, module = len(self.calibration.windows), self.skeleton.blocks[index]
+        stored = self.skeleton.materialise(module, prefix=f"{self.skeleton.blocks_name}.{index}.")
+
+        def window(number: int) -> Tensor:
+            return self.inputs.read(index * windows + number).to(self.calibration.device)
+
+        def alive() -> None:
+            self._tell(index, 1.0)
+
+        def each() -> Iterator[Tensor]:
+            for number in range(windows):
+                yield window(number)
+                alive()
+
+        scratch = self.calibration.spool_directory
+        yield LiveBlock(index, module, stored, self.calls[index], each, windows, window, scratch, alive)
+        module.to("meta")
+
+    def _tell(self, index: int, share: float) -> None:
+        """Say how far a block is."""
+        done = (len(self.calls) - 1 - index + share) / len(self.calls)
+        told = _telling(self.calibration, _TAIL, 1.0, "backward").progress
+        told(done, f"block {index + 1} of {len(self.calls)}")
 
 
 def _save(means: dict[str, Tensor], file: Path) -> None:
@@ -194,14 +219,17 @@ def _save(means: dict[str, Tensor], file: Path) -> None:
                 code="non_finite_gradients",
                 hint="Check that the original gives sensible outputs in float32, or use a criterion without gradients.",
             )
-    part = file.with_name("gradients-unfinished")
     # The order among weights needs no more than three digits.
-    save_file({name: mean.to(torch.bfloat16).cpu().contiguous() for name, mean in means.items()}, part)
-    descriptor = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _write(save({name: mean.to(torch.bfloat16).cpu().contiguous() for name, mean in means.items()}), file)
+
+
+def _write(content: bytes, file: Path) -> None:
+    """Write a file that is there whole or not at all."""
+    part = file.with_name("unfinished")
+    with part.open("wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
     part.rename(file)
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from markupsafe import Markup
 
 from app.spec.architectures import block_index
-from app.spec.report import LayerOutcome, Report, StepReport
+from app.spec.report import SENSITIVITY, LayerOutcome, Report, StepReport
 from workers.engine.measure.plots import Axis, Point, axis_from_zero, scatter, stacked_bars, strips
 from workers.engine.measure.size import COMPONENTS
 from workers.engine.measure.wording import size, words
 
 _TIMES = "_ms"
 _ATTENTION_WORDS = ("attn", "attention")
+_KINDS = (("s0", "attention"), ("s1", "feed-forward"))
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def _errors(step: StepReport) -> Iterator[Figure]:
         return
     placed = [(_block(layer), layer.relative_error or 0.0, layer) for layer in measured]
     points = [
-        Point(block, error, _series(layer), f"{layer.name}: {error:.4f}") for block, error, layer in placed
+        Point(block, error, _series(layer.name), f"{layer.name}: {error:.4f}")
+        for block, error, layer in placed
     ]
     yield Figure(
         f"Error of each layer: {step.technique}",
@@ -95,7 +98,7 @@ def _errors(step: StepReport) -> Iterator[Figure]:
             axis_from_zero([error for _, error, _ in placed], "relative error"),
             line=_medians([(block, error) for block, error, _ in placed]),
         ),
-        (("s0", "attention"), ("s1", "feed-forward")),
+        _KINDS,
     )
 
 
@@ -109,9 +112,31 @@ def _curves(step: StepReport) -> Iterator[Figure]:
         caption = "All that were tried, in turns; the bar is the median."
         axis = axis_from_zero(everything, "ms")
         yield Figure(f"Time of each variant: {step.technique}", caption, strips(rows, axis))
+    sensitivities = {
+        name.removeprefix(SENSITIVITY): curve
+        for name, curve in step.curves.items()
+        if name.startswith(SENSITIVITY)
+    }
+    if sensitivities:
+        yield _sensitivity(sensitivities, step.technique)
     for name, curve in step.curves.items():
-        if len(curve) >= 2 and name not in timed:
+        if len(curve) >= 2 and name not in timed and not name.startswith(SENSITIVITY):
             yield _curve(name, curve, step.technique)
+
+
+def _sensitivity(curves: Mapping[str, Sequence[tuple[float, float]]], technique: str) -> Figure:
+    """All layers in one plot: by powers of ten, for the most sensitive ones are thousands of times above others."""
+    points = [
+        Point(x, math.log10(y), _series(name), f"{name} at {x:g}: {y:.3g} nats a token")
+        for name, curve in curves.items()
+        for x, y in curve
+        if y > 0
+    ]
+    heights = [point.y for point in points] or [0.0]
+    y_axis = Axis(math.floor(min(heights)), math.floor(max(heights)) + 1, "log10 of nats a token")
+    plot = scatter(points, Axis(0.0, 1.0, "sparsity of the layer alone"), y_axis)
+    caption = "What the loss is predicted to grow by when one layer alone is pruned."
+    return Figure(f"Sensitivity: {technique}", caption, plot, _KINDS)
 
 
 def _curve(name: str, curve: Sequence[tuple[float, float]], technique: str) -> Figure:
@@ -128,8 +153,8 @@ def _block(layer: LayerOutcome) -> int:
     return block_index(layer.name.removesuffix(".weight") + ".weight") or 0
 
 
-def _series(layer: LayerOutcome) -> int:
-    return 0 if any(word in layer.name for word in _ATTENTION_WORDS) else 1
+def _series(layer: str) -> int:
+    return 0 if any(word in layer for word in _ATTENTION_WORDS) else 1
 
 
 def _blocks_axis(blocks: Sequence[int]) -> Axis:

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from app.errors import JobFailed
-from app.spec.architectures import block_index
-from app.spec.prune import PruneCalibrated
 from workers.engine.calibration.block_stream import LiveBlock
 from workers.engine.calibration.input_moments import InputSite, expert_of, gather_moments, reached_sites
-from workers.engine.calibration.weight_gradients import WeightGradients
 from workers.engine.checkpoint.selection import non_finite
 from workers.engine.freed_memory import release_freed_memory
-from workers.engine.prune.compensated import refitted, removed_in_order
-from workers.engine.prune.criteria import CRITERIA, Criterion, LayerStatistics
-from workers.engine.prune.masks import Pattern
-from workers.engine.quantize.compensation import Factor, damped, factored_in_place, row_errors
+from workers.engine.prune.layer_pruner import LayerPruner
+from workers.engine.quantize.compensation import row_errors
 from workers.engine.quantize.silent_channels import SilentChannels
-from workers.engine.quantize.weights_at_once import weights_at_once
 
 
 @dataclass
@@ -61,16 +55,11 @@ class PrunedBlock:
 class BlockPruner:
     """Prunes block after block."""
 
-    step: PruneCalibrated
+    solver: LayerPruner
     layers: Mapping[str, torch.dtype]
     """The weights by name, and what they are stored in, which may be another dtype than what is computed in."""
-    inputs_first: bool
-    """Whether weights lie as (in, out)."""
-    one_site_at_a_time: bool
-    """Gather the statistics of one input, prune its layers, go on to the next: less memory, more passes. What follows
-    sees what the pruned layers before it in the block give."""
-    gradients: WeightGradients | None = None
-    """For criteria that need them."""
+    allotted: Mapping[str, float] = field(default_factory=dict)
+    """Sparsities of weights by name, where they are not the step's."""
     seed: int = 0
 
     @torch.no_grad()
@@ -82,11 +71,26 @@ class BlockPruner:
         chosen, sites = reached_sites(block, self.layers)
         done = PrunedBlock()
         generator = torch.Generator().manual_seed(self.seed + block.index)
-        for together in [[site] for site in sites] if self.one_site_at_a_time else [sites] if sites else []:
+        for together in self.rounds(sites):
             gather_moments(block, together)
             for site in together:
                 self._prune_site(block, site, {chosen[name]: name for name in site.layers}, generator, done)
         return done.tensors, done.record()
+
+    def rounds(self, sites: list[InputSite]) -> list[list[InputSite]]:
+        """The inputs whose statistics are gathered together."""
+        return [[site] for site in sites] if self.solver.is_short_of_memory else [sites] if sites else []
+
+    def weights_of(self, block: LiveBlock, layers: dict[str, str]) -> dict[str, Tensor]:
+        """Weights (out, in) in the block by their stored names, of which `layers` has the names in the block: views."""
+        return {
+            name: self.solver.inputs_last(block.module.get_parameter(f"{inside}.weight"))
+            for name, inside in layers.items()
+        }
+
+    def _sparsities(self, names: Iterable[str]) -> dict[str, float]:
+        """How sparse each weight is to be."""
+        return {name: self.allotted.get(name, self.solver.step.sparsity) for name in names}
 
     def _prune_site(
         self,
@@ -100,101 +104,19 @@ class BlockPruner:
         if site.is_guess:
             done.seldom_used |= {expert_of(name): site.tokens for name in layers}
         second_moment = site.second_moment()
-        weights = {
-            name: self._inputs_last(block.module.get_parameter(f"{inside}.weight"))
-            for name, inside in layers.items()
-        }
+        weights = self.weights_of(block, layers)
         _check_finite(weights, second_moment)
         for name, weight in weights.items():
             done.silent.look_at_weight(name, weight)
         done.silent.look_at_inputs(list(weights), second_moment.diagonal())
-        statistics = LayerStatistics(second_moment.diagonal().clone(), None, generator)
-        sparse, damping = self._removed(weights, second_moment, statistics, done)
-        if damping is not None and self.step.fitting_steps:
-            with damped(second_moment, damping):
-                for name, weight in weights.items():
-                    self._fit(weight, sparse[name], second_moment)
+        sparse = self.solver.solved(
+            weights, second_moment, self._sparsities(weights), generator, done.warnings
+        )
         for name, weight in weights.items():
             self._settle(name, weight, sparse.pop(name), second_moment, done)
-            stored = self._inputs_last(weight).to(self.layers[name])
+            stored = self.solver.inputs_last(weight).to(self.layers[name])
             done.tensors[name] = stored.cpu().contiguous()
         release_freed_memory()
-
-    def _removed(
-        self,
-        weights: dict[str, Tensor],
-        second_moment: Tensor,
-        statistics: LayerStatistics,
-        done: PrunedBlock,
-    ) -> tuple[dict[str, Tensor], float | None]:
-        """The weights without what goes, in their own dtype, by name, and the damping that H needs; None without a factor."""
-        step = self.step
-        if not step.compensate and step.criterion != "sparsegpt":
-            cut = {name: self._cut(name, weight, None, statistics, done) for name, weight in weights.items()}
-            return cut, step.damping
-        order = torch.arange(len(second_moment), device=second_moment.device)
-        names = ", ".join(weights)
-        with factored_in_place(second_moment, self.step.damping, names, done.warnings, order) as factor:
-            if factor is None and step.criterion == "sparsegpt":
-                done.warnings.append(f"chosen by wanda in the place of sparsegpt: {names}")
-            cut = {
-                name: self._cut(name, weight, factor, statistics, done) for name, weight in weights.items()
-            }
-            return cut, None if factor is None else factor.damping
-
-    def _cut(
-        self,
-        name: str,
-        weight: Tensor,
-        factor: Factor | None,
-        statistics: LayerStatistics,
-        done: PrunedBlock,
-    ) -> Tensor:
-        """A weight (rows, columns) without what goes, some rows at a time."""
-        step, cut = self.step, torch.empty_like(weight)
-        pattern = Pattern.named(step.pattern, step.sparsity)
-        gradient = self._gradient(name, weight, done)
-        criterion = self._criterion(factor, gradient)
-        if factor is not None:
-            statistics = replace(statistics, factor=factor.diagonal())
-        for rows in self._row_parts(weight):
-            part = weight[rows].float()
-            if gradient is not None:
-                statistics = replace(statistics, gradient=gradient[rows].float())
-            if factor is not None and step.compensate:
-                cut[rows] = removed_in_order(part, factor, pattern, criterion, statistics).to(cut.dtype)
-            else:
-                gone = pattern.lowest(criterion(part, statistics), by_row=True)
-                cut[rows] = part.masked_fill(gone, 0).to(cut.dtype)
-        return cut
-
-    def _criterion(self, factor: Factor | None, gradient: Tensor | None) -> Criterion:
-        """The step's, or Wanda's where what it needs is not there."""
-        has_none = self.step.uses_gradients and gradient is None
-        if has_none or (self.step.criterion == "sparsegpt" and factor is None):
-            return CRITERIA["wanda"]
-        return CRITERIA[self.step.criterion]
-
-    def _gradient(self, name: str, weight: Tensor, done: PrunedBlock) -> Tensor | None:
-        """That of a weight (rows, columns), where the criterion needs it and the loss depends on the weight at all."""
-        if self.gradients is None:
-            return None
-        index = block_index(name)
-        if index is None:
-            raise ValueError(f"{name} is in no block")
-        gradient = self._inputs_last(self.gradients.of_block(index).read(name)).to(weight.device)
-        if gradient.any():
-            return gradient
-        done.warnings.append(f"chosen by wanda, since the loss does not depend on it: {name}")
-        return None
-
-    def _fit(self, weight: Tensor, sparse: Tensor, second_moment: Tensor) -> None:
-        """Fit what is left of a weight, in place."""
-        for rows in self._row_parts(weight):
-            fitted = refitted(
-                weight[rows].float(), sparse[rows].float(), second_moment, steps=self.step.fitting_steps
-            )
-            sparse[rows] = fitted.to(sparse.dtype)
 
     def _settle(
         self, name: str, weight: Tensor, sparse: Tensor, second_moment: Tensor, done: PrunedBlock
@@ -202,7 +124,7 @@ class BlockPruner:
         """Give the block what is left in the place of the weight, and add up what was lost."""
         of_error = of_weights = 0.0
         zeros = 0
-        for rows in self._row_parts(weight):
+        for rows in self.solver.row_parts(weight):
             before = weight[rows].to(torch.float32, copy=True)
             # The next layers and blocks are calibrated on what they will be given.
             weight[rows] = sparse[rows].to(self.layers[name]).to(weight.dtype)
@@ -215,15 +137,6 @@ class BlockPruner:
             done.outputs_had += _total(row_errors(before.to(weight.dtype), second_moment))
         done.weight_errors[name] = (of_error, of_weights)
         done.zeros[name] = zeros
-
-    def _row_parts(self, weight: Tensor) -> list[slice]:
-        at_once = weights_at_once(weight, narrow=self.one_site_at_a_time)
-        size = max(1, at_once // weight.shape[1])
-        return [slice(start, start + size) for start in range(0, len(weight), size)]
-
-    def _inputs_last(self, weight: Tensor) -> Tensor:
-        """(out, in) of what is stored, or the other way round: a view."""
-        return weight.t() if self.inputs_first else weight
 
 
 def _check_finite(weights: dict[str, Tensor], second_moment: Tensor) -> None:

@@ -6,7 +6,7 @@ on the outputs of the pruned blocks before it. Memory holds one block, its input
 For criteria that ask for gradients the model is run backwards first, as it came; see weight_gradients.
 Papers: Frantar and Alistarh 2023, "SparseGPT"; Sun et al. 2023, "A Simple and Effective Pruning Approach for Large
 Language Models" (Wanda); least squares on the weights left as in Meng et al. 2024, "ALPS".
-Left out: another sparsity for each layer, and training afterwards: distill.logits does that, and holds the zeros.
+Left out: training afterwards, which distill.logits does, and holds the zeros.
 """
 
 from __future__ import annotations
@@ -28,17 +28,20 @@ from workers.engine.calibration.step_calibration import (
     solve_into,
 )
 from workers.engine.calibration.text_checks import calibration_flags
-from workers.engine.calibration.weight_gradients import gather_gradients
+from workers.engine.calibration.weight_gradients import WeightGradients, gather_gradients
 from workers.engine.checkpoint import Checkpoint, copy_side_files
 from workers.engine.checkpoint.selection import Selection, select_layers
+from workers.engine.prune.allotment import allot
 from workers.engine.prune.block_pruner import BlockPruner
+from workers.engine.prune.layer_pruner import LayerPruner
+from workers.engine.prune.sensitivity import Curves, SensitivityProbe, curves_of, merged
 from workers.engine.quantize.found_layers import write_found
 from workers.engine.quantize.silent_channels import SilentChannels
 from workers.engine.technique import StepContext, StepOutcome, implements
 
 # Writing takes little of the time, running the model backwards most of it.
 _SOLVING = 0.97
-_DIFFERENTIATING = 0.6
+_BACKWARDS = 0.6
 _OF_DEAD_INPUTS = {
     "sparsegpt": "Their weights count as worth nothing.",
     "wanda": "Their weights count as worth nothing.",
@@ -64,18 +67,26 @@ def prune_calibrated(step: PruneCalibrated, context: StepContext) -> StepOutcome
         calibration = calibration_in(
             journal.directory, context, windows, share=_SOLVING, dtype=compute_dtype(stored, context.device)
         )
-        gradients = None
-        if step.uses_gradients:
-            backward, calibration = _split(calibration, _DIFFERENTIATING)
-            gradients = gather_gradients(backward, selection.chosen, seed=context.seed)
         pruner = BlockPruner(
-            step,
+            LayerPruner(
+                step,
+                inputs_first=architecture_in(checkpoint.config).inputs_first,
+                is_short_of_memory=is_short_of_memory(step, context, checkpoint),
+                gradients=WeightGradients(journal.directory) if step.uses_gradients else None,
+            ),
             {name: entry.dtype for name, entry in selection.chosen.items()},
-            inputs_first=architecture_in(checkpoint.config).inputs_first,
-            one_site_at_a_time=is_short_of_memory(step, context, checkpoint),
-            gradients=gradients,
             seed=context.seed,
         )
+        curves: Curves = {}
+        if step.runs_backwards:
+            backward, calibration = _split(calibration, _BACKWARDS)
+            probe = SensitivityProbe(pruner) if step.allocation == "sensitivity" else None
+            gradients = gather_gradients(backward, selection.chosen, seed=context.seed, probe=probe)
+            if probe is not None:
+                costs = merged(gradients.probed())
+                weights = {name: entry.fact.elements for name, entry in selection.chosen.items()}
+                pruner = replace(pruner, allotted=allot(costs, weights, step.sparsity))
+                curves = curves_of(costs, pruner.allotted, weights)
         solve_into(journal, calibration, pruner.prune)
         records = journal.records()
         write_found(
@@ -90,6 +101,7 @@ def prune_calibrated(step: PruneCalibrated, context: StepContext) -> StepOutcome
     return _outcome(
         selection,
         records,
+        curves=curves,
         metrics={"calibration_tokens": windows.numel()},
         flags=(
             *calibration_flags(context, windows, tokens=step.calibration_tokens),
@@ -111,6 +123,7 @@ def _outcome(
     selection: Selection,
     records: list[dict[str, Any]],
     *,
+    curves: Curves,
     metrics: dict[str, float | int | str | None],
     flags: tuple[Flag, ...],
 ) -> StepOutcome:
@@ -145,6 +158,7 @@ def _outcome(
             *warning_of_seldom_used(seldom, consequence="pruned as if all inputs were alike,"),
         ),
         flags=flags,
+        curves=curves,
     )
 
 
