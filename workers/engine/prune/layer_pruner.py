@@ -50,7 +50,7 @@ class LayerPruner:
 
     def row_parts(self, weight: Tensor) -> list[slice]:
         """Rows that are worked on at once."""
-        at_once = NARROW_WEIGHTS_AT_ONCE if self.is_short_of_memory else WEIGHTS_AT_ONCE
+        at_once = weights_at_once(weight, narrow=self.is_short_of_memory)
         size = max(1, at_once // weight.shape[1])
         return [slice(start, start + size) for start in range(0, len(weight), size)]
 
