@@ -84,6 +84,8 @@ def gguf_facts(path: Path, name: str) -> ModelFacts:
         vocab_size=embedding.shape[0],
         max_positions=_integer(header, f"{kind}.context_length", name),
         tied_embeddings=not any(t.name == "lm_head.weight" for t in tensors),
+        attention_heads=_count(header, f"{kind}.attention.head_count"),
+        key_value_heads=_count(header, f"{kind}.attention.head_count_kv"),
         tensors=tensors,
     )
     tokens = header.array_lengths.get("tokenizer.ggml.tokens")
@@ -91,6 +93,12 @@ def gguf_facts(path: Path, name: str) -> ModelFacts:
         raise refused("config_mismatch", f"{name} has {tokens} tokens but embeddings for {facts.vocab_size}.")
     check_shapes(facts, name)
     return facts
+
+
+def _count(header: GgufHeader, key: str) -> int | None:
+    """A number that is the same for all blocks; None where it is not there, or a list."""
+    value = header.metadata.get(key)
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def _fact(tensor: GgufTensor, kind: str, name: str) -> TensorFact:

@@ -15,6 +15,7 @@ from app.intake.safetensors_header import read_header
 from app.intake.shapes import check_shapes
 from app.intake.strict_json import read_object
 from app.spec.architectures import ARCHITECTURES, Architecture, block_index
+from app.spec.attention_heads import GROUPS_KEY, HEADS_KEY
 from app.spec.base import Family
 from app.spec.facts import ModelFacts, TensorFact
 
@@ -46,6 +47,8 @@ def huggingface_facts(files: Mapping[str, Path], selection: Selection) -> ModelF
         tied_embeddings=_is_tied(config, architecture, tensors),
         num_labels=_num_labels(architecture, tensors),
         experts_per_token=_integer(config, _EXPERTS_KEY) if architecture.expert_layers else None,
+        attention_heads=_integer(config, HEADS_KEY) if HEADS_KEY in config else None,
+        key_value_heads=_integer(config, GROUPS_KEY) if config.get(GROUPS_KEY) is not None else None,
         tensors=tensors,
     )
     key = architecture.embedding_key

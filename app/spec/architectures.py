@@ -132,6 +132,12 @@ def block_index(name: str) -> int | None:
     return int(match["index"]) if match else None
 
 
+def name_within_block(name: str) -> str:
+    """A tensor's name within its block; empty outside the blocks."""
+    match = _BLOCK.match(name)
+    return match["rest"] if match else ""
+
+
 def with_block_index(name: str, index: int) -> str:
     """The same tensor name in another block."""
     match = _BLOCK.match(name)

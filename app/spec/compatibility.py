@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 
 from app.errors import Fault
 from app.spec.architectures import ARCHITECTURES, Architecture, block_index, is_router
+from app.spec.attention_heads import counts_in, groups_left, head_axis, possible_groups, without_heads
 from app.spec.base import Family, Step
 from app.spec.compression import Acceptance, CompressionSpec
 from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel, StudentFromPreviousStep
@@ -22,7 +23,7 @@ from app.spec.gguf_layout import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.spec.gguf_layout import gguf_tensors
 from app.spec.head import NO_OWN_HEAD, own_head
 from app.spec.layouts import inputs_of, limits_of_layout
-from app.spec.prune import PruneCalibrated, PruneDepth, PruneMagnitude, PruneWidth
+from app.spec.prune import PruneCalibrated, PruneDepth, PruneHeads, PruneMagnitude, PruneWidth
 from app.spec.quantize import QuantizedWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -90,12 +91,9 @@ def check_spec(
             faults += _check_head(step, facts, where)
         if isinstance(step, QuantizeGguf):
             faults += _check_gguf(step, facts, shape, where)
-        if isinstance(step, PruneDepth):
-            faults += _check_depth(step, shape, where)
-            shape = shape.without_blocks(min(step.blocks_to_drop(shape.blocks), shape.blocks - 1))
-        if isinstance(step, PruneWidth):
-            faults += _check_width(step, shape, where)
-            shape = shape.with_width_of(step)
+        if isinstance(step, PruneDepth | PruneWidth | PruneHeads):
+            faults += _check_removal(step, shape, facts, where)
+            shape = _after_removal(step, shape, facts)
         if isinstance(step, DistillLogits):
             faults += _check_distillation(step, facts, students or {}, where)
             shape = _after_distillation(step, shape, students or {})
@@ -241,6 +239,28 @@ def _some(tensors: Sequence[TensorFact]) -> str:
     return named + (f" and {more} more" if more > 0 else "")
 
 
+def _check_removal(
+    step: PruneDepth | PruneWidth | PruneHeads, shape: _Shape, facts: ModelFacts, where: str
+) -> Iterator[Fault]:
+    match step:
+        case PruneDepth():
+            yield from _check_depth(step, shape, where)
+        case PruneWidth():
+            yield from _check_width(step, shape, where)
+        case PruneHeads():
+            yield from _check_heads(shape, facts, where)
+
+
+def _after_removal(step: PruneDepth | PruneWidth | PruneHeads, shape: _Shape, facts: ModelFacts) -> _Shape:
+    match step:
+        case PruneDepth():
+            return shape.without_blocks(min(step.blocks_to_drop(shape.blocks), shape.blocks - 1))
+        case PruneWidth():
+            return shape.with_width_of(step)
+        case PruneHeads():
+            return replace(shape, layers=without_heads(step, shape.layers, facts))
+
+
 def _check_depth(step: PruneDepth, shape: _Shape, where: str) -> Iterator[Fault]:
     dropped = step.blocks_to_drop(shape.blocks)
     if dropped >= shape.blocks:
@@ -260,6 +280,20 @@ def _check_width(step: PruneWidth, shape: _Shape, where: str) -> Iterator[Fault]
                 f"No multiple of {step.round_to} is smaller than the {width} channels there are; "
                 f"{2 ** ((width - 1).bit_length() - 1)} works.",
             )
+
+
+def _check_heads(shape: _Shape, facts: ModelFacts, where: str) -> Iterator[Fault]:
+    yield from _check_floats((t for t in shape.layers if head_axis(t.name, shape.architecture)), where)
+    counts = counts_in(facts)
+    if counts is None:
+        return
+    groups = groups_left(shape.layers, shape.architecture, counts)
+    if not possible_groups(shape.architecture, counts, groups, facts.hidden_size):
+        yield Fault(
+            f"{where}/technique",
+            f"Attention has {groups} group{'s' if groups > 1 else ''} of {counts.per_group} query heads, and no smaller number "
+            "can be written for this model: use prune.width or prune.depth.",
+        )
 
 
 def _check_distillation(

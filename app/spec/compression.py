@@ -11,7 +11,7 @@ from app.spec.distill import DistillLogits, StudentFromModel, StudentFromPreviou
 from app.spec.export import Export
 from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
-from app.spec.prune import PruneCalibrated, PruneDepth, PruneMagnitude, PruneWidth
+from app.spec.prune import PruneCalibrated, PruneDepth, PruneHeads, PruneMagnitude, PruneWidth
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -26,6 +26,7 @@ AnyStep = Annotated[
     | PruneCalibrated
     | PruneDepth
     | PruneWidth
+    | PruneHeads
     | DistillLogits
     | OptimizeOnnx,
     Field(discriminator="technique"),
@@ -41,6 +42,7 @@ STEP_CLASSES: tuple[type[Step], ...] = (
     PruneCalibrated,
     PruneDepth,
     PruneWidth,
+    PruneHeads,
     DistillLogits,
     OptimizeOnnx,
 )
@@ -148,9 +150,9 @@ class CompressionSpec(Frozen):
     def _narrowed_before_it_is_sparse(self) -> CompressionSpec:
         is_sparse = False
         for number, step in enumerate(self.steps):
-            if is_sparse and isinstance(step, PruneWidth):
+            if is_sparse and isinstance(step, PruneWidth | PruneHeads):
                 raise ValueError(
-                    f"steps/{number}: prune.width would fill the zeros of the step before it: put it first"
+                    f"steps/{number}: {step.technique} would fill the zeros of the step before it: put it first"
                 )
             is_sparse |= isinstance(step, PruneMagnitude | PruneCalibrated)
         return self

@@ -52,6 +52,10 @@ class ModelFacts(Frozen):
     """Size of the classification head; null where there is none."""
     experts_per_token: int | None = None
     """How many experts of a block each token meets; null where every token meets every weight."""
+    attention_heads: int | None = None
+    """Query heads of a block, where config.json says so; null for models that were uploaded before it was asked."""
+    key_value_heads: int | None = None
+    """Key and value heads, where several query heads share them."""
     tensors: tuple[TensorFact, ...]
 
     def compressible(self) -> tuple[TensorFact, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from app.spec.architectures import Architecture, block_index, blocks_name
+from app.spec.architectures import Architecture, name_within_block
 from app.spec.facts import TensorFact
 
 
@@ -65,7 +65,7 @@ def feed_forward_of(architecture: Architecture) -> FeedForward | None:
 def is_reader(name: str, architecture: Architecture) -> bool:
     """Whether a tensor is the weight that is given the channels."""
     layout = feed_forward_of(architecture)
-    return layout is not None and _within_block(name) == f"{layout.reader}.weight"
+    return layout is not None and name_within_block(name) == f"{layout.reader}.weight"
 
 
 def channel_axis(name: str, architecture: Architecture) -> ChannelAxis | None:
@@ -73,7 +73,7 @@ def channel_axis(name: str, architecture: Architecture) -> ChannelAxis | None:
     layout = feed_forward_of(architecture)
     if layout is None:
         return None
-    module, _, kind = _within_block(name).rpartition(".")
+    module, _, kind = name_within_block(name).rpartition(".")
     if module == layout.reader and kind == "weight":
         return ChannelAxis(0 if architecture.inputs_first else 1)
     if module in layout.writers and kind in ("weight", "bias"):
@@ -101,9 +101,3 @@ def _with_width(tensor: TensorFact, axis: ChannelAxis | None, width: int) -> Ten
     shape = list(tensor.shape)
     shape[axis.dimension] = axis.copies * width
     return TensorFact(name=tensor.name, dtype=tensor.dtype, shape=tuple(shape))
-
-
-def _within_block(name: str) -> str:
-    """A tensor's name within its block; empty outside the blocks."""
-    index = block_index(name)
-    return "" if index is None else name.removeprefix(f"{blocks_name(name)}.{index}.")

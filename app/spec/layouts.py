@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
 from app.spec.architectures import Architecture, is_expert
+from app.spec.attention_heads import has_removable_heads
 from app.spec.base import Step
 from app.spec.facts import TensorFact
 from app.spec.feed_forward import feed_forward_of
 from app.spec.kv_cache import can_scale_cache
 from app.spec.optimize import OptimizeOnnx
-from app.spec.prune import PruneWidth
+from app.spec.prune import PruneHeads, PruneWidth
 from app.spec.quantize import QuantizeCalibrated, QuantizedWeights, QuantizeWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -53,6 +54,10 @@ _WITHOUT_WIDTH = (
     "{name} has experts, each with channels of its own that only some tokens reach: use prune.depth to make it smaller, or "
     "prune.calibrated."
 )
+_WITHOUT_HEADS = (
+    "The configuration of {name} cannot say that heads are missing; it can for Llama, Mistral, Mixtral, Qwen, Gemma, Phi3, "
+    "SmolLM3, Granite and StarCoder2. Use prune.width or prune.depth."
+)
 _CACHE = (
     "Scales of the key-value cache are written for Llama, Mistral, Qwen2, Qwen3, Gemma and Phi3, whose caches transformers "
     "was seen to round by them, and not for {name}: set kv_cache to none."
@@ -75,6 +80,8 @@ def limits_of_layout(
         yield "/kv_cache", _CACHE.format(name=name)
     if isinstance(step, PruneWidth) and feed_forward_of(architecture) is None:
         yield "/technique", _WITHOUT_WIDTH.format(name=name)
+    if isinstance(step, PruneHeads) and not has_removable_heads(architecture):
+        yield "/technique", _WITHOUT_HEADS.format(name=name)
     if architecture.expert_layers is not None:
         whys = (why for kind, why in _WITHOUT_EXPERTS if isinstance(step, kind))
         yield from (("/technique", why.format(name=name)) for why in whys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -172,3 +173,37 @@ class PruneWidth(Step):
             return None
         wanted = math.floor((1 - self.drop_ratio) * width / self.round_to + 0.5)
         return self.round_to * min(max(wanted, 1), most)
+
+
+class PruneHeads(Step):
+    """Remove those heads of attention that the outputs miss least, as many in every block: whole groups, that is the query
+    heads that share a key and a value head, together with these.
+
+    Leaves a smaller dense model, with a smaller cache, that any loader reads by its config alone. Runs the model over
+    calibration text block by block, with one block in memory; each block is calibrated on what those before it give.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+
+    technique: Literal["prune.heads"] = "prune.heads"
+    drop_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of each block's groups to remove. What is left is the nearest number that the architecture's configuration can
+    carry, at least one group fewer; of two as near, the larger."""
+    repair: bool = True
+    """Choose by what cannot be made up for, and refit the layer that reads the heads by least squares. False: groups go by
+    their own energy, and what stays is as it was."""
+    calibration_tokens: Annotated[int, Field(ge=128, le=10_000_000)] = 16_384
+    """Tokens of calibration text the heads' statistics are gathered from: better a dozen for each of their channels than few."""
+    sequence_length: Annotated[int, Field(ge=16, le=131_072)] = 512
+    """Tokens of one window of calibration text; cut to what the model can take."""
+    damping: Annotated[float, Field(gt=0, le=1)] | None = None
+    """As in `prune.width`, of the heads' channels."""
+
+    def damping_for(self, *, channels: int, tokens: int) -> float:
+        """`damping`, made definite."""
+        return min(1.0, channels / tokens) if self.damping is None else self.damping
+
+    def groups_after(self, groups: int, possible: Sequence[int]) -> int | None:
+        """How many of `groups` stay, one of `possible`; None where there is none."""
+        wanted = (1 - self.drop_ratio) * groups
+        return min(possible, key=lambda n: (abs(n - wanted), -n), default=None)

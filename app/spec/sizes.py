@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from app.spec.architectures import ARCHITECTURES as KNOWN
 from app.spec.architectures import block_index, is_compressible, is_router
+from app.spec.attention_heads import without_heads
 from app.spec.base import Step
 from app.spec.compatibility import blocks_cut, matching_layers, module_name
 from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel
@@ -22,7 +23,7 @@ from app.spec.gguf import QuantizeGguf
 from app.spec.gguf_layout import ARCHITECTURES, data_bytes, gguf_tensors, index_bytes
 from app.spec.kv_cache import cache_scale_facts
 from app.spec.optimize import OptimizeOnnx
-from app.spec.prune import PruneDepth, PruneWidth
+from app.spec.prune import PruneDepth, PruneHeads, PruneWidth
 from app.spec.quantize import QuantizeCalibrated, QuantizedWeights
 from app.spec.quantize_dynamic import QuantizeDynamic, tensors_after
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -86,7 +87,7 @@ def after_step(step: Step, shape: Shape, facts: ModelFacts, students: dict[str, 
     match step:
         case QuantizedWeights():
             return _quantized(step, shape)
-        case PruneDepth() | PruneWidth():
+        case PruneDepth() | PruneWidth() | PruneHeads():
             return _smaller(step, shape, facts)
         case DistillLogits(student=StudentFromDepthCut(drop_ratio=ratio)):
             return without_blocks(shape, blocks_cut(ratio, shape.blocks))
@@ -105,11 +106,13 @@ def without_blocks(shape: Shape, count: int) -> Shape:
     return Shape.of(tensors)
 
 
-def _smaller(step: PruneDepth | PruneWidth, shape: Shape, facts: ModelFacts) -> Shape:
-    """The model with fewer blocks, or with fewer channels in every feed-forward part."""
+def _smaller(step: PruneDepth | PruneWidth | PruneHeads, shape: Shape, facts: ModelFacts) -> Shape:
+    """The model with fewer blocks, or with fewer channels in every feed-forward part or heads in every attention."""
     if isinstance(step, PruneDepth):
         return without_blocks(shape, step.blocks_to_drop(shape.blocks))
     architecture = KNOWN[facts.architecture]
+    if isinstance(step, PruneHeads):
+        return Shape.of(without_heads(step, shape.tensors, facts))
     match [step.width_after(width) for width in widths_of(shape.tensors, architecture)]:
         case [int(width)]:
             return Shape.of(with_width(shape.tensors, architecture, width))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import singledispatch
 
 from app.spec.architectures import ARCHITECTURES
+from app.spec.attention_heads import reads_heads
 from app.spec.base import Step
 from app.spec.calibration_memory import calibrated_bytes, gradient_bytes
 from app.spec.distill import DistillLogits
@@ -17,7 +18,7 @@ from app.spec.facts import ModelFacts
 from app.spec.feed_forward import is_reader
 from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
-from app.spec.prune import SENSITIVITY_SPARSITIES, PruneCalibrated, PruneDepth, PruneWidth
+from app.spec.prune import SENSITIVITY_SPARSITIES, PruneCalibrated, PruneDepth, PruneHeads, PruneWidth
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_onnx import QuantizeOnnx
 from app.spec.sizes import Shape, compressible
@@ -96,7 +97,7 @@ def streaming_seconds(nbytes: int) -> float:
 
 
 def calibration_memory(
-    step: QuantizeCalibrated | PruneCalibrated | PruneWidth,
+    step: QuantizeCalibrated | PruneCalibrated | PruneWidth | PruneHeads,
     before: Shape,
     facts: ModelFacts,
     *,
@@ -159,17 +160,19 @@ def _solving_memory(step: QuantizeCalibrated | PruneCalibrated, on: Surroundings
     return calibration_memory(step, on.before, on.facts, one_site_at_a_time=True)
 
 
-@step_memory.register
-def _(step: PruneWidth, on: Surroundings) -> int:
+@step_memory.register(PruneWidth)
+@step_memory.register(PruneHeads)
+def _(step: PruneWidth | PruneHeads, on: Surroundings) -> int:
     # H⁻¹ and its factor beside H, and the reading layer three times in float32.
-    beside = max((4 * (2 * inner**2 + 3 * inner * outer) for inner, outer in _readers(on)), default=0)
+    beside = max((4 * (2 * inner**2 + 3 * inner * outer) for inner, outer in _readers(step, on)), default=0)
     return calibration_memory(step, on.before, on.facts, one_site_at_a_time=True) + beside
 
 
-def _readers(on: Surroundings) -> list[tuple[int, int]]:
-    """Inputs and outputs of the layer that reads the channels of each block's feed-forward part."""
+def _readers(step: PruneWidth | PruneHeads, on: Surroundings) -> list[tuple[int, int]]:
+    """Inputs and outputs of the layer that reads the channels of each block's feed-forward part, or its heads."""
     architecture = ARCHITECTURES[on.facts.architecture]
-    shapes = [t.shape for t in on.before.tensors if is_reader(t.name, architecture)]
+    reads = is_reader if isinstance(step, PruneWidth) else reads_heads
+    shapes = [t.shape for t in on.before.tensors if reads(t.name, architecture)]
     return [(shape[0], shape[1]) if architecture.inputs_first else (shape[1], shape[0]) for shape in shapes]
 
 
@@ -251,12 +254,15 @@ def _(step: PruneCalibrated, on: Surroundings) -> float:
     return forwards / FLOPS_PER_SECOND + times * (fitting / FLOPS_PER_SECOND + choosing)
 
 
-@working_seconds.register
-def _(step: PruneWidth, on: Surroundings) -> float:
+@working_seconds.register(PruneWidth)
+@working_seconds.register(PruneHeads)
+def _(step: PruneWidth | PruneHeads, on: Surroundings) -> float:
     forwards = 2 * on.forward_flops * step.calibration_tokens
     # Moments of the inputs; inverting them, eliminating what goes, and refitting what stays.
-    moments = sum(inner**2 * step.calibration_tokens for inner, _ in _readers(on))
-    solving = sum(inner**2 * (3 * inner + 4 * outer) for inner, outer in _readers(on)) if step.repair else 0
+    moments = sum(inner**2 * step.calibration_tokens for inner, _ in _readers(step, on))
+    solving = (
+        sum(inner**2 * (3 * inner + 4 * outer) for inner, outer in _readers(step, on)) if step.repair else 0
+    )
     return (forwards + moments + solving) / FLOPS_PER_SECOND
 
 

@@ -63,6 +63,7 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
     },
     "prune.depth": {"one": {"drop_blocks": 1, "calibration_tokens": 256}},
     "prune.width": {"half": {"drop_ratio": 0.5, "round_to": 16, "calibration_tokens": 256}},
+    "prune.heads": {"half": {"drop_ratio": 0.5, "calibration_tokens": 256}},
     "distill.logits": {
         "three-steps": {
             "max_steps": 3, "sequence_length": 16, "batch_size": 2, "evaluate_every": 2,

@@ -31,6 +31,7 @@ from tiny_models import BLOCKS, INTERMEDIATE, facts_of
 from transformers import AutoModelForCausalLM
 
 from app.spec.architectures import ARCHITECTURES, block_index, is_router
+from app.spec.attention_heads import counts_in, head_axis, reads_heads, with_groups
 from app.spec.compression import STEP_CLASSES, CompressionSpec
 from app.spec.feed_forward import channel_axis, is_reader, with_width
 from app.spec.gguf import QuantizeGguf
@@ -352,6 +353,32 @@ def _promises_of_prune_width(run: Run) -> None:
     assert 0 < run.outcome.metrics["relative_output_error"] < 1
 
 
+def _promises_of_prune_heads(run: Run) -> None:
+    """One group of the two is left, with its own rows in the projections that write it; all else is as it was."""
+    architecture = ARCHITECTURES[run.case.architecture]
+    tensors, before = tensors_of(run.target), tensors_of(run.source)
+    counts = counts_in(facts_of(run.source))
+    shapes = {t.name: t.shape for t in with_groups(facts_of(run.source).tensors, architecture, counts, 1)}
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
+    pruned = {layer.name for layer in run.outcome.layers if layer.action == "pruned"}
+    assert pruned == {t.name for t in facts_of(run.source).compressible() if shapes[t.name] != t.shape}
+    assert len(pruned) >= 2 * BLOCKS
+    for name, tensor in tensors.items():
+        axis = head_axis(name, architecture)
+        if axis is None:
+            # A bias of the layer that reads the heads takes the mean of what went.
+            is_moved = reads_heads(name.removesuffix("bias") + "weight", architecture)
+            assert torch.equal(tensor, before[name]) != is_moved
+        elif not reads_heads(name, architecture):
+            parts = [counts.channels(of_queries=kind) for kind in axis.of_queries]
+            old = before[name].split([counts.groups * channels for channels in parts])
+            for now, was, channels in zip(tensor.split(parts), old, parts, strict=True):
+                assert any(torch.equal(now, group) for group in was.split(channels))
+    written = sum(file.stat().st_size for file in run.target.glob("*.safetensors"))
+    assert plan_job(CompressionSpec(steps=(run.case.step,)), facts_of(run.source)).output_bytes == written
+    assert 0 < run.outcome.metrics["relative_output_error"] < 1
+
+
 def _promises_of_distill_logits(run: Run) -> None:
     _promises_of_fewer_blocks(run, BLOCKS - 1)
     before, after = tensors_of(run.source), tensors_of(run.target)
@@ -403,6 +430,7 @@ _PROMISES: dict[str, Callable[[Run], None]] = {
     "prune.calibrated": _promises_of_zeros,
     "prune.depth": _promises_of_prune_depth,
     "prune.width": _promises_of_prune_width,
+    "prune.heads": _promises_of_prune_heads,
     "distill.logits": _promises_of_distill_logits,
     "optimize.onnx": _promises_of_optimize_onnx,
     "quantize.onnx": _promises_of_quantize_onnx,

@@ -138,6 +138,8 @@ def facts_of(directory: Path) -> ModelFacts:
         and not any(t.name == architecture.head for t in tensors),
         num_labels=len(config.get("id2label", {0: 0, 1: 1})) if architecture.has_labels else None,
         experts_per_token=config["num_experts_per_tok"] if architecture.expert_layers else None,
+        attention_heads=config.get("num_attention_heads"),
+        key_value_heads=config.get("num_key_value_heads"),
         tensors=tensors,
     )
 

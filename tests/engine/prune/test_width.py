@@ -19,6 +19,7 @@ from workers.engine.calibration.block_stream import Calibration, stream_blocks
 from workers.engine.calibration.windows import model_windows
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.prune.block_narrower import BlockNarrower
+from workers.engine.prune.width import ChannelCut
 from workers.engine.technique import StepContext, StepOutcome, run_step
 
 STEP = PruneWidth(drop_ratio=0.5, round_to=16, calibration_tokens=512)
@@ -70,9 +71,8 @@ def test_the_block_that_goes_on_computes_what_the_narrow_model_does(
 ) -> None:
     source, target = tiny(architecture), tmp_path / "out"
     prune(STEP, source, target, tiny_text)
-    narrower = BlockNarrower(
-        STEP, Checkpoint.open(source), ARCHITECTURES[architecture], width=INTERMEDIATE // 2
-    )
+    cut = ChannelCut(ARCHITECTURES[architecture], before=INTERMEDIATE, after=INTERMEDIATE // 2)
+    narrower = BlockNarrower(STEP, Checkpoint.open(source), ARCHITECTURES[architecture], cut)
     live, tensors = outputs(calibration(source, tiny_text, tmp_path / "live"), narrower)
     changed_by = {name: tensors.get(name, tensor) for name, tensor in tensors_of(source).items()}
     narrow = changed(target, tmp_path / "narrow", lambda stored: stored.update(changed_by))
@@ -86,7 +86,9 @@ def test_a_bias_takes_the_mean_of_what_goes(
     tiny: Callable[[str], Path], tiny_text: Path, tmp_path: Path
 ) -> None:
     source = tiny("OPTForCausalLM")
-    narrower = BlockNarrower(STEP, Checkpoint.open(source), ARCHITECTURES["OPTForCausalLM"], width=16)
+    opt = ARCHITECTURES["OPTForCausalLM"]
+    cut = ChannelCut(opt, before=INTERMEDIATE, after=16)
+    narrower = BlockNarrower(STEP, Checkpoint.open(source), opt, cut)
     narrow, _ = outputs(calibration(source, tiny_text, tmp_path / "narrow"), narrower)
     whole, _ = outputs(calibration(source, tiny_text, tmp_path / "whole"))
     # The first block's output is what it is given and what its feed-forward part gives.

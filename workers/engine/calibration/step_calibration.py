@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from app.errors import InvalidRequest
-from app.spec.prune import PruneCalibrated, PruneWidth
+from app.spec.prune import PruneCalibrated, PruneHeads, PruneWidth
 from app.spec.quantize import QuantizeCalibrated
 from app.spec.sizes import Shape
 from app.spec.step_costs import INTERPRETER_BYTES, calibration_memory
@@ -80,7 +80,9 @@ def calibration_in(
 
 
 def journal_key(
-    step: QuantizeCalibrated | PruneCalibrated | PruneWidth, context: StepContext, windows: Tensor
+    step: QuantizeCalibrated | PruneCalibrated | PruneWidth | PruneHeads,
+    context: StepContext,
+    windows: Tensor,
 ) -> str:
     """The same for the same work: what a journal was begun for."""
     files = [

@@ -50,9 +50,9 @@ def skipped(steps: Sequence[StepReport]) -> tuple[LayerOutcome, ...]:
         outcome.name: outcome
         for step in steps
         for outcome in step.layers
-        # Removing blocks or channels leaves the other layers alone by its nature.
+        # Removing blocks, channels or heads leaves the other layers alone by its nature.
         if outcome.action == "untouched"
-        and step.technique != "prune.width"
+        and step.technique not in ("prune.width", "prune.heads")
         and not any(o.action == "removed" for o in step.layers)
     }
     return tuple(found.values())

@@ -1,27 +1,45 @@
-"""Narrow the feed-forward part of one block, and leave the block with what its narrower self computes."""
+"""Take channels out of one block, and leave the block with what its narrower self computes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from app.errors import JobFailed
 from app.spec.architectures import Architecture
-from app.spec.feed_forward import channel_axis, is_reader
-from app.spec.prune import PruneWidth
+from app.spec.prune import PruneHeads, PruneWidth
 from workers.engine.calibration.block_stream import LiveBlock
 from workers.engine.calibration.input_moments import InputSite, gather_moments, reached_sites
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.checkpoint.selection import non_finite
 from workers.engine.freed_memory import release_freed_memory
-from workers.engine.prune.channel_selection import hardest_to_replace, refitted, strongest
+from workers.engine.prune.channel_selection import refitted
 from workers.engine.quantize.compensation import output_error
 from workers.engine.quantize.silent_channels import SilentChannels
 
 _ATTEMPTS = 4
+
+
+class Cut(Protocol):
+    """Which channels there are, and which of them go."""
+
+    def reads(self, name: str) -> bool:
+        """Whether a tensor is the weight that is given the channels."""
+
+    def hardest_to_replace(self, weight: Tensor, inverse: Tensor) -> Tensor:
+        """The channels that stay when others can make up for those that go: ascending indices of the reader's inputs.
+
+        weight (out, in) and inverse = H⁻¹ (in, in), float32, are both used up.
+        """
+
+    def strongest(self, weight: Tensor, second_moment: Tensor) -> Tensor:
+        """The same when nothing makes up for them: weight (out, in), H (in, in)."""
+
+    def rows(self, name: str, kept: Tensor) -> tuple[int, Tensor] | None:
+        """What stays of a tensor that writes the channels, a dimension and indices along it; None for any other."""
 
 
 @dataclass
@@ -50,12 +68,12 @@ class NarrowedBlock:
 
 @dataclass(frozen=True)
 class BlockNarrower:
-    """Narrows block after block to `width` channels."""
+    """Narrows block after block."""
 
-    step: PruneWidth
+    step: PruneWidth | PruneHeads
     checkpoint: Checkpoint
     architecture: Architecture
-    width: int
+    cut: Cut
 
     @torch.no_grad()
     def narrow(self, block: LiveBlock) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -63,7 +81,7 @@ class BlockNarrower:
 
         Raises JobFailed when calibration never reaches them.
         """
-        wanted = {name for name in block.stored_names.values() if is_reader(name, self.architecture)}
+        wanted = {name for name in block.stored_names.values() if self.cut.reads(name)}
         chosen, (site,) = reached_sites(block, wanted)
         ((inside, stored),) = chosen.items()
         gather_moments(block, [site])
@@ -109,32 +127,28 @@ class BlockNarrower:
     def _solved(
         self, weight: Tensor, moment: Tensor, damping: float, name: str, done: NarrowedBlock
     ) -> tuple[Tensor, Tensor]:
-        """The channels that stay, and their weights in the reading layer: (width,), (out, width)."""
+        """The channels that stay, and their weights in the reading layer: (kept,), (out, kept)."""
         if self.step.repair:
             diagonal = moment.diagonal().clone()
             inverse = _damped_inverse_(moment, damping, name, done.warnings)
             if inverse is not None:
                 # What is never carried is not missed, however strongly it would be read.
-                kept = hardest_to_replace(weight * (diagonal > 0), inverse, self.width)
+                kept = self.cut.hardest_to_replace(weight * (diagonal > 0), inverse)
                 del inverse
                 narrow = refitted(weight, moment, kept)
                 moment.diagonal().copy_(diagonal)
                 return kept, narrow
             moment.diagonal().copy_(diagonal)
-        kept = strongest(weight, moment, self.width)
+        kept = self.cut.strongest(weight, moment)
         return kept, weight[:, kept]
 
     def _narrow_writers(self, block: LiveBlock, kept: Tensor, done: NarrowedBlock) -> None:
         """Cut the layers that give the channels, bit by bit as they are stored."""
         kept = kept.cpu()
         for name in block.stored_names.values():
-            axis = channel_axis(name, self.architecture)
-            if axis is None or name in done.tensors:
-                continue
-            tensor = self.checkpoint.read(name)
-            channels = tensor.shape[axis.dimension] // axis.copies
-            rows = torch.cat([kept + copy * channels for copy in range(axis.copies)])
-            done.tensors[name] = tensor.index_select(axis.dimension, rows)
+            rows = None if name in done.tensors else self.cut.rows(name, kept)
+            if rows is not None:
+                done.tensors[name] = self.checkpoint.read(name).index_select(*rows)
 
     def _inputs_last(self, weight: Tensor) -> Tensor:
         """(out, in) of what is stored, or the other way round: a view."""

@@ -41,7 +41,7 @@ def hardest_to_replace(weight: Tensor, inverse: Tensor, count: int, *, rounds: i
         losses = weight.square().sum(0) / inverse.diagonal().clamp_min(_TINY)
         losses[gone] = torch.inf
         chosen = torch.argsort(losses, stable=True)[:going]
-        _eliminate_(weight, inverse, chosen)
+        eliminate_(weight, inverse, chosen)
         gone[chosen] = True
     return (~gone).nonzero().flatten()
 
@@ -59,7 +59,7 @@ def refitted(weight: Tensor, second_moment: Tensor, kept: Tensor) -> Tensor:
     return weight[:, kept] + moved.t()
 
 
-def _eliminate_(weight: Tensor, inverse: Tensor, chosen: Tensor) -> None:
+def eliminate_(weight: Tensor, inverse: Tensor, chosen: Tensor) -> None:
     """Take inputs out of W and H⁻¹: their rows and columns become zero, but for rounding."""
     rows = inverse[chosen]
     # The block is positive definite, as every principal one of H⁻¹ is.

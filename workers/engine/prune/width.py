@@ -6,36 +6,54 @@ channels that stay can make up for. Every block loses as many, since config.json
 in order, each calibrated on what the narrower ones before it give.
 Papers: Hassibi and Stork 1993, "Optimal Brain Surgeon"; Kurtic et al. 2023, "ZipLM"; the mean of what goes is folded into
 a bias where there is one, as in An et al. 2024, "Fluctuation-based Adaptive Structured Pruning" (FLAP).
-Left out: another width for each block, attention heads and the hidden width; training afterwards, which distill.logits does.
+Left out: another width for each block, and the hidden width; training afterwards, which distill.logits does. Heads of attention:
+prune.heads.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 from app.errors import InvalidRequest, UnsupportedForModel
 from app.spec.architectures import Architecture, architecture_in
-from app.spec.feed_forward import FeedForward, channel_axis, feed_forward_of, widths_of
+from app.spec.feed_forward import FeedForward, channel_axis, feed_forward_of, is_reader, widths_of
 from app.spec.prune import PruneWidth
-from app.spec.report import Flag, LayerOutcome
-from workers.engine.calibration.block_journal import open_journal
-from workers.engine.calibration.block_stream import compute_dtype
-from workers.engine.calibration.step_calibration import (
-    calibration_in,
-    calibration_windows,
-    journal_key,
-    solve_into,
-)
-from workers.engine.calibration.text_checks import calibration_flags
-from workers.engine.checkpoint import Checkpoint, copy_side_files, write_config
-from workers.engine.checkpoint.selection import Selection, select_layers
-from workers.engine.prune.block_narrower import BlockNarrower
-from workers.engine.quantize.found_layers import write_found
-from workers.engine.quantize.silent_channels import SilentChannels
+from workers.engine.checkpoint import Checkpoint
+from workers.engine.checkpoint.selection import select_layers
+from workers.engine.prune.channel_selection import hardest_to_replace, strongest
+from workers.engine.prune.narrowing import layer_outcomes, narrowed
 from workers.engine.technique import StepContext, StepOutcome, implements
 
-# Writing takes little of the time.
-_SOLVING = 0.95
+
+@dataclass(frozen=True)
+class ChannelCut:
+    """Leaves `after` of the `before` channels of every feed-forward part."""
+
+    architecture: Architecture
+    before: int
+    after: int
+
+    def reads(self, name: str) -> bool:
+        """See `Cut`."""
+        return is_reader(name, self.architecture)
+
+    def hardest_to_replace(self, weight: Tensor, inverse: Tensor) -> Tensor:
+        """See `Cut`."""
+        return hardest_to_replace(weight, inverse, self.after)
+
+    def strongest(self, weight: Tensor, second_moment: Tensor) -> Tensor:
+        """See `Cut`."""
+        return strongest(weight, second_moment, self.after)
+
+    def rows(self, name: str, kept: Tensor) -> tuple[int, Tensor] | None:
+        """See `Cut`."""
+        axis = channel_axis(name, self.architecture)
+        if axis is None:
+            return None
+        return axis.dimension, torch.cat([kept + copy * self.before for copy in range(axis.copies)])
 
 
 @implements(PruneWidth)
@@ -50,35 +68,16 @@ def prune_width(step: PruneWidth, context: StepContext) -> StepOutcome:
     architecture = architecture_in(checkpoint.config)
     layout = _layout(architecture)
     before, after = _widths(step, checkpoint, architecture)
-    windows = calibration_windows(context, tokens=step.calibration_tokens, length=step.sequence_length)
-    with open_journal(context.journal, context.target.parent, journal_key(step, context, windows)) as journal:
-        stored = next(entry for entry in selection.chosen.values() if channel_axis(entry.name, architecture))
-        calibration = calibration_in(
-            journal.directory,
-            context,
-            windows,
-            share=_SOLVING,
-            dtype=compute_dtype(stored.dtype, context.device),
-        )
-        narrower = BlockNarrower(step, checkpoint, architecture, after)
-        solve_into(journal, calibration, narrower.narrow)
-        records = journal.records()
-        write_found(
-            checkpoint,
-            {},
-            {entry.name: entry for entry in journal.entries()},
-            context,
-            progress=lambda share: context.progress(_SOLVING + (1 - _SOLVING) * share, "writing"),
-        )
-    copy_side_files(context.source, context.target)
-    write_config(context.target, checkpoint.config | {layout.width_key: after})
-    context.progress(1.0, "done")
-    return _outcome(
-        selection,
-        architecture,
-        records,
-        metrics={"width_before": before, "width_after": after, "calibration_tokens": windows.numel()},
-        flags=calibration_flags(context, windows, tokens=step.calibration_tokens),
+    cut = ChannelCut(architecture, before, after)
+    outcome = narrowed(step, context, checkpoint, cut, config={layout.width_key: after})
+    return replace(
+        outcome,
+        layers=layer_outcomes(
+            selection.chosen.values(),
+            lambda name: channel_axis(name, architecture) is not None,
+            reason="no layer of the feed-forward part",
+        ),
+        metrics={"width_before": before, "width_after": after} | outcome.metrics,
     )
 
 
@@ -104,42 +103,3 @@ def _widths(step: PruneWidth, checkpoint: Checkpoint, architecture: Architecture
             hint="Ask for a smaller round_to.",
         )
     return before, after
-
-
-def _outcome(
-    selection: Selection,
-    architecture: Architecture,
-    records: list[dict[str, Any]],
-    *,
-    metrics: dict[str, float | int | str | None],
-    flags: tuple[Flag, ...],
-) -> StepOutcome:
-    layers = tuple(
-        LayerOutcome(name=name, action="pruned", parameters=entry.fact.elements)
-        if channel_axis(name, architecture)
-        else LayerOutcome(
-            name=name,
-            action="untouched",
-            reason="no layer of the feed-forward part",
-            parameters=entry.fact.elements,
-        )
-        for name, entry in selection.chosen.items()
-    )
-    lost = sum(record["outputs_lost"] for record in records)
-    had = sum(record["outputs_had"] for record in records)
-    return StepOutcome(
-        layers=layers,
-        metrics=metrics | {"relative_output_error": _share(lost, had)},
-        curves={
-            "relative_output_error": tuple(
-                (float(index), _share(record["outputs_lost"], record["outputs_had"]))
-                for index, record in enumerate(records)
-            )
-        },
-        warnings=tuple(warning for record in records for warning in record["warnings"]),
-        flags=(*flags, *SilentChannels.joined(records).flags(dead_weights="Such channels went first.")),
-    )
-
-
-def _share(lost: float, had: float) -> float:
-    return (lost / had) ** 0.5 if had else 0.0
