@@ -101,10 +101,13 @@ def prune_heads(step: PruneHeads, context: StepContext) -> StepOutcome:
     outcome = narrowed(step, context, checkpoint, cut, config=config)
     return replace(
         outcome,
-        layers=layer_outcomes(
-            selection.chosen.values(),
-            lambda name: head_axis(name, architecture) is not None,
-            reason="no layer of the attention's heads",
+        layers=(
+            *layer_outcomes(
+                selection.chosen.values(),
+                lambda name: head_axis(name, architecture) is not None,
+                reason="no layer of the attention's heads",
+            ),
+            *selection.untouched,
         ),
         metrics={
             "heads_before": counts.queries,
