@@ -60,11 +60,15 @@ def _adder(total: Tensor) -> Callable[[Tensor], None]:
     return add
 
 
-def _watcher(squares: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+def _watcher(
+    squares: dict[str, Tensor], name: str
+) -> Callable[[nn.Module, Any, Tensor | tuple[Tensor, ...]], None]:
     def add(slope: Tensor) -> None:
         squares[name] += slope.float().square().flatten(0, -2).sum(0)
 
-    def look(_layer: nn.Module, _inputs: Any, output: Tensor) -> None:
+    def look(_layer: nn.Module, _inputs: Any, returned: Tensor | tuple[Tensor, ...]) -> None:
+        # A router returns what it chose beside its products.
+        output = returned[0] if isinstance(returned, tuple) else returned
         if name not in squares:
             squares[name] = torch.zeros(output.shape[-1], device=output.device)
         if output.requires_grad:
