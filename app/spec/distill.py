@@ -60,7 +60,11 @@ class DistillLogits(Step):
     max_seconds: Annotated[float, Field(gt=0)] | None = None
     """Stop training after this many seconds, whatever step it is at. Null: no limit of its own."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
-    """Sequences per optimizer step. In little time on a CPU 2 teach a language model more; encoders want 16."""
+    """Sequences computed at once. In little time on a CPU 2 teach a language model more; encoders want 16."""
+    gradient_accumulation: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Batches whose gradients one optimizer step adds up: as many times the batch, in the memory of one."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each block, and compute the rest again for the gradient: a third more time, far less memory."""
     sequence_length: Annotated[int, Field(ge=16, le=131_072)] = 128
     """Tokens per sequence."""
     evaluate_every: Annotated[int, Field(ge=1)] = 20
@@ -69,3 +73,8 @@ class DistillLogits(Step):
     """Looks without a better held-out loss before training stops."""
     held_out_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     """Share of the training text, from its end, that is never trained on."""
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that all steps see together, each as often as it is seen."""
+        return self.max_steps * self.gradient_accumulation * self.batch_size

@@ -182,13 +182,19 @@ def _shorter_sequences(spec: CompressionSpec) -> Iterator[CompressionSpec]:
 def _halved_in_distillation(spec: CompressionSpec, field: str, least: int) -> Iterator[CompressionSpec]:
     while any(isinstance(s, DistillLogits) and getattr(s, field) // 2 >= least for s in spec.steps):
         steps = tuple(
-            step.model_copy(update={field: max(least, getattr(step, field) // 2)})
-            if isinstance(step, DistillLogits)
-            else step
+            step.model_copy(update=_halved(step, field, least)) if isinstance(step, DistillLogits) else step
             for step in spec.steps
         )
         spec = spec.model_copy(update={"steps": steps})
         yield spec
+
+
+def _halved(step: DistillLogits, field: str, least: int) -> dict[str, int]:
+    halved = {field: max(least, getattr(step, field) // 2)}
+    if field == "batch_size" and step.batch_size > 1:
+        # As many sequences a step as were asked for, only not at once.
+        halved["gradient_accumulation"] = step.gradient_accumulation * step.batch_size // halved[field]
+    return halved
 
 
 def _shorter_windows(spec: CompressionSpec) -> Iterator[CompressionSpec]:

@@ -191,6 +191,9 @@ def _(step: QuantizeGguf, on: Surroundings) -> int:
 def _(step: DistillLogits, on: Surroundings) -> int:
     tokens = step.batch_size * step.sequence_length
     activations = 4 * tokens * on.facts.hidden_size * ACTIVATION_FLOATS_PER_HIDDEN * on.after.blocks
+    if step.gradient_checkpointing:
+        # What enters each block, and one block as a whole.
+        activations = activations // on.after.blocks + 4 * tokens * on.facts.hidden_size * on.after.blocks
     logits = TRAINING_LOGITS_COPIES * 4 * tokens * outputs_per_token(on.facts)
     student = TRAINING_BYTES_PER_PARAMETER * on.after.dense_parameters
     return loaded_bytes(on.original) + student + activations + logits
@@ -273,8 +276,9 @@ def _(step: PruneDepth, on: Surroundings) -> float:
 
 @working_seconds.register
 def _(step: DistillLogits, on: Surroundings) -> float:
-    tokens = step.max_steps * step.batch_size * step.sequence_length
-    products = 6 * on.after.dense_parameters + 2 * on.original.dense_parameters
+    tokens = step.sequences * step.sequence_length
+    products = (8 if step.gradient_checkpointing else 6) * on.after.dense_parameters
+    products += 2 * on.original.dense_parameters
     training = on.facts.active_share() * products * tokens / FLOPS_PER_SECOND
     return min(training, step.max_seconds or training)
 

@@ -154,5 +154,16 @@ def test_a_smaller_batch_is_tried_before_anything_else_is_given_up() -> None:
     assert nearest is not None
     assert isinstance(nearest.steps[0], DistillLogits)
     assert nearest.steps[0].batch_size < 64
+    assert nearest.steps[0].sequences == spec.steps[0].sequences
     assert nearest.steps[0].sequence_length == 128
     assert nearest.evaluation == spec.evaluation
+
+
+def test_recomputed_activations_are_planned_with_less_memory_and_more_time() -> None:
+    facts = make_facts(vocab_size=50_000)
+    plain, recomputed = (
+        plan_job(CompressionSpec(steps=(DistillLogits(batch_size=64, gradient_checkpointing=on),)), facts)
+        for on in (False, True)
+    )
+    assert recomputed.peak_memory_bytes < plain.peak_memory_bytes
+    assert recomputed.seconds > plain.seconds

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,3 +254,59 @@ def test_a_batch_of_two_teaches_no_similarities(
     shutil.copyfile(original / "tokenizer.json", student / "tokenizer.json")
     with pytest.raises(InvalidRequest, match="2 are too few"):
         _run(original, tmp_path / "out", text, {"student": MODEL, "batch_size": 2}, student=student)
+
+
+_UNTIL_A_STEP = """
+import os, signal, sys
+from pathlib import Path
+from tiny_models import facts_of
+from app.spec.distill import DistillLogits
+from workers.engine.distill.logits import distill_logits
+from workers.engine.technique import StepContext
+
+spec, original, target, text, journal = sys.argv[1:]
+
+def progress(share, message):
+    if message.startswith("step 10"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+original = Path(original)
+distill_logits(DistillLogits.model_validate_json(spec), StepContext(
+    source=original, target=Path(target), original=original, facts=facts_of(original), training_text=Path(text),
+    journal=Path(journal), progress=progress,
+))
+"""
+
+
+def test_a_killed_training_goes_on_to_the_same_losses_and_bytes(
+    tiny: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    original, journal, killed = tiny("LlamaForCausalLM"), tmp_path / "journal", tmp_path / "killed"
+    killed.mkdir()
+    whole = _run(original, tmp_path / "whole", text, {})
+    spec = DistillLogits(**QUICK).model_dump_json()
+    arguments = [spec, *map(str, (original, killed, text, journal))]
+    process = subprocess.run(
+        [sys.executable, "-c", _UNTIL_A_STEP, *arguments],
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert process.returncode == -signal.SIGKILL
+    steps: list[str] = []
+    resumed = _run(
+        original, tmp_path / "resumed", text, {}, journal=journal, progress=lambda share, message: steps.append(message)
+    )  # fmt: skip
+    assert not any(message.startswith("step 1 ") for message in steps)
+    assert resumed.curves == whole.curves
+    files = [tmp_path / name / "model.safetensors" for name in ("whole", "resumed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not journal.exists()
+
+
+def test_recomputed_activations_give_the_same_student(
+    tiny: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    for name, recompute in (("kept", False), ("recomputed", True)):
+        _run(tiny("BertModel"), tmp_path / name, text, {"gradient_checkpointing": recompute, "max_steps": 4})
+    states = [load_file(tmp_path / name / "model.safetensors") for name in ("kept", "recomputed")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

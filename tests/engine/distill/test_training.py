@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ from torch import Tensor, nn
 
 from app.errors import JobFailed
 from app.spec.distill import DistillLogits
+from workers.engine.distill.snapshots import Snapshots
 from workers.engine.distill.texts import Batch
 from workers.engine.distill.training import Training, learning_rate_factor, train
+from workers.engine.technique import Progress
 
 
 class _ToZero:
@@ -21,6 +25,9 @@ class _ToZero:
         nn.init.ones_(self.student.weight)
         self._held_out = held_out
         self.looks = 0
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.student.named_parameters())
 
     def loss(self, batch: Batch) -> Tensor:
         return (self.student.weight**2).sum()
@@ -42,9 +49,25 @@ def _batches() -> Iterator[Batch]:
         yield _batch()
 
 
-def _train(objective: _ToZero, **spec: float) -> Training:
+@pytest.fixture
+def snapshots(tmp_path: Path) -> Snapshots:
+    return Snapshots(tmp_path)
+
+
+def _train(objective: _ToZero, snapshots: Snapshots, **spec: float) -> Training:
     settings = DistillLogits(**({"max_steps": 40, "evaluate_every": 5, "learning_rate": 0.05} | spec))
-    return train(objective, _batches(), settings, zeros={}, progress=lambda share, message: None)
+    return _train_by(settings, objective, snapshots)
+
+
+def _train_by(
+    settings: DistillLogits,
+    objective: _ToZero,
+    snapshots: Snapshots,
+    *,
+    zeros: Mapping[str, Tensor] | None = None,
+    progress: Progress = lambda share, message: None,
+) -> Training:
+    return train(objective, _batches(), settings, zeros=zeros or {}, snapshots=snapshots, progress=progress)
 
 
 def test_rate_warms_up_over_a_twentieth_and_falls_to_a_tenth() -> None:
@@ -54,8 +77,8 @@ def test_rate_warms_up_over_a_twentieth_and_falls_to_a_tenth() -> None:
     assert learning_rate_factor(1.0) == pytest.approx(0.1)
 
 
-def test_loss_falls_and_every_step_and_look_is_on_record() -> None:
-    training = _train(_ToZero())
+def test_loss_falls_and_every_step_and_look_is_on_record(snapshots: Snapshots) -> None:
+    training = _train(_ToZero(), snapshots)
     assert training.stopped_by == "max_steps"
     assert [step for step, _ in training.losses] == list(range(1, 41))
     assert [step for step, _ in training.held_out] == list(range(0, 41, 5))
@@ -64,7 +87,7 @@ def test_loss_falls_and_every_step_and_look_is_on_record() -> None:
     assert training.tokens == 40 * 6
 
 
-def test_the_state_of_the_best_look_is_what_remains() -> None:
+def test_the_state_of_the_best_look_is_what_remains(snapshots: Snapshots) -> None:
     objective = _ToZero(lambda look: {1: 3.0, 2: 1.0}.get(look, 2.0 + look))
     seen: list[Tensor] = []
     settings = DistillLogits(max_steps=40, evaluate_every=5, learning_rate=0.05, patience=3)
@@ -73,46 +96,46 @@ def test_the_state_of_the_best_look_is_what_remains() -> None:
         if message.startswith("held-out loss after step 5"):
             seen.append(objective.student.weight.detach().clone())
 
-    training = train(objective, _batches(), settings, zeros={}, progress=progress)
+    training = _train_by(settings, objective, snapshots, progress=progress)
     assert training.stopped_by == "patience"
     assert training.steps == 20
     assert torch.equal(objective.student.weight, seen[0])
 
 
-def test_a_student_that_never_improves_is_as_it_was() -> None:
+def test_a_student_that_never_improves_is_as_it_was(snapshots: Snapshots) -> None:
     objective = _ToZero(float)
-    training = _train(objective, patience=2)
+    training = _train(objective, snapshots, patience=2)
     assert not training.improved
     assert torch.equal(objective.student.weight, torch.ones(1, 4))
 
 
-def test_a_diverged_student_is_never_the_best() -> None:
+def test_a_diverged_student_is_never_the_best(snapshots: Snapshots) -> None:
     objective = _ToZero(lambda look: 1.0 if look == 1 else math.nan)
-    training = _train(objective, patience=2)
+    training = _train(objective, snapshots, patience=2)
     assert training.stopped_by == "patience"
     assert training.best == 1.0
     assert torch.equal(objective.student.weight, torch.ones(1, 4))
 
 
-def test_time_ends_training_after_a_step_at_least() -> None:
-    training = _train(_ToZero(), max_seconds=1e-6)
+def test_time_ends_training_after_a_step_at_least(snapshots: Snapshots) -> None:
+    training = _train(_ToZero(), snapshots, max_seconds=1e-6)
     assert training.stopped_by == "max_seconds"
     assert training.steps == 1
     assert len(training.held_out) == 2
 
 
-def test_masked_zeros_stay() -> None:
+def test_masked_zeros_stay(snapshots: Snapshots) -> None:
     objective = _ToZero()
     mask = torch.tensor([[True, False, True, False]])
     with torch.no_grad():
         objective.student.weight.mul_(mask)
     settings = DistillLogits(max_steps=5, evaluate_every=5, learning_rate=0.05)
     objective.loss = lambda batch: ((objective.student.weight - 3) ** 2).sum()  # type: ignore[method-assign]
-    train(objective, _batches(), settings, zeros={"weight": mask}, progress=lambda share, message: None)
+    _train_by(settings, objective, snapshots, zeros={"weight": mask})
     assert torch.equal(objective.student.weight == 0, ~mask)
 
 
-def test_an_exception_from_progress_ends_training() -> None:
+def test_an_exception_from_progress_ends_training(snapshots: Snapshots) -> None:
     def cancel(share: float, message: str) -> None:
         if message.startswith("step 3"):
             raise KeyboardInterrupt
@@ -120,9 +143,78 @@ def test_an_exception_from_progress_ends_training() -> None:
     objective = _ToZero()
     settings = DistillLogits(max_steps=40, evaluate_every=5)
     with pytest.raises(KeyboardInterrupt):
-        train(objective, _batches(), settings, zeros={}, progress=cancel)
+        _train_by(settings, objective, snapshots, progress=cancel)
 
 
-def test_a_student_that_is_broken_before_training_is_refused() -> None:
+def test_a_student_that_is_broken_before_training_is_refused(snapshots: Snapshots) -> None:
     with pytest.raises(JobFailed, match="not finite"):
-        _train(_ToZero(lambda look: math.nan))
+        _train(_ToZero(lambda look: math.nan), snapshots)
+
+
+class _ToBatch(_ToZero):
+    """Make a vector of ones the first ids of each batch, which differ from batch to batch."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        return ((self.student.weight - batch.ids[0, 0]) ** 2).mean()
+
+
+def _numbered() -> Iterator[Batch]:
+    for number in itertools.count():
+        yield Batch(torch.full((2, 3), number % 7), torch.ones(2, 3, dtype=torch.long))
+
+
+def test_a_training_that_was_stopped_goes_on_to_the_same_losses(tmp_path: Path) -> None:
+    settings = DistillLogits(max_steps=30, evaluate_every=5, learning_rate=0.05, patience=99)
+    whole, resumed = _ToBatch(), _ToBatch()
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+
+    def run(objective: _ToBatch, directory: str, progress: Progress) -> Training:
+        kept = Snapshots(tmp_path / directory)
+        return train(objective, _numbered(), settings, zeros={}, snapshots=kept, progress=progress)
+
+    def stop(share: float, message: str) -> None:
+        if message.startswith("step 18"):
+            raise KeyboardInterrupt
+
+    expected = run(whole, "whole", lambda share, message: None)
+    with pytest.raises(KeyboardInterrupt):
+        run(_ToBatch(), "stopped", stop)
+    training = run(resumed, "stopped", lambda share, message: None)
+    # From the first snapshot, not from the start: the looks before it are not taken again.
+    assert 0 < resumed.looks < len(training.held_out)
+    assert (training.losses, training.held_out) == (expected.losses, expected.held_out)
+    assert torch.equal(resumed.student.weight, whole.student.weight)
+
+
+def test_snapshots_are_as_rare_as_they_are_slow(snapshots: Snapshots, tmp_path: Path) -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    snapshots.keep_best(0, {"weight": parameter})
+    for step in range(3):
+        snapshots.save(step, {"weight": parameter}, optimizer, {"steps": step})
+    # The second and third came sooner than twenty times what the first one took.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best-00000000", "record.json", "state-00000000",
+    ]  # fmt: skip
+
+
+def test_accumulated_batches_are_one_batch_to_the_optimizer(tmp_path: Path) -> None:
+    losses = []
+    for name, batches, times in (("together", [3.0], 1), ("apart", [1.0, 5.0], 2)):
+        (tmp_path / name).mkdir()
+        objective = _ToBatch()
+        settings = DistillLogits(max_steps=1, learning_rate=0.05, gradient_accumulation=times)
+        source = iter([Batch(torch.full((2, 3), number), torch.ones(2, 3)) for number in batches])
+        training = train(
+            objective,
+            source,
+            settings,
+            zeros={},
+            snapshots=Snapshots(tmp_path / name),
+            progress=lambda share, message: None,
+        )
+        losses.append(objective.student.weight.detach().clone())
+        assert training.steps == 1
+        assert training.tokens == 6 * times
+    assert torch.equal(losses[0], losses[1])

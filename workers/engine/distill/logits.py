@@ -11,6 +11,7 @@ Left out: matching hidden states and attention; cached logits (the teacher stays
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 from collections.abc import Iterator
@@ -27,7 +28,10 @@ from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromMode
 from app.spec.report import LayerOutcome
 from workers.engine.architectures.block_removal import number_of_blocks, remove_blocks
 from workers.engine.architectures.loading import load_model, load_tokenizer
+from workers.engine.calibration.block_journal import open_journal
 from workers.engine.checkpoint import Checkpoint
+from workers.engine.checkpoint.layout import weight_files
+from workers.engine.distill.blocks import recompute_activations
 from workers.engine.distill.objectives import (
     Classes,
     Classroom,
@@ -35,6 +39,7 @@ from workers.engine.distill.objectives import (
     NextToken,
     pools_first_token,
 )
+from workers.engine.distill.snapshots import Snapshots
 from workers.engine.distill.students import check_fit, evenly_spread, write_student, zeros_to_hold
 from workers.engine.distill.texts import TrainingText, document_text, stream_text
 from workers.engine.distill.training import Objective, Training, train
@@ -56,13 +61,15 @@ def distill_logits(spec: DistillLogits, context: StepContext) -> StepOutcome:
         check_fit(directory, context.original, tokenizer, load_tokenizer(context.original))
         text = _training_text(spec, context, tokenizer)
         objective, student = _objective(spec, context, directory, text)
-        training = train(
-            objective,
-            text.batches(),
-            spec,
-            zeros=zeros_to_hold(student),
-            progress=lambda share, message: context.progress(_TRAINING * share, message),
-        )
+        with open_journal(context.journal, context.target.parent, _journal_key(spec, context)) as journal:
+            training = train(
+                objective,
+                text.batches(),
+                spec,
+                zeros=zeros_to_hold(student),
+                snapshots=Snapshots(journal.directory),
+                progress=lambda share, message: context.progress(_TRAINING * share, message),
+            )
         context.progress(_TRAINING, "writing the student")
         outcomes = write_student(
             student,
@@ -104,6 +111,20 @@ def _student_directory(spec: DistillLogits, context: StepContext) -> Iterator[tu
         yield context.source, []
 
 
+def _journal_key(spec: DistillLogits, context: StepContext) -> str:
+    """The same for the same training: what its snapshots were begun for."""
+    files = [
+        (file.name, (stat := file.stat()).st_size, stat.st_mtime_ns)
+        for directory in dict.fromkeys((context.source, context.original, context.student))
+        if directory is not None
+        for file in weight_files(directory)
+    ]
+    text = context.training_text.read_bytes() if context.training_text else b""
+    digest = hashlib.sha256(text)
+    digest.update(f"{spec.model_dump_json()} {files} {context.device} {context.seed}".encode())
+    return digest.hexdigest()
+
+
 def _training_text(spec: DistillLogits, context: StepContext, tokenizer: Any) -> TrainingText:
     if context.training_text is None:
         raise ValueError("distill.logits needs training text")
@@ -116,6 +137,8 @@ def _objective(
 ) -> tuple[Objective, Any]:
     dtype = _compute_dtype(context.device)
     student = load_model(directory, dtype=torch.float32, device=context.device)
+    if spec.gradient_checkpointing:
+        recompute_activations(student)
     teacher = load_model(context.original, dtype=dtype, device=context.device)
     room = Classroom(student, teacher, spec, text.held_out, context.device, dtype)
     if context.facts.family is Family.CAUSAL_LM:

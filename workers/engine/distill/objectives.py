@@ -55,8 +55,11 @@ class _Objective:
 
     def __init__(self, room: Classroom) -> None:
         self.room = room
-        self.student: nn.Module = room.student
         self._held_out: list[tuple[Batch, Tensor]] = []
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The student's parameters, by name."""
+        return dict(self.room.student.named_parameters())
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of one batch."""

@@ -68,7 +68,7 @@ def stream_text(
     before, after = special_tokens(tokenizer)
     length = min(spec.sequence_length, longest_window(facts)) - len(before) - len(after)
     head, tail = _split(path.read_text(encoding="utf-8"), spec.held_out_fraction)
-    wanted = spec.max_steps * spec.batch_size * length
+    wanted = spec.sequences * length
 
     def windows(text: str, tokens: int) -> list[Tensor]:
         bare = cut_windows(tokenizer, text, tokens=tokens, length=length)
@@ -99,7 +99,7 @@ def document_text(
                 break
         return made[:budget]
 
-    head = sequences(documents[:first_held_out], spec.max_steps * spec.batch_size)
+    head = sequences(documents[:first_held_out], spec.sequences)
     tail = sequences(documents[first_held_out:], max(2, _HELD_OUT_TOKENS // length))
     if len(head) < 2 or len(tail) < 2:
         raise InvalidRequest(
