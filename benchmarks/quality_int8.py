@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from figures import Figures
 
-from app.spec.base import Family
 from app.spec.compression import Evaluation
 from app.spec.facts import ModelFacts
 from app.spec.recipes import RECIPES
+from workers.engine.architectures.loading import family_of
 from workers.engine.calibration.builtin import builtin_text
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.checkpoint.gguf_source import convert_gguf
@@ -67,13 +67,13 @@ def obtain_model(cache: Path) -> Path:
 
 
 def facts_of(directory: Path) -> ModelFacts:
-    """What the engine must know of a decoder in Hugging Face layout."""
+    """What the engine must know of a model in Hugging Face layout."""
     checkpoint = Checkpoint.open(directory)
     config, tensors = checkpoint.config, checkpoint.facts()
     return ModelFacts(
         format="safetensors",
         architecture=config["architectures"][0],
-        family=Family.CAUSAL_LM,
+        family=family_of(directory),
         parameters=checkpoint.parameters(),
         dtype=max(tensors, key=lambda t: t.elements).dtype,
         weight_bytes=sum(t.nbytes for t in tensors),

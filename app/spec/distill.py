@@ -10,7 +10,7 @@ from app.spec.base import Frozen, Step
 
 
 class StudentFromDepthCut(Frozen):
-    """The student is the teacher without some of its blocks, spread evenly, first and last kept."""
+    """The student is the teacher without the blocks that its outputs miss least on the training text."""
 
     source: Literal["depth_cut"] = "depth_cut"
     drop_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.25
@@ -53,6 +53,9 @@ class DistillLogits(Step):
     """Softens both distributions; 1 compares them as they are, which measured best for language models."""
     hard_label_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Weight of the cross-entropy on the true next token, between 0 and 1. Encoders ignore it."""
+    hidden_weight: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Weight of what hidden states differ by, block by block: ‖student − teacher‖² / ‖teacher‖². Where widths differ, a
+    projection is learned with it and thrown away."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
     """Peak rate of AdamW; warmed up over 5 % of the steps, then cosine to a tenth."""
     max_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 200

@@ -6,24 +6,25 @@ Paper: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Netw
 distribution: it is taught the embeddings themselves, by 1 − cosine, texts pooled as the model's own 1_Pooling says, by
 the mean without one. Where student and teacher differ in width, rows of the matrix of similarities within a batch take
 the place of logits (Park et al. 2019, "Relational Knowledge Distillation").
-Left out: matching hidden states and attention; cached logits (the teacher stays in memory); dropout (off throughout).
+Hidden states can be taught beside the outputs (`hidden_states`), and a student be cut from the teacher (`cut`).
+Left out: attention maps; cached logits (the teacher stays in memory); dropout (off throughout).
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from app.errors import UnsupportedForModel
-from app.spec.architectures import block_index, is_compressible, with_block_index
+from app.spec.architectures import architecture_in, block_index, is_compressible, with_block_index
 from app.spec.base import Family
+from app.spec.compatibility import blocks_cut
 from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel
 from app.spec.report import LayerOutcome
 from workers.engine.architectures.block_removal import number_of_blocks, remove_blocks
@@ -31,21 +32,17 @@ from workers.engine.architectures.loading import load_model, load_tokenizer
 from workers.engine.calibration.block_journal import open_journal
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.checkpoint.layout import weight_files
-from workers.engine.distill.blocks import recompute_activations
-from workers.engine.distill.objectives import (
-    Classes,
-    Classroom,
-    Embeddings,
-    NextToken,
-    pools_first_token,
-)
+from workers.engine.distill.blocks import blocks_of, recompute_activations
+from workers.engine.distill.cut import least_missed, without
+from workers.engine.distill.hidden_states import HiddenStates, evenly_matched, stands_for
+from workers.engine.distill.objectives import Classroom, objective_for, width_of
 from workers.engine.distill.snapshots import Snapshots
-from workers.engine.distill.students import check_fit, evenly_spread, write_student, zeros_to_hold
+from workers.engine.distill.students import check_fit, write_student, zeros_to_hold
 from workers.engine.distill.texts import TrainingText, document_text, stream_text
-from workers.engine.distill.training import Objective, Training, train
+from workers.engine.distill.training import Training, train
 from workers.engine.technique import StepContext, StepOutcome, implements
 
-_TRAINING = 0.95
+_CUTTING, _TRAINING = 0.05, 0.95
 
 
 @implements(DistillLogits)
@@ -53,62 +50,91 @@ def distill_logits(spec: DistillLogits, context: StepContext) -> StepOutcome:
     """Train a student on the training text by the original's outputs and write its best state.
 
     Raises UnsupportedForModel when the student cannot be compared with the teacher, InvalidRequest when the text is
-    too short or too few blocks would be left.
+    too short.
     """
     torch.manual_seed(context.seed)
-    with _student_directory(spec, context) as (directory, dropped):
-        tokenizer = load_tokenizer(directory)
-        check_fit(directory, context.original, tokenizer, load_tokenizer(context.original))
-        text = _training_text(spec, context, tokenizer)
-        objective, student = _objective(spec, context, directory, text)
-        with open_journal(context.journal, context.target.parent, _journal_key(spec, context)) as journal:
-            training = train(
-                objective,
-                text.batches(),
-                spec,
-                zeros=zeros_to_hold(student),
-                snapshots=Snapshots(journal.directory),
-                progress=lambda share, message: context.progress(_TRAINING * share, message),
-            )
+    text = _training_text(spec, context)
+    with (
+        open_journal(context.journal, context.target.parent, _journal_key(spec, context)) as journal,
+        _student_directory(spec, context, text, journal.directory) as (directory, dropped),
+    ):
+        tokenizers = [load_tokenizer(place) for place in (directory, context.original)]
+        check_fit(directory, context.original, *tokenizers)
+        room = _classroom(spec, context, directory, text, dropped)
+        training = train(
+            objective_for(room, context.facts, context.original),
+            text.batches(),
+            spec,
+            zeros=zeros_to_hold(room.student),
+            snapshots=Snapshots(journal.directory),
+            progress=lambda share, message: context.progress(
+                _CUTTING + (_TRAINING - _CUTTING) * share, message
+            ),
+        )
         context.progress(_TRAINING, "writing the student")
         outcomes = write_student(
-            student,
+            room.student,
             directory,
             context.target,
             max_shard_bytes=context.max_shard_bytes,
             is_trained=training.improved,
         )
     context.progress(1.0, "done")
-    layers = _all_layers(context.original, outcomes, dropped)
     return StepOutcome(
-        layers=layers,
-        metrics=_metrics(training),
+        layers=_all_layers(context.original, outcomes, dropped),
+        metrics=_metrics(training) | {"blocks_removed": " ".join(map(str, dropped))},
         curves={"training_loss": _finite(training.losses), "held_out_loss": _finite(training.held_out)},
         warnings=_warnings(training),
     )
 
 
 @contextmanager
-def _student_directory(spec: DistillLogits, context: StepContext) -> Iterator[tuple[Path, list[int]]]:
+def _student_directory(
+    spec: DistillLogits, context: StepContext, text: TrainingText, journal: Path
+) -> Iterator[tuple[Path, list[int]]]:
     """The student before training, and which of the teacher's blocks it does without."""
     if isinstance(spec.student, StudentFromModel):
         if context.student is None:
             raise ValueError("the spec names a student, and none was fetched")
         yield context.student, []
     elif isinstance(spec.student, StudentFromDepthCut):
-        blocks = number_of_blocks(Checkpoint.open(context.original).config)
-        dropped = evenly_spread(blocks, max(1, round(spec.student.drop_ratio * blocks)))
+        choice = journal / "cut.json"
+        if not choice.is_file():
+            choice.write_text(json.dumps(_blocks_to_cut(spec, spec.student.drop_ratio, context, text)))
+        dropped: list[int] = json.loads(choice.read_text())
         with tempfile.TemporaryDirectory(dir=context.target.parent, prefix="student-") as cut:
             remove_blocks(
                 context.original,
                 Path(cut),
                 dropped,
                 max_shard_bytes=context.max_shard_bytes,
-                progress=lambda share, message: context.progress(0.0, message),  # noqa: ARG005
+                progress=lambda _, message: context.progress(_CUTTING, message),
             )
             yield Path(cut), dropped
     else:
         yield context.source, []
+
+
+def _blocks_to_cut(
+    spec: DistillLogits, drop_ratio: float, context: StepContext, text: TrainingText
+) -> list[int]:
+    checkpoint = Checkpoint.open(context.original)
+    blocks = number_of_blocks(checkpoint.config)
+    first = 1 if architecture_in(checkpoint.config).keeps_first_block else 0
+    dtype = _compute_dtype(context.device)
+    teacher = load_model(context.original, dtype=dtype, device=context.device)
+    room = Classroom(teacher, teacher, spec, text.sample(), context.device, dtype)
+    whole = objective_for(room, context.facts, context.original)
+    # What the teacher says of the text is kept from here on, before blocks are left out.
+    whole.held_out_loss(lambda: context.progress(0.0, "what the teacher says"))
+
+    def loss_without(gone: Collection[int]) -> float:
+        with without(blocks_of(teacher), gone):
+            return whole.held_out_loss(
+                lambda: context.progress(0.0, f"without {' '.join(map(str, sorted(gone)))}")
+            )
+
+    return least_missed(loss_without, range(first, blocks), blocks_cut(drop_ratio, blocks))
 
 
 def _journal_key(spec: DistillLogits, context: StepContext) -> str:
@@ -125,38 +151,30 @@ def _journal_key(spec: DistillLogits, context: StepContext) -> str:
     return digest.hexdigest()
 
 
-def _training_text(spec: DistillLogits, context: StepContext, tokenizer: Any) -> TrainingText:
+def _training_text(spec: DistillLogits, context: StepContext) -> TrainingText:
     if context.training_text is None:
         raise ValueError("distill.logits needs training text")
     make = stream_text if context.facts.family is Family.CAUSAL_LM else document_text
+    tokenizer = load_tokenizer(context.original)
     return make(spec, context.training_text, tokenizer, context.facts, seed=context.seed)
 
 
-def _objective(
-    spec: DistillLogits, context: StepContext, directory: Path, text: TrainingText
-) -> tuple[Objective, Any]:
+def _classroom(
+    spec: DistillLogits, context: StepContext, directory: Path, text: TrainingText, dropped: list[int]
+) -> Classroom:
     dtype = _compute_dtype(context.device)
     student = load_model(directory, dtype=torch.float32, device=context.device)
     if spec.gradient_checkpointing:
         recompute_activations(student)
     teacher = load_model(context.original, dtype=dtype, device=context.device)
-    room = Classroom(student, teacher, spec, text.held_out, context.device, dtype)
-    if context.facts.family is Family.CAUSAL_LM:
-        rows = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
-        _check_equal("rows in their output layers", rows)
-        return NextToken(room), student
-    if context.facts.architecture.endswith("ForSequenceClassification"):
-        _check_equal("classes", [model.config.num_labels for model in (student, teacher)])
-        return Classes(room), student
-    return Embeddings(room, first_token=pools_first_token(context.original)), student
-
-
-def _check_equal(what: str, counts: list[int]) -> None:
-    if counts[0] != counts[1]:
-        raise UnsupportedForModel(
-            f"The student has {counts[0]} {what}, the teacher {counts[1]}.",
-            hint="Choose a student whose outputs mean the same as the teacher's.",
-        )
+    hidden = None
+    if spec.hidden_weight > 0:
+        blocks = [len(blocks_of(model)) for model in (student, teacher)]
+        kept = [index for index in range(blocks[1]) if index not in dropped]
+        matched = stands_for(kept, blocks[1]) if dropped else evenly_matched(*blocks)
+        hidden = HiddenStates(student, teacher, (width_of(student), width_of(teacher)), matched)
+        hidden.to(context.device)
+    return Classroom(student, teacher, spec, text.held_out, context.device, dtype, hidden)
 
 
 def _compute_dtype(device: str) -> torch.dtype:

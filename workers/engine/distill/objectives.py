@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.errors import InvalidRequest
+from app.errors import InvalidRequest, UnsupportedForModel
+from app.spec.base import Family
 from app.spec.distill import DistillLogits
+from app.spec.facts import ModelFacts
+from workers.engine.distill.hidden_states import HiddenStates
 from workers.engine.distill.losses import (
     Blend,
     Head,
@@ -42,6 +45,8 @@ class Classroom:
     device: str
     dtype: torch.dtype
     """Of matrix products; the student's own weights are fp32."""
+    hidden: HiddenStates | None = None
+    """Compares hidden states, where the spec asks for it."""
 
     def autocast(self) -> torch.autocast:
         """Run the student in `dtype`."""
@@ -58,17 +63,22 @@ class _Objective:
         self._held_out: list[tuple[Batch, Tensor]] = []
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The student's parameters, by name."""
-        return dict(self.room.student.named_parameters())
+        """The student's parameters by name, and those of projections."""
+        own = dict(self.room.student.named_parameters())
+        return own if self.room.hidden is None else own | dict(self.room.hidden.named_parameters())
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean loss of one batch."""
-        batch = batch.to(self.room.device)
-        return self._loss(batch, self._taught(batch))
+        """Mean loss of one batch: of the outputs, and of hidden states by their weight."""
+        batch, hidden = batch.to(self.room.device), self.room.hidden
+        if hidden is None:
+            return self._loss(batch, self._taught(batch))
+        with hidden.recorded() as states:
+            loss = self._loss(batch, self._taught(batch))
+        return loss + self.room.spec.hidden_weight * hidden.loss(states, batch.mask)
 
     @torch.no_grad()
     def held_out_loss(self, tick: Tick) -> float:
-        """Mean over the held-out batches, weighed by their real tokens; `tick` is called after each batch."""
+        """Mean loss of the outputs over the held-out batches, weighed by real tokens; calls `tick` after each batch."""
         total, weight = 0.0, 0
         for number, unplaced in enumerate(self.room.held_out):
             if number == len(self._held_out):
@@ -159,6 +169,27 @@ class Embeddings(_Objective):
             return direction_loss(embeddings, taught)
         return similarity_loss(
             embeddings, taught, sharpness=_SHARPNESS, temperature=self.room.spec.temperature
+        )
+
+
+def objective_for(room: Classroom, facts: ModelFacts, original: Path) -> _Objective:
+    """What a model of this kind is taught. Raises UnsupportedForModel when its outputs are not the teacher's."""
+    models = (room.student, room.teacher)
+    if facts.family is Family.CAUSAL_LM:
+        rows = [model.get_output_embeddings().weight.shape[0] for model in models]
+        _check_equal("rows in their output layers", rows)
+        return NextToken(room)
+    if facts.architecture.endswith("ForSequenceClassification"):
+        _check_equal("classes", [model.config.num_labels for model in models])
+        return Classes(room)
+    return Embeddings(room, first_token=pools_first_token(original))
+
+
+def _check_equal(what: str, counts: list[int]) -> None:
+    if counts[0] != counts[1]:
+        raise UnsupportedForModel(
+            f"The student has {counts[0]} {what}, the teacher {counts[1]}.",
+            hint="Choose a student whose outputs mean the same as the teacher's.",
         )
 
 

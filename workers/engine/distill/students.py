@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from app.errors import InvalidRequest, UnsupportedForModel
+from app.errors import UnsupportedForModel
 from app.spec.architectures import ARCHITECTURES, architecture_in, is_compressible
 from app.spec.facts import TensorFact
 from app.spec.report import LayerOutcome
@@ -18,21 +18,6 @@ from workers.engine.checkpoint import Checkpoint, CheckpointWriter, copy_side_fi
 
 # Below this share zeros are chance, not pruning.
 _PRUNED = 0.01
-
-
-def evenly_spread(blocks: int, count: int) -> list[int]:
-    """Indices of `count` of the inner blocks, spread evenly; the first and the last block are never among them.
-
-    Raises InvalidRequest when there are not so many inner blocks.
-    """
-    inner = blocks - 2
-    if count > inner:
-        raise InvalidRequest(
-            f"{count} of {blocks} blocks are to be left out, and the first and last are always kept.",
-            code="too_many_blocks",
-            hint=f"Ask for a drop_ratio of at most {max(0, inner) / blocks:.2f}.",
-        )
-    return [1 + int((number + 0.5) * inner / count) for number in range(count)]
 
 
 def check_fit(student: Path, teacher: Path, student_tokenizer: Any, teacher_tokenizer: Any) -> None:

@@ -18,6 +18,10 @@ from workers.engine.calibration.windows import longest_window
 
 # More would cost time at every look without changing when to stop.
 _HELD_OUT_TOKENS = 2048
+# What leaving out one block or another costs differs by more than so much text leaves in doubt.
+_SAMPLE_TOKENS = 1024
+# Batches whose sequences are sorted by length together.
+_POOLED_BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,27 @@ class TrainingText:
     seed: int
 
     def batches(self) -> Iterator[Batch]:
-        """Batches without end: every sequence once an epoch, in an order drawn from the seed."""
+        """Batches without end: every sequence once an epoch, in an order drawn from the seed.
+
+        Sequences of about the same length share a batch, since padding costs as much as text.
+        """
         generator = torch.Generator().manual_seed(self.seed)
+        pool = self.batch_size * min(_POOLED_BATCHES, max(1, len(self.sequences) // self.batch_size))
         waiting: list[Tensor] = []
         while True:
             for index in torch.randperm(len(self.sequences), generator=generator).tolist():
                 waiting.append(self.sequences[index])
-                if len(waiting) == self.batch_size:
-                    yield padded(waiting, self.padding)
+                if len(waiting) == pool:
+                    alike = _in_batches(sorted(waiting, key=len), self.batch_size, self.padding)
+                    yield from (alike[number] for number in torch.randperm(len(alike), generator=generator))
                     waiting = []
+
+    def sample(self) -> tuple[Batch, ...]:
+        """A little of what is trained on, from all over it, in batches."""
+        longest = max(len(sequence) for sequence in self.sequences)
+        count = min(len(self.sequences), max(2, _SAMPLE_TOKENS // longest))
+        chosen = [self.sequences[index * len(self.sequences) // count] for index in range(count)]
+        return _in_batches(chosen, self.batch_size, self.padding)
 
 
 def padded(sequences: Sequence[Tensor], padding: int) -> Batch:
@@ -115,13 +131,17 @@ def _text(
 ) -> TrainingText:
     padding = tokenizer.pad_token_id or 0
     size = min(spec.batch_size, len(head))
-    looks = [tail[start : start + spec.batch_size] for start in range(0, len(tail), spec.batch_size)]
-    # One text alone is like nothing: it joins the batch before.
-    if len(looks) > 1 and len(looks[-1]) == 1 < spec.batch_size:
-        alone = looks.pop()
-        looks[-1] += alone
-    held_out = tuple(padded(look, padding) for look in looks)
+    held_out = _in_batches(tail, spec.batch_size, padding)
     return TrainingText(tuple(head), held_out, size, padding, seed)
+
+
+def _in_batches(sequences: list[Tensor], size: int, padding: int) -> tuple[Batch, ...]:
+    batches = [sequences[start : start + size] for start in range(0, len(sequences), size)]
+    # One text alone is like nothing: it joins the batch before.
+    if len(batches) > 1 and len(batches[-1]) == 1 < size:
+        alone = batches.pop()
+        batches[-1] += alone
+    return tuple(padded(batch, padding) for batch in batches)
 
 
 def _split(text: str, held_out_fraction: float) -> tuple[str, str]:
