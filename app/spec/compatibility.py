@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 
 from app.errors import Fault
 from app.spec.architectures import ARCHITECTURES, Architecture, block_index, is_router
+from app.spec.attention import projections_among
 from app.spec.attention_heads import counts_in, groups_left, head_axis, possible_groups, without_heads
 from app.spec.base import Family, Step
 from app.spec.compression import Acceptance, CompressionSpec
@@ -299,13 +300,20 @@ def _check_heads(shape: _Shape, facts: ModelFacts, where: str) -> Iterator[Fault
 def _check_distillation(
     step: DistillLogits, facts: ModelFacts, students: dict[str, ModelFacts], where: str
 ) -> Iterator[Fault]:
-    limits = [facts.max_positions]
+    models = [facts]
     if isinstance(step.student, StudentFromModel) and step.student.model in students:
-        student = students[step.student.model]
-        limits.append(student.max_positions)
-        yield from _check_student(student, facts, f"{where}/student/model")
-    if step.sequence_length > min(limits):
-        yield Fault(f"{where}/sequence_length", f"The model takes {min(limits)} tokens at most.")
+        models.append(students[step.student.model])
+        yield from _check_student(models[1], facts, f"{where}/student/model")
+    for model in models:
+        if step.relation_weight > 0 and projections_among([module_name(t) for t in model.tensors]) is None:
+            yield Fault(
+                f"{where}/relation_weight",
+                f"One layer of {model.architecture} makes queries, keys and values, whose parts relations are not taken "
+                "from; hidden_weight works for every model.",
+            )
+    limit = min(model.max_positions for model in models)
+    if step.sequence_length > limit:
+        yield Fault(f"{where}/sequence_length", f"The model takes {limit} tokens at most.")
 
 
 def _check_student(student: ModelFacts, facts: ModelFacts, pointer: str) -> Iterator[Fault]:

@@ -56,6 +56,9 @@ class DistillLogits(Step):
     hidden_weight: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Weight of what hidden states differ by, block by block: ‖student − teacher‖² / ‖teacher‖². Where widths differ, a
     projection is learned with it and thrown away."""
+    relation_weight: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Weight of the relations between tokens in the last block, by queries, keys and values (MiniLMv2, Wang et al. 2021).
+    Not for models in which one layer makes all three."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
     """Peak rate of AdamW; warmed up over 5 % of the steps, then cosine to a tenth."""
     max_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 200

@@ -201,6 +201,21 @@ def test_a_student_must_share_the_vocabulary_of_its_teacher(client: TestClient, 
     submit(client, teacher, recipe=None, spec=spec(add_model()))
 
 
+def test_relations_are_not_taken_from_a_layer_that_makes_all_three(
+    client: TestClient, add_model: AddModel
+) -> None:
+    spec = one_step("distill.logits", sequence_length=64, relation_weight=1.0)
+    stem = "model.layers.0.self_attn"
+
+    def model(*names: str) -> str:
+        return add_model(
+            tensors=tuple(TensorFact(name=f"{stem}.{n}.weight", dtype="BF16", shape=(64, 64)) for n in names)
+        )
+
+    assert "hidden_weight works" in refused(client, model("qkv_proj"), spec)["/spec/steps/0/relation_weight"]
+    submit(client, model("q_proj", "k_proj", "v_proj"), recipe=None, spec=spec)
+
+
 @pytest.mark.parametrize(
     ("family", "limit"),
     [(Family.CAUSAL_LM, "min_cosine"), (Family.ENCODER, "max_kl"), (Family.ENCODER, "min_top1_agreement")],

@@ -6,7 +6,7 @@ Paper: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Netw
 distribution: it is taught the embeddings themselves, by 1 − cosine, texts pooled as the model's own 1_Pooling says, by
 the mean without one. Where student and teacher differ in width, rows of the matrix of similarities within a batch take
 the place of logits (Park et al. 2019, "Relational Knowledge Distillation").
-Hidden states can be taught beside the outputs (`hidden_states`), and a student be cut from the teacher (`cut`).
+Beside the outputs, hidden states (`hidden_states`) and relations (`relations`) can be taught, and a student be cut from the teacher (`cut`).
 Left out: attention maps; cached logits (the teacher stays in memory); dropout (off throughout).
 """
 
@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,8 @@ from workers.engine.checkpoint.layout import weight_files
 from workers.engine.distill.blocks import blocks_of, recompute_activations
 from workers.engine.distill.cut import least_missed, without
 from workers.engine.distill.hidden_states import HiddenStates, evenly_matched, stands_for
-from workers.engine.distill.objectives import Classroom, objective_for, width_of
+from workers.engine.distill.objectives import Classroom, Matching, objective_for, width_of
+from workers.engine.distill.relations import Relations
 from workers.engine.distill.snapshots import Snapshots
 from workers.engine.distill.students import check_fit, write_student, zeros_to_hold
 from workers.engine.distill.texts import TrainingText, document_text, stream_text
@@ -167,14 +169,21 @@ def _classroom(
     if spec.gradient_checkpointing:
         recompute_activations(student)
     teacher = load_model(context.original, dtype=dtype, device=context.device)
-    hidden = None
+    matches = tuple(_matches(spec, student, teacher, dropped))
+    return Classroom(student, teacher, spec, text.held_out, context.device, dtype, matches)
+
+
+def _matches(
+    spec: DistillLogits, student: Any, teacher: Any, dropped: list[int]
+) -> Iterator[tuple[float, Matching]]:
     if spec.hidden_weight > 0:
         blocks = [len(blocks_of(model)) for model in (student, teacher)]
         kept = [index for index in range(blocks[1]) if index not in dropped]
         matched = stands_for(kept, blocks[1]) if dropped else evenly_matched(*blocks)
         hidden = HiddenStates(student, teacher, (width_of(student), width_of(teacher)), matched)
-        hidden.to(context.device)
-    return Classroom(student, teacher, spec, text.held_out, context.device, dtype, hidden)
+        yield spec.hidden_weight, hidden.to(student.device)
+    if spec.relation_weight > 0:
+        yield spec.relation_weight, Relations(student, teacher)
 
 
 def _compute_dtype(device: str) -> torch.dtype:

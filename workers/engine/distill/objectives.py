@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from app.errors import InvalidRequest, UnsupportedForModel
 from app.spec.base import Family
 from app.spec.distill import DistillLogits
 from app.spec.facts import ModelFacts
-from workers.engine.distill.hidden_states import HiddenStates
 from workers.engine.distill.losses import (
     Blend,
     Head,
@@ -34,6 +34,19 @@ _SHARPNESS = 20.0
 _COMPARABLE_TEXTS = 3
 
 
+class Matching(Protocol):
+    """Compares what happens inside of student and teacher."""
+
+    def recorded(self) -> AbstractContextManager[Any]:
+        """Collect what is compared while both run."""
+
+    def loss(self, recorded: Any, mask: Tensor) -> Tensor:
+        """How far apart they are: mask (texts, tokens), 1 on real tokens -> ()."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is learned for the comparison alone."""
+
+
 @dataclass(frozen=True)
 class Classroom:
     """Teacher, student, and how they compute."""
@@ -45,8 +58,8 @@ class Classroom:
     device: str
     dtype: torch.dtype
     """Of matrix products; the student's own weights are fp32."""
-    hidden: HiddenStates | None = None
-    """Compares hidden states, where the spec asks for it."""
+    matches: tuple[tuple[float, Matching], ...] = ()
+    """What inside of the two is compared beside their outputs, and by which weight."""
 
     def autocast(self) -> torch.autocast:
         """Run the student in `dtype`."""
@@ -64,17 +77,20 @@ class _Objective:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The student's parameters by name, and those of projections."""
-        own = dict(self.room.student.named_parameters())
-        return own if self.room.hidden is None else own | dict(self.room.hidden.named_parameters())
+        parameters = dict(self.room.student.named_parameters())
+        for _, matching in self.room.matches:
+            parameters |= matching.named_parameters()
+        return parameters
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean loss of one batch: of the outputs, and of hidden states by their weight."""
-        batch, hidden = batch.to(self.room.device), self.room.hidden
-        if hidden is None:
-            return self._loss(batch, self._taught(batch))
-        with hidden.recorded() as states:
+        """Mean loss of one batch: of the outputs, and by their weights of what is compared inside."""
+        batch, matches = batch.to(self.room.device), self.room.matches
+        with ExitStack() as stack:
+            recorded = [stack.enter_context(matching.recorded()) for _, matching in matches]
             loss = self._loss(batch, self._taught(batch))
-        return loss + self.room.spec.hidden_weight * hidden.loss(states, batch.mask)
+        for (weight, matching), pair in zip(matches, recorded, strict=True):
+            loss = loss + weight * matching.loss(pair, batch.mask)
+        return loss
 
     @torch.no_grad()
     def held_out_loss(self, tick: Tick) -> float:

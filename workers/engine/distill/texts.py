@@ -19,7 +19,7 @@ from workers.engine.calibration.windows import longest_window
 # More would cost time at every look without changing when to stop.
 _HELD_OUT_TOKENS = 2048
 # What leaving out one block or another costs differs by more than so much text leaves in doubt.
-_SAMPLE_TOKENS = 1024
+_SAMPLE_TOKENS = 512
 # Batches whose sequences are sorted by length together.
 _POOLED_BATCHES = 16
 
@@ -64,8 +64,8 @@ class TrainingText:
 
     def sample(self) -> tuple[Batch, ...]:
         """A little of what is trained on, from all over it, in batches."""
-        longest = max(len(sequence) for sequence in self.sequences)
-        count = min(len(self.sequences), max(2, _SAMPLE_TOKENS // longest))
+        tokens = sum(len(sequence) for sequence in self.sequences)
+        count = min(len(self.sequences), max(2, _SAMPLE_TOKENS * len(self.sequences) // tokens))
         chosen = [self.sequences[index * len(self.sequences) // count] for index in range(count)]
         return _in_batches(chosen, self.batch_size, self.padding)
 
