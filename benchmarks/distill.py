@@ -1,13 +1,14 @@
 """Distil an encoder to half its blocks, and a language model cut by a fifth: what they keep, recover and gain in speed.
 
 Usage: .venv/bin/python benchmarks/distill.py [--encoder DIRECTORY --pairs FILE] [--model DIRECTORY --evaluation-text FILE]
-           --training-text FILE [--threads N]
+           --training-text FILE [--cached-logits K] [--threads N]
 
 The encoder is asked how alike two texts are: `--pairs` has JSON lines with two texts that mean the same, `a` and `b`.
 Compared with the teacher by rank (Spearman's correlation): of those pairs alone, and of those with as many pairs of
 strangers. Speed is processor time of single sentences, in turns. Of the language model, what it loses in ln perplexity
-by the cut and has back after training, on a text of another source than the one it was trained on. Each gives its
-students the spec in this file; both students are loaded from the written files by transformers.
+by the cut and has back after training, on a text of another source than the one it was trained on; with
+`--cached-logits` it is trained by what the teacher was written down to say. The specs stand in this file; students are
+loaded from the written files by transformers.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a language model in Hugging Face layout")
     parser.add_argument("--evaluation-text", type=Path)
     parser.add_argument("--training-text", type=Path, required=True)
+    parser.add_argument("--cached-logits", type=int)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -57,7 +59,10 @@ def main() -> None:
     if arguments.encoder:
         missed |= measure_encoder(arguments.encoder, arguments.pairs, arguments.training_text).missed
     if arguments.model:
-        missed |= measure_model(arguments.model, arguments.evaluation_text, arguments.training_text).missed
+        spec = LANGUAGE_MODEL.model_copy(update={"cached_logits": arguments.cached_logits})
+        missed |= measure_model(
+            spec, arguments.model, arguments.evaluation_text, arguments.training_text
+        ).missed
     sys.exit(missed)
 
 
@@ -73,7 +78,7 @@ def measure_encoder(teacher: Path, pairs: Path, training_text: Path) -> Figures:
         for name, directory in (("cut", cut), ("distilled", student)):
             ours = similarities(directory, *sides)
             for kind, count in (("pairs", len(texts)), ("pairs_and_strangers", 2 * len(texts))):
-                is_bar = name == "distilled"
+                is_bar = name == "distilled" and kind == "pairs_and_strangers"
                 value = rank_correlation(ours[:count], expected[:count])
                 figures.add(
                     f"distill_encoder_{name}_{kind}",
@@ -95,12 +100,13 @@ def measure_encoder(teacher: Path, pairs: Path, training_text: Path) -> Figures:
     return figures
 
 
-def measure_model(teacher: Path, evaluation_text: Path, training_text: Path) -> Figures:
+def measure_model(spec: DistillLogits, teacher: Path, evaluation_text: Path, training_text: Path) -> Figures:
     """Cut and train the language model, and compare perplexities."""
-    figures = Figures(keep_as=f"distill_{teacher.name}", spec=LANGUAGE_MODEL.model_dump_json())
+    name = f"distill_{teacher.name}" if spec.cached_logits is None else f"distill_{teacher.name}_cached"
+    figures = Figures(keep_as=name, spec=spec.model_dump_json())
     with tempfile.TemporaryDirectory(prefix="mp-distill-") as scratch:
         cut, student = Path(scratch, "cut"), Path(scratch, "student")
-        state_training(figures, distill(LANGUAGE_MODEL, teacher, training_text, cut, student))
+        state_training(figures, distill(spec, teacher, training_text, cut, student))
         whole, lost, left = (
             ln_perplexity(directory, evaluation_text) for directory in (teacher, cut, student)
         )
@@ -147,6 +153,8 @@ def state_training(figures: Figures, metrics: dict[str, Any]) -> None:
     said = f"{metrics['steps']} steps, ended by {metrics['stopped_by']}, without blocks {metrics['blocks_removed']}"
     for name, unit in (("seconds", "s"), ("processor_seconds", "s"), ("held_out_loss_before", "loss"), ("held_out_loss_after", "loss")):  # fmt: skip
         figures.add(f"distill_{name}", metrics[name], unit, compared_with=said)
+    if metrics["cache_bytes_per_token"] is not None:
+        figures.add("distill_cache", metrics["cache_bytes_per_token"], "bytes a token", compared_with=said)
 
 
 @torch.inference_mode()

@@ -311,6 +311,8 @@ def _check_distillation(
                 f"One layer of {model.architecture} makes queries, keys and values, whose parts relations are not taken "
                 "from; hidden_weight works for every model.",
             )
+    if step.cached_logits is not None and facts.family is not Family.CAUSAL_LM:
+        yield Fault(f"{where}/cached_logits", "Only language models have next tokens; leave it out.")
     limit = min(model.max_positions for model in models)
     if step.sequence_length > limit:
         yield Fault(f"{where}/sequence_length", f"The model takes {limit} tokens at most.")

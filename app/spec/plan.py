@@ -21,6 +21,7 @@ from app.spec.step_costs import (
     Surroundings,
     loaded_bytes,
     outputs_per_token,
+    step_disk,
     step_memory,
     step_seconds,
     streaming_seconds,
@@ -137,7 +138,8 @@ def _stages(
         result = after_step(step, shape, facts, students)
         on = Surroundings(shape, result, original, facts, budget)
         memory, seconds = step_memory(step, on), step_seconds(step, on)
-        yield _stage(names[2 + number], memory, result.weight_bytes, seconds, result.weight_bytes)
+        disk = result.weight_bytes + step_disk(step, on)
+        yield _stage(names[2 + number], memory, disk, seconds, result.weight_bytes)
         shape = result
     # Files are linked from the last step's directory, not copied.
     yield _stage("export", 0, 0, 0.5, shape.weight_bytes)

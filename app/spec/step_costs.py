@@ -196,12 +196,31 @@ def _(step: DistillLogits, on: Surroundings) -> int:
         activations = activations // on.after.blocks + 4 * tokens * on.facts.hidden_size * on.after.blocks
     logits = TRAINING_LOGITS_COPIES * 4 * tokens * outputs_per_token(on.facts)
     student = TRAINING_BYTES_PER_PARAMETER * on.after.dense_parameters
+    if step.cached_logits is not None:
+        return logits + max(loaded_bytes(on.original), student + activations)
     return loaded_bytes(on.original) + student + activations + logits
 
 
 @step_memory.register
 def _(_step: OptimizeOnnx, on: Surroundings) -> int:
     return ONNX_COPIES * 4 * on.before.dense_parameters
+
+
+@singledispatch
+def step_disk(_step: Step, _on: Surroundings) -> int:
+    """Bytes of files that a step keeps beside its result until it is done. By default, none worth counting."""
+    return 0
+
+
+@step_disk.register
+def _(step: DistillLogits, on: Surroundings) -> int:
+    # Two snapshots while the newer one is written: weights, and Adam's two moments; and the best weights of each.
+    snapshots = 2 * 16 * on.after.dense_parameters
+    student = on.after.weight_bytes
+    if step.cached_logits is None:
+        return snapshots + student
+    per_token = step.cached_logits * (4 if on.facts.vocab_size <= 2**16 else 6)
+    return snapshots + student + per_token * step.sequences * step.sequence_length
 
 
 def step_seconds(step: Step, on: Surroundings) -> float:

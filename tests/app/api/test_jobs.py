@@ -201,6 +201,18 @@ def test_a_student_must_share_the_vocabulary_of_its_teacher(client: TestClient, 
     submit(client, teacher, recipe=None, spec=spec(add_model()))
 
 
+def test_only_next_tokens_are_cached(client: TestClient, add_model: AddModel) -> None:
+    spec = one_step("distill.logits", sequence_length=64, cached_logits=8)
+    assert (
+        "language models" in refused(client, add_model(Family.ENCODER), spec)["/spec/steps/0/cached_logits"]
+    )
+    submit(client, add_model(), recipe=None, spec=spec)
+    both = one_step("distill.logits", sequence_length=64, cached_logits=8, hidden_weight=1.0)
+    answer = client.post("/v1/jobs", json={"model": add_model(), "spec": both})
+    assert answer.status_code == 422
+    assert "outputs alone" in answer.text
+
+
 def test_relations_are_not_taken_from_a_layer_that_makes_all_three(
     client: TestClient, add_model: AddModel
 ) -> None:

@@ -167,3 +167,14 @@ def test_recomputed_activations_are_planned_with_less_memory_and_more_time() -> 
     )
     assert recomputed.peak_memory_bytes < plain.peak_memory_bytes
     assert recomputed.seconds > plain.seconds
+
+
+def test_cached_logits_are_planned_with_less_memory_and_more_disk() -> None:
+    facts = make_facts(vocab_size=50_000)
+    live, cached = (
+        plan_job(CompressionSpec(steps=(DistillLogits(batch_size=64, cached_logits=k),)), facts)
+        for k in (None, 64)
+    )
+    tokens = 200 * 64 * 128
+    assert cached.disk_bytes - live.disk_bytes == 64 * 4 * tokens
+    assert cached.peak_memory_bytes < live.peak_memory_bytes

@@ -170,6 +170,44 @@ def test_relations_are_taught_beside_the_outputs(
     assert related.curves["training_loss"][-1][1] < related.curves["training_loss"][0][1]
 
 
+def test_what_the_teacher_says_is_kept_and_the_teacher_let_go(
+    tiny: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    live, cached, few = (
+        _run(tiny("LlamaForCausalLM"), tmp_path / str(k), text, {"cached_logits": k}) for k in (None, 320, 8)
+    )
+    assert live.metrics["cache_bytes_per_token"] is None
+    assert cached.metrics["cache_bytes_per_token"] == 4 * 320
+    assert few.metrics["cache_bytes_per_token"] == 4 * 8
+    for (_, expected), (_, ours) in zip(
+        live.curves["held_out_loss"], cached.curves["held_out_loss"], strict=True
+    ):
+        assert ours == pytest.approx(expected, rel=0.02)
+    assert few.metrics["held_out_loss_before"] < cached.metrics["held_out_loss_before"]
+    assert few.metrics["held_out_loss_after"] < few.metrics["held_out_loss_before"]
+
+
+def test_a_killed_cache_is_gone_on_with(tiny: Callable[[str], Path], text: Path, tmp_path: Path) -> None:
+    spec, said = {"cached_logits": 8, "max_steps": 4}, []
+
+    def stop(share: float, message: str) -> None:
+        if message.startswith("what the teacher says of text 12"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _run(
+            tiny("LlamaForCausalLM"), tmp_path / "a", text, spec, journal=tmp_path / "journal", progress=stop
+        )
+    _run(
+        tiny("LlamaForCausalLM"), tmp_path / "b", text, spec, journal=tmp_path / "journal",
+        progress=lambda share, message: said.append(message),
+    )  # fmt: skip
+    _run(tiny("LlamaForCausalLM"), tmp_path / "c", text, spec)
+    assert not any(message.startswith("what the teacher says of text 8 ") for message in said)
+    files = [tmp_path / name / "model.safetensors" for name in ("b", "c")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_a_narrower_encoder_is_taught_similarities_alone(
     tiny: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:

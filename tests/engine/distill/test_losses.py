@@ -9,6 +9,7 @@ from workers.engine.distill import losses
 from workers.engine.distill.losses import (
     Blend,
     Head,
+    TeacherStates,
     blended,
     direction_loss,
     similarity_loss,
@@ -65,7 +66,7 @@ def test_token_loss_in_chunks_is_the_whole_one(
     gradients = torch.autograd.grad(3 * expected, [hidden, weight])
     low, low_weight = (x.detach().float().requires_grad_() for x in (hidden, weight))
     head, teacher_head = Head(low_weight, cap, scale), Head(taught_weight.float(), cap, 2 * scale)
-    loss = token_loss(low, head, taught.float(), teacher_head, labels, blend)
+    loss = token_loss(low, head, TeacherStates(taught.float(), teacher_head), labels, blend)
     (3 * loss).backward()
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     torch.testing.assert_close(low.grad.double(), gradients[0], atol=1e-5, rtol=1e-3)

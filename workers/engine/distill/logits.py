@@ -7,44 +7,35 @@ distribution: it is taught the embeddings themselves, by 1 − cosine, texts poo
 the mean without one. Where student and teacher differ in width, rows of the matrix of similarities within a batch take
 the place of logits (Park et al. 2019, "Relational Knowledge Distillation").
 Beside the outputs, hidden states (`hidden_states`) and relations (`relations`) can be taught, and a student be cut from the teacher (`cut`).
-Left out: attention maps; cached logits (the teacher stays in memory); dropout (off throughout).
+Left out: attention maps; dropout (off throughout).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from app.spec.architectures import architecture_in, block_index, is_compressible, with_block_index
+from app.spec.architectures import block_index, is_compressible, with_block_index
 from app.spec.base import Family
-from app.spec.compatibility import blocks_cut
-from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel
+from app.spec.distill import DistillLogits
 from app.spec.report import LayerOutcome
-from workers.engine.architectures.block_removal import number_of_blocks, remove_blocks
-from workers.engine.architectures.loading import load_model, load_tokenizer
+from workers.engine.architectures.block_removal import number_of_blocks
+from workers.engine.architectures.loading import load_tokenizer
 from workers.engine.calibration.block_journal import open_journal
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.checkpoint.layout import weight_files
-from workers.engine.distill.blocks import blocks_of, recompute_activations
-from workers.engine.distill.cut import least_missed, without
-from workers.engine.distill.hidden_states import HiddenStates, evenly_matched, stands_for
-from workers.engine.distill.objectives import Classroom, Matching, objective_for, width_of
-from workers.engine.distill.relations import Relations
+from workers.engine.distill.objectives import objective_for
+from workers.engine.distill.preparation import PREPARING, classroom, student_directory
 from workers.engine.distill.snapshots import Snapshots
 from workers.engine.distill.students import check_fit, write_student, zeros_to_hold
 from workers.engine.distill.texts import TrainingText, document_text, stream_text
 from workers.engine.distill.training import Training, train
 from workers.engine.technique import StepContext, StepOutcome, implements
 
-_CUTTING, _TRAINING = 0.05, 0.95
+_TRAINING = 0.95
 
 
 @implements(DistillLogits)
@@ -58,11 +49,11 @@ def distill_logits(spec: DistillLogits, context: StepContext) -> StepOutcome:
     text = _training_text(spec, context)
     with (
         open_journal(context.journal, context.target.parent, _journal_key(spec, context)) as journal,
-        _student_directory(spec, context, text, journal.directory) as (directory, dropped),
+        student_directory(spec, context, text, journal.directory) as (directory, dropped),
     ):
         tokenizers = [load_tokenizer(place) for place in (directory, context.original)]
         check_fit(directory, context.original, *tokenizers)
-        room = _classroom(spec, context, directory, text, dropped)
+        room = classroom(spec, context, directory, text, dropped, journal.directory)
         training = train(
             objective_for(room, context.facts, context.original),
             text.batches(),
@@ -70,7 +61,7 @@ def distill_logits(spec: DistillLogits, context: StepContext) -> StepOutcome:
             zeros=zeros_to_hold(room.student),
             snapshots=Snapshots(journal.directory),
             progress=lambda share, message: context.progress(
-                _CUTTING + (_TRAINING - _CUTTING) * share, message
+                PREPARING + (_TRAINING - PREPARING) * share, message
             ),
         )
         context.progress(_TRAINING, "writing the student")
@@ -84,59 +75,14 @@ def distill_logits(spec: DistillLogits, context: StepContext) -> StepOutcome:
     context.progress(1.0, "done")
     return StepOutcome(
         layers=_all_layers(context.original, outcomes, dropped),
-        metrics=_metrics(training) | {"blocks_removed": " ".join(map(str, dropped))},
+        metrics=_metrics(training)
+        | {
+            "blocks_removed": " ".join(map(str, dropped)),
+            "cache_bytes_per_token": room.cache.bytes_per_token if room.cache else None,
+        },
         curves={"training_loss": _finite(training.losses), "held_out_loss": _finite(training.held_out)},
         warnings=_warnings(training),
     )
-
-
-@contextmanager
-def _student_directory(
-    spec: DistillLogits, context: StepContext, text: TrainingText, journal: Path
-) -> Iterator[tuple[Path, list[int]]]:
-    """The student before training, and which of the teacher's blocks it does without."""
-    if isinstance(spec.student, StudentFromModel):
-        if context.student is None:
-            raise ValueError("the spec names a student, and none was fetched")
-        yield context.student, []
-    elif isinstance(spec.student, StudentFromDepthCut):
-        choice = journal / "cut.json"
-        if not choice.is_file():
-            choice.write_text(json.dumps(_blocks_to_cut(spec, spec.student.drop_ratio, context, text)))
-        dropped: list[int] = json.loads(choice.read_text())
-        with tempfile.TemporaryDirectory(dir=context.target.parent, prefix="student-") as cut:
-            remove_blocks(
-                context.original,
-                Path(cut),
-                dropped,
-                max_shard_bytes=context.max_shard_bytes,
-                progress=lambda _, message: context.progress(_CUTTING, message),
-            )
-            yield Path(cut), dropped
-    else:
-        yield context.source, []
-
-
-def _blocks_to_cut(
-    spec: DistillLogits, drop_ratio: float, context: StepContext, text: TrainingText
-) -> list[int]:
-    checkpoint = Checkpoint.open(context.original)
-    blocks = number_of_blocks(checkpoint.config)
-    first = 1 if architecture_in(checkpoint.config).keeps_first_block else 0
-    dtype = _compute_dtype(context.device)
-    teacher = load_model(context.original, dtype=dtype, device=context.device)
-    room = Classroom(teacher, teacher, spec, text.sample(), context.device, dtype)
-    whole = objective_for(room, context.facts, context.original)
-    # What the teacher says of the text is kept from here on, before blocks are left out.
-    whole.held_out_loss(lambda: context.progress(0.0, "what the teacher says"))
-
-    def loss_without(gone: Collection[int]) -> float:
-        with without(blocks_of(teacher), gone):
-            return whole.held_out_loss(
-                lambda: context.progress(0.0, f"without {' '.join(map(str, sorted(gone)))}")
-            )
-
-    return least_missed(loss_without, range(first, blocks), blocks_cut(drop_ratio, blocks))
 
 
 def _journal_key(spec: DistillLogits, context: StepContext) -> str:
@@ -159,38 +105,6 @@ def _training_text(spec: DistillLogits, context: StepContext) -> TrainingText:
     make = stream_text if context.facts.family is Family.CAUSAL_LM else document_text
     tokenizer = load_tokenizer(context.original)
     return make(spec, context.training_text, tokenizer, context.facts, seed=context.seed)
-
-
-def _classroom(
-    spec: DistillLogits, context: StepContext, directory: Path, text: TrainingText, dropped: list[int]
-) -> Classroom:
-    dtype = _compute_dtype(context.device)
-    student = load_model(directory, dtype=torch.float32, device=context.device)
-    if spec.gradient_checkpointing:
-        recompute_activations(student)
-    teacher = load_model(context.original, dtype=dtype, device=context.device)
-    matches = tuple(_matches(spec, student, teacher, dropped))
-    return Classroom(student, teacher, spec, text.held_out, context.device, dtype, matches)
-
-
-def _matches(
-    spec: DistillLogits, student: Any, teacher: Any, dropped: list[int]
-) -> Iterator[tuple[float, Matching]]:
-    if spec.hidden_weight > 0:
-        blocks = [len(blocks_of(model)) for model in (student, teacher)]
-        kept = [index for index in range(blocks[1]) if index not in dropped]
-        matched = stands_for(kept, blocks[1]) if dropped else evenly_matched(*blocks)
-        hidden = HiddenStates(student, teacher, (width_of(student), width_of(teacher)), matched)
-        yield spec.hidden_weight, hidden.to(student.device)
-    if spec.relation_weight > 0:
-        yield spec.relation_weight, Relations(student, teacher)
-
-
-def _compute_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively; emulated it is slower than fp32."""
-    if device == "cpu":
-        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32  # noqa: SLF001
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
 
 
 def _all_layers(

@@ -7,7 +7,7 @@ therefore computed from hidden states, a few tokens at a time, with the gradient
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +35,27 @@ class Head:
     scale: float = 1.0
 
 
+class Teacher(Protocol):
+    """What is known of a teacher's next tokens."""
+
+    def logits(self, span: slice, student: Tensor, temperature: float) -> Tensor:
+        """Logits of some of the tokens, beside the student's own: (tokens, vocabulary) fp32 twice."""
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """The last hidden states of a model and its head: all that its logits are made of."""
+
+    hidden: Tensor
+    """(tokens, width)."""
+    head: Head
+
+    def logits(self, span: slice, student: Tensor, temperature: float) -> Tensor:  # noqa: ARG002
+        """As the teacher itself gives them."""
+        W = self.head.weight.to(self.hidden.dtype)
+        return capped((self.hidden[span] * self.head.scale @ W.T).float(), self.head.softcap)
+
+
 def soft_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
     """T²·KL(teacher ‖ student) of softened distributions, mean over rows: two (rows, classes) -> ().
 
@@ -60,24 +81,13 @@ def direction_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (1 - functional.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
 
 
-def token_loss(
-    hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher_head: Head, labels: Tensor, blend: Blend
-) -> Tensor:
+def token_loss(hidden: Tensor, head: Head, teacher: Teacher, labels: Tensor, blend: Blend) -> Tensor:
     """Blended loss of a language model, mean over tokens.
 
-    `hidden` (tokens, width) and `teacher_hidden` (tokens, teacher's width) are the last hidden states before the
-    head; `labels` (tokens,) the true next tokens. Matrix products run in the dtype of the hidden states.
+    `hidden` (tokens, width) are the last hidden states before the head; `labels` (tokens,) the true next tokens. Matrix
+    products run in the dtype of the hidden states.
     """
-    caps = (head.softcap, teacher_head.softcap)
-    loss: Tensor = _TokenLoss.apply(
-        hidden * head.scale,
-        head.weight,
-        teacher_hidden * teacher_head.scale,
-        teacher_head.weight,
-        labels,
-        blend,
-        caps,
-    )  # type: ignore[no-untyped-call]
+    loss: Tensor = _TokenLoss.apply(hidden * head.scale, head.weight, teacher, labels, blend, head.softcap)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -109,23 +119,22 @@ class _TokenLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
+        teacher: Teacher,
         labels: Tensor,
         blend: Blend,
-        caps: tuple[float | None, float | None],
+        cap: float | None,
     ) -> Tensor:
-        W, W_teacher = weight.to(hidden.dtype), teacher_weight.to(teacher_hidden.dtype)
+        W = weight.to(hidden.dtype)
         hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
         total = hidden.new_zeros((), dtype=torch.float32)
         rows = max(1, _CHUNK_ELEMENTS // len(weight))
         for start in range(0, len(hidden), rows):
             span = slice(start, start + rows)
-            logits = _capped((hidden[span] @ W.T).float(), caps[0])
-            taught = _capped((teacher_hidden[span] @ W_teacher.T).float(), caps[1])
+            logits = capped((hidden[span] @ W.T).float(), cap)
+            taught = teacher.logits(span, logits, blend.temperature)
             loss, gradient = blended(logits, taught, labels[span], blend)
-            if caps[0] is not None:
-                gradient.mul_(1 - (logits / caps[0]) ** 2)
+            if cap is not None:
+                gradient.mul_(1 - (logits / cap) ** 2)
             total += loss
             low = gradient.to(hidden.dtype)
             hidden_gradient[span] = low @ W
@@ -137,8 +146,9 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         scale = upstream[0]
-        return (hidden_gradient * scale, weight_gradient * scale, *[None] * 5)
+        return (hidden_gradient * scale, weight_gradient * scale, *[None] * 4)
 
 
-def _capped(logits: Tensor, cap: float | None) -> Tensor:
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Gemma 2's bound on logits: cap·tanh(logits / cap)."""
     return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -19,11 +19,14 @@ from app.spec.facts import ModelFacts
 from workers.engine.distill.losses import (
     Blend,
     Head,
+    Teacher,
+    TeacherStates,
     direction_loss,
     similarity_loss,
     soft_loss,
     token_loss,
 )
+from workers.engine.distill.teacher_cache import TeacherCache
 from workers.engine.distill.texts import Batch
 
 Tick = Callable[[], None]
@@ -53,11 +56,13 @@ class Classroom:
 
     student: Any
     teacher: Any
+    """None where what it says was written down."""
     spec: DistillLogits
     held_out: tuple[Batch, ...]
     device: str
     dtype: torch.dtype
     """Of matrix products; the student's own weights are fp32."""
+    cache: TeacherCache | None = None
     matches: tuple[tuple[float, Matching], ...] = ()
     """What inside of the two is compared beside their outputs, and by which weight."""
 
@@ -73,7 +78,7 @@ class _Objective:
 
     def __init__(self, room: Classroom) -> None:
         self.room = room
-        self._held_out: list[tuple[Batch, Tensor]] = []
+        self._held_out: list[tuple[Batch, Any]] = []
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The student's parameters by name, and those of projections."""
@@ -108,35 +113,31 @@ class _Objective:
         return total / weight
 
     @torch.no_grad()
-    def _taught(self, batch: Batch) -> Tensor:
+    def _taught(self, batch: Batch) -> Any:
         return self._outputs(self.room.teacher, batch)
 
     def _outputs(self, model: Any, batch: Batch) -> Tensor:
         raise NotImplementedError
 
-    def _loss(self, batch: Batch, taught: Tensor) -> Tensor:
+    def _loss(self, batch: Batch, taught: Any) -> Tensor:
         raise NotImplementedError
 
 
 class NextToken(_Objective):
     """A language model is taught the teacher's distribution of the next token, and the token itself."""
 
-    def _outputs(self, model: Any, batch: Batch) -> Tensor:
-        hidden: Tensor = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-        return hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    @torch.no_grad()
+    def _taught(self, batch: Batch) -> Teacher:
+        if self.room.cache is not None:
+            return self.room.cache.read(batch.numbers, self.room.device)
+        return states_of(self.room.teacher, batch)
 
-    def _loss(self, batch: Batch, taught: Tensor) -> Tensor:
+    def _loss(self, batch: Batch, taught: Teacher) -> Tensor:
         with self.room.autocast():
-            hidden = self._outputs(self.room.student, batch)
+            states = states_of(self.room.student, batch)
         blend = Blend(self.room.spec.temperature, self.room.spec.hard_label_weight)
-        return token_loss(
-            hidden.to(self.room.dtype),
-            head_of(self.room.student),
-            taught,
-            head_of(self.room.teacher),
-            batch.ids[:, 1:].reshape(-1),
-            blend,
-        )
+        labels = batch.ids[:, 1:].reshape(-1)
+        return token_loss(states.hidden.to(self.room.dtype), states.head, taught, labels, blend)
 
 
 class Classes(_Objective):
@@ -190,13 +191,13 @@ class Embeddings(_Objective):
 
 def objective_for(room: Classroom, facts: ModelFacts, original: Path) -> _Objective:
     """What a model of this kind is taught. Raises UnsupportedForModel when its outputs are not the teacher's."""
-    models = (room.student, room.teacher)
     if facts.family is Family.CAUSAL_LM:
-        rows = [model.get_output_embeddings().weight.shape[0] for model in models]
-        _check_equal("rows in their output layers", rows)
+        ours = room.student.get_output_embeddings().weight.shape[0]
+        theirs = head_of(room.teacher).weight.shape[0] if room.cache is None else room.cache.vocabulary
+        _check_equal("rows in their output layers", [ours, theirs])
         return NextToken(room)
     if facts.architecture.endswith("ForSequenceClassification"):
-        _check_equal("classes", [model.config.num_labels for model in models])
+        _check_equal("classes", [model.config.num_labels for model in (room.student, room.teacher)])
         return Classes(room)
     return Embeddings(room, first_token=pools_first_token(original))
 
@@ -207,6 +208,12 @@ def _check_equal(what: str, counts: list[int]) -> None:
             f"The student has {counts[0]} {what}, the teacher {counts[1]}.",
             hint="Choose a student whose outputs mean the same as the teacher's.",
         )
+
+
+def states_of(model: Any, batch: Batch) -> TeacherStates:
+    """The last hidden states of all tokens that have a next one, and the head that reads them."""
+    hidden: Tensor = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    return TeacherStates(hidden[:, :-1].reshape(-1, hidden.shape[-1]), head_of(model))
 
 
 def head_of(model: Any) -> Head:

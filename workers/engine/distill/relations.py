@@ -69,7 +69,8 @@ def relation_divergence(student: Tensor, teacher: Tensor, mask: Tensor) -> Tenso
 
 def _log_relations(vectors: Tensor, mask: Tensor, heads: int) -> Tensor:
     """(texts, tokens, width) -> log-probabilities (texts, heads, tokens, tokens)."""
-    apart = vectors.unflatten(-1, (heads, -1)).transpose(1, 2)
+    texts, tokens, _ = vectors.shape
+    apart = vectors.view(texts, tokens, heads, -1).transpose(1, 2)
     products = apart @ apart.transpose(2, 3) / math.sqrt(apart.shape[-1])
     return products.masked_fill(mask[:, None, None, :] == 0, -math.inf).log_softmax(-1)
 

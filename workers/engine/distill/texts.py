@@ -30,10 +30,12 @@ class Batch:
 
     ids: Tensor
     mask: Tensor
+    numbers: tuple[int, ...] = ()
+    """Which sequences of the text these are: those that are held out are numbered after the others."""
 
     def to(self, device: str) -> Batch:
         """The same on another device."""
-        return Batch(self.ids.to(device), self.mask.to(device))
+        return Batch(self.ids.to(device), self.mask.to(device), self.numbers)
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,13 @@ class TrainingText:
         """
         generator = torch.Generator().manual_seed(self.seed)
         pool = self.batch_size * min(_POOLED_BATCHES, max(1, len(self.sequences) // self.batch_size))
-        waiting: list[Tensor] = []
+        waiting: list[int] = []
         while True:
             for index in torch.randperm(len(self.sequences), generator=generator).tolist():
-                waiting.append(self.sequences[index])
+                waiting.append(index)
                 if len(waiting) == pool:
-                    alike = _in_batches(sorted(waiting, key=len), self.batch_size, self.padding)
+                    waiting.sort(key=lambda number: len(self.sequences[number]))
+                    alike = _in_batches(self.sequences, waiting, self.batch_size, self.padding)
                     yield from (alike[number] for number in torch.randperm(len(alike), generator=generator))
                     waiting = []
 
@@ -66,15 +69,21 @@ class TrainingText:
         """A little of what is trained on, from all over it, in batches."""
         tokens = sum(len(sequence) for sequence in self.sequences)
         count = min(len(self.sequences), max(2, _SAMPLE_TOKENS * len(self.sequences) // tokens))
-        chosen = [self.sequences[index * len(self.sequences) // count] for index in range(count)]
-        return _in_batches(chosen, self.batch_size, self.padding)
+        chosen = [index * len(self.sequences) // count for index in range(count)]
+        return _in_batches(self.sequences, chosen, self.batch_size, self.padding)
+
+    def everything(self, first: int) -> Iterator[Batch]:
+        """All sequences by their numbers, those held out last, from number `first` on."""
+        held_out = [row[mask.bool()] for batch in self.held_out for row, mask in zip(batch.ids, batch.mask, strict=True)]  # fmt: skip
+        sequences = [*self.sequences, *held_out]
+        yield from _in_batches(sequences, range(first, len(sequences)), self.batch_size, self.padding)
 
 
-def padded(sequences: Sequence[Tensor], padding: int) -> Batch:
+def padded(sequences: Sequence[Tensor], padding: int, numbers: Sequence[int] = ()) -> Batch:
     """Sequences of any lengths as one batch, padded at the end."""
     ids = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=padding)
     lengths = torch.tensor([len(sequence) for sequence in sequences])
-    return Batch(ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long())
+    return Batch(ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long(), tuple(numbers))
 
 
 def stream_text(
@@ -131,17 +140,20 @@ def _text(
 ) -> TrainingText:
     padding = tokenizer.pad_token_id or 0
     size = min(spec.batch_size, len(head))
-    held_out = _in_batches(tail, spec.batch_size, padding)
+    numbers = range(len(head), len(head) + len(tail))
+    held_out = _in_batches([*head, *tail], numbers, spec.batch_size, padding)
     return TrainingText(tuple(head), held_out, size, padding, seed)
 
 
-def _in_batches(sequences: list[Tensor], size: int, padding: int) -> tuple[Batch, ...]:
-    batches = [sequences[start : start + size] for start in range(0, len(sequences), size)]
+def _in_batches(
+    sequences: Sequence[Tensor], numbers: Sequence[int], size: int, padding: int
+) -> tuple[Batch, ...]:
+    batches = [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
     # One text alone is like nothing: it joins the batch before.
     if len(batches) > 1 and len(batches[-1]) == 1 < size:
         alone = batches.pop()
         batches[-1] += alone
-    return tuple(padded(batch, padding) for batch in batches)
+    return tuple(padded([sequences[number] for number in batch], padding, batch) for batch in batches)
 
 
 def _split(text: str, held_out_fraction: float) -> tuple[str, str]:

@@ -1,0 +1,152 @@
+"""What a training needs before its first step: the student's files, and the teacher or what it says."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.spec.architectures import architecture_in
+from app.spec.compatibility import blocks_cut
+from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel
+from workers.engine.architectures.block_removal import number_of_blocks, remove_blocks
+from workers.engine.architectures.loading import load_model
+from workers.engine.checkpoint import Checkpoint
+from workers.engine.distill.blocks import blocks_of, recompute_activations
+from workers.engine.distill.cut import least_missed, without
+from workers.engine.distill.hidden_states import HiddenStates, evenly_matched, stands_for
+from workers.engine.distill.objectives import (
+    Classroom,
+    Matching,
+    head_of,
+    objective_for,
+    states_of,
+    width_of,
+)
+from workers.engine.distill.relations import Relations
+from workers.engine.distill.teacher_cache import Likeliest, TeacherCache, likeliest
+from workers.engine.distill.texts import TrainingText
+from workers.engine.technique import StepContext
+
+PREPARING = 0.1
+"""Share of the step's progress."""
+_CUTTING = 0.05
+
+
+@contextmanager
+def student_directory(
+    spec: DistillLogits, context: StepContext, text: TrainingText, journal: Path
+) -> Iterator[tuple[Path, list[int]]]:
+    """The student before training, and which of the teacher's blocks it does without."""
+    if isinstance(spec.student, StudentFromModel):
+        if context.student is None:
+            raise ValueError("the spec names a student, and none was fetched")
+        yield context.student, []
+    elif isinstance(spec.student, StudentFromDepthCut):
+        choice = journal / "cut.json"
+        if not choice.is_file():
+            choice.write_text(json.dumps(_blocks_to_cut(spec, spec.student.drop_ratio, context, text)))
+        dropped: list[int] = json.loads(choice.read_text())
+        with tempfile.TemporaryDirectory(dir=context.target.parent, prefix="student-") as cut:
+            remove_blocks(
+                context.original,
+                Path(cut),
+                dropped,
+                max_shard_bytes=context.max_shard_bytes,
+                progress=lambda _, message: context.progress(_CUTTING, message),
+            )
+            yield Path(cut), dropped
+    else:
+        yield context.source, []
+
+
+def _blocks_to_cut(
+    spec: DistillLogits, drop_ratio: float, context: StepContext, text: TrainingText
+) -> list[int]:
+    checkpoint = Checkpoint.open(context.original)
+    blocks = number_of_blocks(checkpoint.config)
+    first = 1 if architecture_in(checkpoint.config).keeps_first_block else 0
+    dtype = _compute_dtype(context.device)
+    teacher = load_model(context.original, dtype=dtype, device=context.device)
+    room = Classroom(teacher, teacher, spec, text.sample(), context.device, dtype)
+    whole = objective_for(room, context.facts, context.original)
+    # What the teacher says of the text is kept from here on, before blocks are left out.
+    whole.held_out_loss(lambda: context.progress(0.0, "what the teacher says"))
+
+    def loss_without(gone: Collection[int]) -> float:
+        with without(blocks_of(teacher), gone):
+            return whole.held_out_loss(
+                lambda: context.progress(0.0, f"without {' '.join(map(str, sorted(gone)))}")
+            )
+
+    return least_missed(loss_without, range(first, blocks), blocks_cut(drop_ratio, blocks))
+
+
+def classroom(
+    spec: DistillLogits,
+    context: StepContext,
+    directory: Path,
+    text: TrainingText,
+    dropped: list[int],
+    journal: Path,
+) -> Classroom:
+    """Load the student from `directory`, and the teacher or what it said of the text, kept in `journal`."""
+    dtype = _compute_dtype(context.device)
+    teacher, cache = load_model(context.original, dtype=dtype, device=context.device), None
+    if spec.cached_logits is not None:
+        cache = _cached(teacher, spec.cached_logits, spec, context, text, journal)
+        teacher = None
+    student = load_model(directory, dtype=torch.float32, device=context.device)
+    if spec.gradient_checkpointing:
+        recompute_activations(student)
+    matches = tuple(_matches(spec, student, teacher, dropped))
+    return Classroom(student, teacher, spec, text.held_out, context.device, dtype, cache, matches)
+
+
+def _cached(
+    teacher: Any, k: int, spec: DistillLogits, context: StepContext, text: TrainingText, journal: Path
+) -> TeacherCache:
+    vocabulary = head_of(teacher).weight.shape[0]
+    tokens = len(text.sequences[0]) - 1
+    cache = TeacherCache(journal / "teacher", tokens=tokens, k=k, vocabulary=vocabulary)
+
+    @torch.inference_mode()
+    def said() -> Iterator[Likeliest]:
+        for batch in text.everything(cache.records):
+            states = states_of(teacher, batch.to(context.device))
+            yield likeliest(states, k=k, temperature=spec.temperature)
+
+    total = len(text.sequences) + sum(len(batch.ids) for batch in text.held_out)
+    cache.write(
+        said(),
+        lambda done: context.progress(
+            _CUTTING + (PREPARING - _CUTTING) * done / total,
+            f"what the teacher says of text {done} of {total}",
+        ),
+    )
+    return cache
+
+
+def _matches(
+    spec: DistillLogits, student: Any, teacher: Any, dropped: list[int]
+) -> Iterator[tuple[float, Matching]]:
+    if spec.hidden_weight > 0:
+        blocks = [len(blocks_of(model)) for model in (student, teacher)]
+        kept = [index for index in range(blocks[1]) if index not in dropped]
+        matched = stands_for(kept, blocks[1]) if dropped else evenly_matched(*blocks)
+        hidden = HiddenStates(student, teacher, (width_of(student), width_of(teacher)), matched)
+        yield spec.hidden_weight, hidden.to(student.device)
+    if spec.relation_weight > 0:
+        yield spec.relation_weight, Relations(student, teacher)
+
+
+def _compute_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively; emulated it is slower than fp32."""
+    if device == "cpu":
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32  # noqa: SLF001
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
