@@ -147,12 +147,16 @@ class CompressionSpec(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _narrowed_before_it_is_sparse(self) -> CompressionSpec:
+    def _zeros_are_not_filled(self) -> CompressionSpec:
         is_sparse = False
         for number, step in enumerate(self.steps):
             if is_sparse and isinstance(step, PruneWidth | PruneHeads):
                 raise ValueError(
                     f"steps/{number}: {step.technique} would fill the zeros of the step before it: put it first"
+                )
+            if is_sparse and isinstance(step, DistillLogits) and step.lora_rank is not None:
+                raise ValueError(
+                    f"steps/{number}: lora_rank would fill the zeros of the step before it: leave it out, and they are held"
                 )
             is_sparse |= isinstance(step, PruneMagnitude | PruneCalibrated)
         return self

@@ -63,6 +63,10 @@ class DistillLogits(Step):
     """Write down the teacher's so many likeliest next tokens of all text before training, in 4 bytes each (6 for more
     than 65,536 tokens in the vocabulary), and train without the teacher in memory. Null: the teacher stays. Language
     models alone, and outputs alone."""
+    lora_rank: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Train thin matrices of this rank beside the linear layers of the blocks (LoRA, Hu et al. 2022) and add them to the
+    weights at the end: a fraction of the memory; give it a learning_rate some five times as large. Null: train all weights.
+    Not after pruning to zeros, which they would fill."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
     """Peak rate of AdamW; warmed up over 5 % of the steps, then cosine to a tenth."""
     max_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 200

@@ -195,10 +195,18 @@ def _(step: DistillLogits, on: Surroundings) -> int:
         # What enters each block, and one block as a whole.
         activations = activations // on.after.blocks + 4 * tokens * on.facts.hidden_size * on.after.blocks
     logits = TRAINING_LOGITS_COPIES * 4 * tokens * outputs_per_token(on.facts)
-    student = TRAINING_BYTES_PER_PARAMETER * on.after.dense_parameters
+    student = _trained_bytes(step, on)
     if step.cached_logits is not None:
         return logits + max(loaded_bytes(on.original), student + activations)
     return loaded_bytes(on.original) + student + activations + logits
+
+
+def _trained_bytes(step: DistillLogits, on: Surroundings) -> int:
+    """Weights, gradients and moments of a student: of all its weights, or of adapters beside them."""
+    if step.lora_rank is None:
+        return TRAINING_BYTES_PER_PARAMETER * on.after.dense_parameters
+    thin = step.lora_rank * sum(sum(t.shape) for t in compressible(on.after))
+    return loaded_bytes(on.after) + TRAINING_BYTES_PER_PARAMETER * thin
 
 
 @step_memory.register

@@ -210,3 +210,9 @@ def test_a_body_over_the_limit_is_refused_when_its_length_is_not_told(
     answer = client.post("/v1/jobs", content=chunks, headers={"Content-Type": "application/json"})
     assert answer.status_code == 413
     assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_adapters_that_would_fill_pruned_zeros_are_refused(client: TestClient) -> None:
+    distill = {"technique": "distill.logits", "student": {"source": "previous_step"}, "lora_rank": 8}
+    found = spec_faults(client, {"technique": "prune.magnitude"}, distill)
+    assert any("fill the zeros" in words for words in found.values())

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import BLOCKS, facts_of, tiny_model, write_text
+from tiny_models import BLOCKS, changed, facts_of, tiny_model, write_text
 
 from app.errors import InvalidRequest, UnsupportedForModel
 from app.spec.architectures import ARCHITECTURES, block_index
@@ -206,6 +206,34 @@ def test_a_killed_cache_is_gone_on_with(tiny: Callable[[str], Path], text: Path,
     assert not any(message.startswith("what the teacher says of text 8 ") for message in said)
     files = [tmp_path / name / "model.safetensors" for name in ("b", "c")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "BertModel"])
+def test_low_rank_recovery_leaves_a_plain_student_that_learned(
+    architecture: str, tiny: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    spec = {"lora_rank": 4, "student": {"source": "depth_cut", "drop_ratio": 0.5}}
+    outcome = _run(tiny(architecture), tmp_path / "out", text, spec)
+    assert outcome.warnings == ()
+    cut = {f.name for f in facts_of(tiny(architecture)).tensors if (block_index(f.name) or 0) < BLOCKS // 2}
+    assert {f.name for f in facts_of(tmp_path / "out").tensors} == cut
+    load_model(tmp_path / "out")
+    assert all(layer.relative_error > 0 for layer in outcome.layers if layer.action == "trained")
+
+
+def test_low_rank_recovery_of_a_pruned_student_is_refused(
+    tiny: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    source = changed(tiny("LlamaForCausalLM"), tmp_path / "source", _half_to_zero)
+    spec = {"lora_rank": 4, "student": {"source": "previous_step"}}
+    with pytest.raises(InvalidRequest, match="fill their zeros"):
+        _run(tiny("LlamaForCausalLM"), tmp_path / "out", text, spec, source=source)
+
+
+def _half_to_zero(tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2:
+            tensors[name] = torch.nn.functional.dropout(tensor, 0.5)
 
 
 def test_a_narrower_encoder_is_taught_similarities_alone(

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from app.errors import InvalidRequest
 from app.spec.architectures import block_index, is_compressible, with_block_index
 from app.spec.base import Family
 from app.spec.distill import DistillLogits
@@ -43,7 +44,7 @@ def distill_logits(spec: DistillLogits, context: StepContext) -> StepOutcome:
     """Train a student on the training text by the original's outputs and write its best state.
 
     Raises UnsupportedForModel when the student cannot be compared with the teacher, InvalidRequest when the text is
-    too short.
+    too short or low-rank adapters would fill pruned weights.
     """
     torch.manual_seed(context.seed)
     text = _training_text(spec, context)
@@ -54,16 +55,25 @@ def distill_logits(spec: DistillLogits, context: StepContext) -> StepOutcome:
         tokenizers = [load_tokenizer(place) for place in (directory, context.original)]
         check_fit(directory, context.original, *tokenizers)
         room = classroom(spec, context, directory, text, dropped, journal.directory)
+        zeros = zeros_to_hold(room.student)
+        if zeros and room.adapters is not None:
+            raise InvalidRequest(
+                f"{len(zeros)} layers of the student are pruned, and low-rank adapters would fill their zeros.",
+                code="adapters_fill_zeros",
+                hint="Leave lora_rank out: training of all weights holds the zeros.",
+            )
         training = train(
             objective_for(room, context.facts, context.original),
             text.batches(),
             spec,
-            zeros=zeros_to_hold(room.student),
+            zeros=zeros,
             snapshots=Snapshots(journal.directory),
             progress=lambda share, message: context.progress(
                 PREPARING + (_TRAINING - PREPARING) * share, message
             ),
         )
+        if room.adapters is not None:
+            room.adapters.merge()
         context.progress(_TRAINING, "writing the student")
         outcomes = write_student(
             room.student,

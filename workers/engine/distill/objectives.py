@@ -26,6 +26,7 @@ from workers.engine.distill.losses import (
     soft_loss,
     token_loss,
 )
+from workers.engine.distill.low_rank import LowRank
 from workers.engine.distill.teacher_cache import TeacherCache
 from workers.engine.distill.texts import Batch
 
@@ -63,6 +64,8 @@ class Classroom:
     dtype: torch.dtype
     """Of matrix products; the student's own weights are fp32."""
     cache: TeacherCache | None = None
+    adapters: LowRank | None = None
+    """What is trained in place of the student's own weights."""
     matches: tuple[tuple[float, Matching], ...] = ()
     """What inside of the two is compared beside their outputs, and by which weight."""
 
@@ -81,8 +84,8 @@ class _Objective:
         self._held_out: list[tuple[Batch, Any]] = []
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The student's parameters by name, and those of projections."""
-        parameters = dict(self.room.student.named_parameters())
+        """What is trained, by name: the student or its adapters, and projections."""
+        parameters = dict((self.room.adapters or self.room.student).named_parameters())
         for _, matching in self.room.matches:
             parameters |= matching.named_parameters()
         return parameters

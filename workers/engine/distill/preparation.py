@@ -20,6 +20,7 @@ from workers.engine.checkpoint import Checkpoint
 from workers.engine.distill.blocks import blocks_of, recompute_activations
 from workers.engine.distill.cut import least_missed, without
 from workers.engine.distill.hidden_states import HiddenStates, evenly_matched, stands_for
+from workers.engine.distill.low_rank import LowRank
 from workers.engine.distill.objectives import (
     Classroom,
     Matching,
@@ -102,10 +103,11 @@ def classroom(
         cache = _cached(teacher, spec.cached_logits, spec, context, text, journal)
         teacher = None
     student = load_model(directory, dtype=torch.float32, device=context.device)
+    adapters = None if spec.lora_rank is None else LowRank(student, spec.lora_rank)
     if spec.gradient_checkpointing:
         recompute_activations(student)
     matches = tuple(_matches(spec, student, teacher, dropped))
-    return Classroom(student, teacher, spec, text.held_out, context.device, dtype, cache, matches)
+    return Classroom(student, teacher, spec, text.held_out, context.device, dtype, cache, adapters, matches)
 
 
 def _cached(
