@@ -208,14 +208,17 @@ def times_faster(teacher: Path, student: Path, texts: list[str]) -> float:
 
 
 @torch.inference_mode()
-def ln_perplexity(directory: Path, text: Path) -> float:
+def ln_perplexity(
+    directory: Path, text: Path, *, windows: int = WINDOWS, length: int = WINDOW_TOKENS
+) -> float:
     """Mean over windows, evenly spread over the text, of the cross-entropy of each token but the first."""
     model, tokenizer = load_model(directory), load_tokenizer(directory)
+    length = min(length, model.config.max_position_embeddings)
     ids = torch.tensor(tokenizer(text.read_text(), add_special_tokens=False, verbose=False)["input_ids"])
     losses = []
-    for number in range(WINDOWS):
-        start = number * (len(ids) - WINDOW_TOKENS) // (WINDOWS - 1)
-        window = ids[start : start + WINDOW_TOKENS]
+    for number in range(windows):
+        start = number * (len(ids) - length) // max(1, windows - 1)
+        window = ids[start : start + length]
         logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
         losses.append(float(functional.cross_entropy(logits, window[1:])))
     return statistics.fmean(losses)

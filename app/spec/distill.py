@@ -12,6 +12,9 @@ from app.spec.base import Frozen, Step
 class StudentFromDepthCut(Frozen):
     """The student is the teacher without the blocks that its outputs miss least on the training text."""
 
+    LOOK_TOKENS: ClassVar[int] = 512
+    """Of training text, on which it is seen what the outputs miss."""
+
     source: Literal["depth_cut"] = "depth_cut"
     drop_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Share of the teacher's blocks that the student does without."""
@@ -65,8 +68,8 @@ class DistillLogits(Step):
     models alone, and outputs alone."""
     lora_rank: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Train thin matrices of this rank beside the linear layers of the blocks (LoRA, Hu et al. 2022) and add them to the
-    weights at the end: a fraction of the memory; give it a learning_rate some five times as large. Null: train all weights.
-    Not after pruning to zeros, which they would fill."""
+    weights at the end: gradients and optimizer state of those alone. They bear a larger learning_rate. Null: train all
+    weights. Not after pruning to zeros, which they would fill."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
     """Peak rate of AdamW; warmed up over 5 % of the steps, then cosine to a tenth."""
     max_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 200

@@ -13,7 +13,7 @@ from app.spec.architectures import ARCHITECTURES
 from app.spec.attention_heads import reads_heads
 from app.spec.base import Step
 from app.spec.calibration_memory import calibrated_bytes, gradient_bytes
-from app.spec.distill import DistillLogits
+from app.spec.distill import DistillLogits, StudentFromDepthCut
 from app.spec.facts import ModelFacts
 from app.spec.feed_forward import is_reader
 from app.spec.gguf import QuantizeGguf
@@ -307,7 +307,17 @@ def _(step: DistillLogits, on: Surroundings) -> float:
     products = (8 if step.gradient_checkpointing else 6) * on.after.dense_parameters
     products += 2 * on.original.dense_parameters
     training = on.facts.active_share() * products * tokens / FLOPS_PER_SECOND
-    return min(training, step.max_seconds or training)
+    return _choosing_seconds(step, on) + min(training, step.max_seconds or training)
+
+
+def _choosing_seconds(step: DistillLogits, on: Surroundings) -> float:
+    """Seconds to see which blocks a student cut from its teacher can best do without."""
+    if not isinstance(step.student, StudentFromDepthCut):
+        return 0.0
+    count = on.original.blocks - on.after.blocks
+    # Each alone; then, while one is to go after another, those that are left of twice as many.
+    looks = on.original.blocks + sum(2 * count - gone for gone in range(1, count))
+    return looks * step.student.LOOK_TOKENS * on.forward_flops / FLOPS_PER_SECOND
 
 
 @working_seconds.register

@@ -9,6 +9,8 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+# For tiny_models.
+sys.path.append(str(Path(__file__).parents[1] / "engine"))
 
 from synthetic_llama import Shape, make_llama  # noqa: E402
 

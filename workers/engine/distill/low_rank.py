@@ -29,7 +29,7 @@ class LowRank(nn.Module):
     def __init__(self, model: Any, rank: int) -> None:
         super().__init__()
         model.requires_grad_(False)
-        self._layers: dict[str, nn.Module] = {}
+        self._layers: dict[str, Any] = {}
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         for name, weight in model.named_parameters():
             if not is_compressible(name, tuple(weight.shape)) or is_router(name):

@@ -74,7 +74,9 @@ def _blocks_to_cut(
     first = 1 if architecture_in(checkpoint.config).keeps_first_block else 0
     dtype = _compute_dtype(context.device)
     teacher = load_model(context.original, dtype=dtype, device=context.device)
-    room = Classroom(teacher, teacher, spec, text.sample(), context.device, dtype)
+    room = Classroom(
+        teacher, teacher, spec, text.sample(StudentFromDepthCut.LOOK_TOKENS), context.device, dtype
+    )
     whole = objective_for(room, context.facts, context.original)
     # What the teacher says of the text is kept from here on, before blocks are left out.
     whole.held_out_loss(lambda: context.progress(0.0, "what the teacher says"))

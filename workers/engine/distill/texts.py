@@ -18,8 +18,6 @@ from workers.engine.calibration.windows import longest_window
 
 # More would cost time at every look without changing when to stop.
 _HELD_OUT_TOKENS = 2048
-# What leaving out one block or another costs differs by more than so much text leaves in doubt.
-_SAMPLE_TOKENS = 512
 # Batches whose sequences are sorted by length together.
 _POOLED_BATCHES = 16
 
@@ -65,10 +63,10 @@ class TrainingText:
                     yield from (alike[number] for number in torch.randperm(len(alike), generator=generator))
                     waiting = []
 
-    def sample(self) -> tuple[Batch, ...]:
-        """A little of what is trained on, from all over it, in batches."""
+    def sample(self, tokens_wanted: int) -> tuple[Batch, ...]:
+        """About so many tokens of what is trained on, from all over it, in batches."""
         tokens = sum(len(sequence) for sequence in self.sequences)
-        count = min(len(self.sequences), max(2, _SAMPLE_TOKENS * len(self.sequences) // tokens))
+        count = min(len(self.sequences), max(2, tokens_wanted * len(self.sequences) // tokens))
         chosen = [index * len(self.sequences) // count for index in range(count)]
         return _in_batches(self.sequences, chosen, self.batch_size, self.padding)
 
