@@ -1,4 +1,4 @@
-"""Datasets: text of your own to calibrate, train and evaluate on."""
+"""Datasets: text or images of your own to calibrate, train and evaluate on."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from app.api.problems import problem_responses
 from app.db import tables
 from app.services import datasets
 from app.spec.documented import Documented
+from app.spec.image_set import ImageSetFacts
 
 router = APIRouter(prefix="/datasets", tags=["datasets"], route_class=IdempotentRoute)
 
@@ -33,22 +34,24 @@ class CreateDataset(Documented):
     )
 
     upload: UploadId
-    """Id of a completed upload: a .txt, or a .jsonl."""
+    """Id of a completed upload: a .txt or .jsonl of text, or an .npz or .safetensors of images."""
     name: DisplayName | None = None
     """What to call it; for people. Left out: the file's name."""
 
 
 class Dataset(Documented):
-    """Text, kept as UTF-8 with documents separated by blank lines."""
+    """Text, kept as UTF-8 with documents separated by blank lines; or images, kept as safetensors."""
 
     id: str = Field(examples=["dst_01k0b6x2v9m4c8d7e5f3g1h0j2"])
     name: str = Field(examples=["support-chats.jsonl"])
     format: str = Field(examples=["jsonl"])
-    """What it came as: `txt` or `jsonl`."""
+    """What it came as: `txt` or `jsonl`; `npz` or `safetensors` of images."""
     bytes: int = Field(examples=[1048576])
-    """Bytes of the text as it is kept."""
+    """Bytes as it is kept."""
     sha256: str
-    """sha256 of the text as it is kept, in hex; reports quote it."""
+    """sha256 of it as it is kept, in hex; reports quote it."""
+    images: ImageSetFacts | None
+    """How many images, of which size, and their labels; null for text."""
     created_at: datetime
     url: str
 
@@ -61,7 +64,7 @@ class Dataset(Documented):
     responses=problem_responses(404, 409, 422, 507),
 )
 def create_dataset(body: CreateDataset, settings: CurrentSettings, response: Response) -> Dataset:
-    """Check the text and keep it. The upload is used up, whether the text is accepted or refused."""
+    """Check the text or the images and keep them. The upload is used up, whether it is accepted or refused."""
     return _created(datasets.create_from_upload(stores_of(settings), body.upload, body.name), response)
 
 
@@ -86,7 +89,11 @@ async def put_dataset_content(
     ],
     content_digest: ContentDigest = None,
 ) -> Dataset:
-    """Send a .txt (UTF-8; blank lines separate documents) or a .jsonl (one `{"text": …}` a line) as the raw body."""
+    """Send a .txt (UTF-8; blank lines separate documents) or a .jsonl (one `{"text": …}` a line) as the raw body.
+
+    Or images: an .npz or a .safetensors of `images` (or `x`), uint8 of (images, height, width, channels) or (images,
+    channels, height, width) as they are before any preprocessing, and, if they have any, `labels` (or `y`), integers from 0.
+    """
     dataset = await datasets.create_from_body(
         stores_of(settings), chunks_of(request), file_name=name, sha256=parse_digest(content_digest)
     )
@@ -127,6 +134,7 @@ def _shown(dataset: tables.Dataset) -> Dataset:
         format=dataset.format,
         bytes=dataset.bytes,
         sha256=dataset.sha256,
+        images=None if dataset.images is None else ImageSetFacts.model_validate(dataset.images),
         created_at=datetime.fromtimestamp(dataset.created_at, UTC),
         url=f"/v1/datasets/{dataset.id}",
     )

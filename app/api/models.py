@@ -23,6 +23,7 @@ from app.settings import Settings
 from app.spec.base import Family
 from app.spec.documented import Documented
 from app.spec.facts import ModelFacts
+from app.spec.preprocessing import Preprocessing
 from app.storage import get_staging, get_store
 
 router = APIRouter(prefix="/models", tags=["models"], route_class=IdempotentRoute)
@@ -118,10 +119,13 @@ class Model(Documented):
     """What most weights are stored in."""
     hidden_size: int = Field(examples=[576])
     num_blocks: int = Field(examples=[30])
-    """Transformer blocks (layers)."""
+    """Transformer blocks (layers); 0 in a convolutional network."""
     vocab_size: int = Field(examples=[49152])
+    """0 for models of images."""
     max_positions: int = Field(examples=[8192])
-    """Longest context, in tokens."""
+    """Longest context, in tokens; of a vision transformer, the tokens an image becomes."""
+    preprocessing: Preprocessing | None
+    """What becomes of an image before the model sees it; null for models of text."""
     tied_embeddings: bool
     num_labels: int | None
     """Outputs of the classification head; null where there is none."""
@@ -258,6 +262,7 @@ def model_view(state: ModelState) -> Model:
         max_positions=facts.max_positions,
         tied_embeddings=facts.tied_embeddings,
         num_labels=facts.num_labels,
+        preprocessing=facts.preprocessing,
         bytes=model.bytes,
         sha256=model.sha256,
         files=[

@@ -92,7 +92,7 @@ class ModelFile(Base):
 
 
 class Dataset(Base):
-    """Text to calibrate, train or evaluate on: one file in the store."""
+    """Text or images to calibrate, train or evaluate on: one file in the store."""
 
     __tablename__ = "datasets"
 
@@ -101,6 +101,8 @@ class Dataset(Base):
     format: Mapped[str]
     bytes: Mapped[int]
     sha256: Mapped[str] = mapped_column(index=True)
+    images: Mapped[dict[str, Any] | None]
+    """Facts of a set of images; null for text."""
     created_at: Mapped[float] = mapped_column(default=db_now())
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import IntakeError
-from app.intake.names import CONFIG, INDEX, Selection
+from app.intake.config_values import config_integer
+from app.intake.image_models import check_image_shapes, image_values
+from app.intake.names import CONFIG, INDEX, PREPROCESSOR, Selection
 from app.intake.refusals import refused
 from app.intake.safetensors_header import read_header
 from app.intake.shapes import check_shapes
@@ -23,8 +25,8 @@ _MAX_CONFIG_BYTES = 2**20
 # Gemma's tokenizer_config.json lists every added token: more than 1 MB.
 _MAX_JSON_BYTES = 16 * 2**20
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_CODE_CONFIGS = (CONFIG, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
-_HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+_CODE_CONFIGS = (CONFIG, "tokenizer_config.json", "processor_config.json", PREPROCESSOR)
+_HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight", "classifier.1.weight")
 _TIED_KEY = "tie_word_embeddings"
 _EXPERTS_KEY = "num_experts_per_tok"
 
@@ -40,22 +42,43 @@ def huggingface_facts(files: Mapping[str, Path], selection: Selection) -> ModelF
         parameters=sum(t.elements for t in tensors),
         dtype=_main_dtype(tensors),
         weight_bytes=sum(files[name].stat().st_size for name in selection.weights),
-        hidden_size=_integer(config, architecture.hidden_key),
-        num_blocks=_integer(config, architecture.blocks_key),
-        vocab_size=_integer(config, "vocab_size"),
-        max_positions=_integer(config, architecture.positions_key),
-        tied_embeddings=_is_tied(config, architecture, tensors),
         num_labels=_num_labels(architecture, tensors),
-        experts_per_token=_integer(config, _EXPERTS_KEY) if architecture.expert_layers else None,
-        attention_heads=_integer(config, HEADS_KEY) if HEADS_KEY in config else None,
-        key_value_heads=_integer(config, GROUPS_KEY) if config.get(GROUPS_KEY) is not None else None,
         tensors=tensors,
+        **_values(files, config, architecture, tensors),
     )
-    key = architecture.embedding_key
-    check_shapes(facts, CONFIG, embedding_size=_integer(config, key) if key and key in config else None)
-    _check_experts(facts)
+    if architecture.takes_images:
+        check_image_shapes(facts, config)
+    else:
+        key = architecture.embedding_key
+        check_shapes(
+            facts, CONFIG, embedding_size=config_integer(config, key) if key and key in config else None
+        )
+        _check_experts(facts)
     _check_dtypes(facts)
     return facts
+
+
+def _values(
+    files: Mapping[str, Path],
+    config: dict[str, Any],
+    architecture: Architecture,
+    tensors: tuple[TensorFact, ...],
+) -> dict[str, Any]:
+    """What the config says of a model's sizes, by the names of the facts."""
+    if architecture.takes_images:
+        if PREPROCESSOR not in files:
+            raise refused("preprocessor_missing", f"There is no {PREPROCESSOR} beside the weights.")
+        return image_values(config, _json(files[PREPROCESSOR], PREPROCESSOR), architecture, tensors)
+    return {
+        "hidden_size": config_integer(config, architecture.hidden_key),
+        "num_blocks": config_integer(config, architecture.blocks_key),
+        "vocab_size": config_integer(config, "vocab_size"),
+        "max_positions": config_integer(config, architecture.positions_key),
+        "tied_embeddings": _is_tied(config, architecture, tensors),
+        "experts_per_token": config_integer(config, _EXPERTS_KEY) if architecture.expert_layers else None,
+        "attention_heads": config_integer(config, HEADS_KEY) if HEADS_KEY in config else None,
+        "key_value_heads": config_integer(config, GROUPS_KEY) if config.get(GROUPS_KEY) is not None else None,
+    }
 
 
 def _config(files: Mapping[str, Path]) -> tuple[dict[str, Any], Architecture]:
@@ -169,13 +192,6 @@ def _main_dtype(tensors: tuple[TensorFact, ...]) -> str:
         if block_index(tensor.name) is not None:
             totals[tensor.dtype] += math.prod(tensor.shape)
     return totals.most_common(1)[0][0] if totals else tensors[0].dtype
-
-
-def _integer(config: dict[str, Any], key: str) -> int:
-    value = config.get(key)
-    if type(value) is not int or not 0 < value < 2**31:
-        raise refused("config_invalid", f"config.json has no usable {key}: {str(value)[:50]!r}.")
-    return value
 
 
 def _json(path: Path, name: str) -> dict[str, Any]:

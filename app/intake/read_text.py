@@ -23,15 +23,14 @@ _READ_BYTES = 2**20
 _MAX_LINE_BYTES = 16 * 2**20
 _BLANK_LINES = re.compile(r"\n\s*\n")
 _ACCEPTED = (
-    'Accepted for now: .txt (UTF-8, blank lines between documents) and .jsonl (one {"text": …} a line).'
+    'Accepted: text as .txt (UTF-8, blank lines between documents) and .jsonl (one {"text": …} a line), images as .npz and '
+    ".safetensors."
 )
 _BINARY = {
     "parquet": "a Parquet file",
     "numpy": "a NumPy file",
-    "zip": "a zip archive (or .npz)",
     "tar": "a tar archive",
     "tar.gz": "a gzip file",
-    "safetensors": "a safetensors file",
     "hdf5": "an HDF5 file",
     "gguf": "a GGUF model",
     "pickle": "a pickle",

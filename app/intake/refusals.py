@@ -23,7 +23,10 @@ Code = Literal[
     "file_too_large",
     "hash_mismatch",
     "header_invalid",
+    "images_invalid",
     "import_refused",
+    "preprocessing_unknown",
+    "preprocessor_missing",
     "quantized_model",
     "remote_code",
     "shard_missing",
@@ -61,7 +64,18 @@ _HINTS: dict[Code, str] = {
     "file_too_large": "Leave files out that are not part of the model.",
     "hash_mismatch": _UPLOAD_AGAIN,
     "header_invalid": _SAVE_AGAIN,
+    "images_invalid": (
+        "Save with `numpy.savez(file, images=…, labels=…)`: images uint8 of (images, height, width, channels) or "
+        "(images, channels, height, width) with 1 or 3 channels, labels integers from 0, one an image, if there are any."
+    ),
     "import_refused": "Name what can be imported: hf://org/model@revision, or file:// below the import root.",
+    "preprocessing_unknown": (
+        "Known are the image processors of ViT, DeiT, ConvNeXT (ResNet) and MobileNet, with resize, crop, rescale and normalize."
+    ),
+    "preprocessor_missing": (
+        "A model of images needs it to say how large they are and how pixels are scaled: save it with "
+        "`image_processor.save_pretrained(folder)` from transformers."
+    ),
     "quantized_model": "Upload the original in floating point: compressing twice loses quality twice.",
     "remote_code": (
         "Modelpress never runs code that comes with a model. If transformers has the architecture built in, remove "
@@ -80,7 +94,7 @@ _HINTS: dict[Code, str] = {
     "unsupported_dtype": "Save the weights as float32, float16 or bfloat16.",
     "unsupported_format": (
         "Models: a Hugging Face folder with safetensors (zip, tar, tar.gz, or separate files) or one GGUF file. "
-        'Datasets: .txt, or .jsonl with one {"text": …} a line.'
+        'Datasets: .txt, .jsonl with one {"text": …} a line, or images as .npz or .safetensors.'
     ),
     "weights_ambiguous": "Upload one set of weights: model.safetensors, or the shards of one index.",
     "weights_missing": "Put model.safetensors (or its shards and their index) beside config.json.",

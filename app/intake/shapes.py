@@ -20,7 +20,7 @@ def check_shapes(facts: ModelFacts, name: str, *, embedding_size: int | None = N
 
     `embedding_size` is the width of the word embeddings where it may differ from the hidden size.
     """
-    _check_blocks(facts, name)
+    check_blocks(facts, name)
     embedding = next((t for t in facts.tensors if t.name.endswith(_EMBEDDINGS)), None)
     if embedding is None:
         raise refused("tensor_missing", f"{name} has no word embeddings.")
@@ -34,7 +34,8 @@ def check_shapes(facts: ModelFacts, name: str, *, embedding_size: int | None = N
         _check_norm(tensor, facts.hidden_size, name)
 
 
-def _check_blocks(facts: ModelFacts, name: str) -> None:
+def check_blocks(facts: ModelFacts, name: str) -> None:
+    """Raise IntakeError unless the blocks of the tensors are as many as the config says, without a gap."""
     indices = {index for t in facts.tensors if (index := block_index(t.name)) is not None}
     if indices != set(range(facts.num_blocks)):
         missing = sorted(set(range(min(facts.num_blocks, 10_000))) - indices)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from sqlalchemy.orm import Session
 
 from app.db import model_queries
 from app.db.tables import Model
 from app.errors import Fault, InvalidRequest, UnsupportedForModel
-from app.spec.compatibility import applicable_acceptance, check_spec
+from app.spec.acceptance_checks import applicable_acceptance
+from app.spec.compatibility import check_spec
 from app.spec.compression import CompressionSpec, TextSource
 from app.spec.distill import DistillLogits, StudentFromModel
 from app.spec.facts import ModelFacts
+from app.spec.image_set import ImageSetFacts, check_datasets
 from app.spec.recipes import Recipe
 
 
@@ -33,7 +33,13 @@ def fitting_spec(
     if spec is None:
         raise InvalidRequest("Give a recipe or a spec.", faults=[Fault("", "Give `recipe` or `spec`.")])
     students, missing = _students(session, spec)
-    faults = [*missing, *_missing_datasets(session, spec), *check_spec(spec, facts, students)]
+    unknown, sets = _datasets(session, spec)
+    faults = [
+        *missing,
+        *unknown,
+        *check_spec(spec, facts, students),
+        *check_datasets(spec, facts, sets),
+    ]
     _refuse(facts, [Fault("/spec" + fault.pointer, fault.detail) for fault in faults])
     return spec, students
 
@@ -72,13 +78,26 @@ def _students(session: Session, spec: CompressionSpec) -> tuple[dict[str, ModelF
     return students, missing
 
 
-def _missing_datasets(session: Session, spec: CompressionSpec) -> Iterator[Fault]:
-    """Every dataset that is named must exist, also one that no step reads: a name that leads nowhere is a mistake."""
+def _datasets(session: Session, spec: CompressionSpec) -> tuple[list[Fault], dict[str, ImageSetFacts | None]]:
+    """What is known of the datasets by id, None for text.
+
+    Every one that is named must exist, also one that no step reads: a name that leads nowhere is a mistake.
+    """
+    missing: list[Fault] = []
+    sets: dict[str, ImageSetFacts | None] = {}
     named: dict[str, TextSource] = {
         "/calibration/dataset": spec.calibration,
         "/training/dataset": spec.training,
         "/evaluation/text/dataset": spec.evaluation.text,
     }
     for pointer, source in named.items():
-        if source.dataset and model_queries.get_dataset_for_use(session, source.dataset) is None:
-            yield Fault(pointer, f"There is no dataset {source.dataset}.")
+        if source.dataset is None:
+            continue
+        found = model_queries.get_dataset_for_use(session, source.dataset)
+        if found is None:
+            missing.append(Fault(pointer, f"There is no dataset {source.dataset}."))
+        else:
+            sets[source.dataset] = (
+                None if found.images is None else ImageSetFacts.model_validate(found.images)
+            )
+    return missing, sets

@@ -1,4 +1,7 @@
-"""Datasets: text to calibrate, train and evaluate on, kept in the one form the engine reads (see app.intake.read_text)."""
+"""Datasets: text or images to calibrate, train and evaluate on, kept in the one form the engine reads of each.
+
+See app.intake.read_text and app.intake.read_images.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from app.db.engine import after_commit
 from app.db.tables import Dataset
 from app.errors import Conflict, NotFound
 from app.ids import new_id
-from app.intake.read_text import text_chunks, text_format
+from app.intake.read_dataset import read_dataset
 from app.services.models import Stores, completed_upload, discarding_blobs, receive_body, using_up
 from app.services.uploads import use_uploads
 from app.spec.compression import CompressionSpec
@@ -73,17 +76,22 @@ def _create(
     names: tuple[str, str | None],
     use: Callable[[Session], None],
 ) -> Dataset:
-    """Normalise the text and keep it; `names` are those of the file and of the dataset."""
+    """Normalise what came and keep it; `names` are those of the file and of the dataset."""
     file_name, name = names
-    form = text_format(staged.path, file_name)
-    text = work.write_all("text", text_chunks(staged.path, file_name, form))
+    found = read_dataset(staged.path, file_name, max_bytes=stores.settings.max_upload_bytes)
+    kept = work.write_all("dataset", found.chunks)
     dataset = Dataset(
-        id=new_id("dst"), name=name or file_name, format=form, bytes=text.bytes, sha256=text.sha256
+        id=new_id("dst"),
+        name=name or file_name,
+        format=found.format,
+        bytes=kept.bytes,
+        sha256=kept.sha256,
+        images=None if found.images is None else found.images.model_dump(mode="json"),
     )
-    with discarding_blobs(stores, {text.sha256}), stores.database.write() as session:
+    with discarding_blobs(stores, {kept.sha256}), stores.database.write() as session:
         queries.hold_blobs(session)
         use(session)
-        stores.blobs.put_file(text.path, text.sha256)
+        stores.blobs.put_file(kept.path, kept.sha256)
         return queries.add_dataset(session, dataset)
 
 

@@ -44,10 +44,18 @@ class Architecture:
     keeps_first_block: bool = False
     """True where the first block is built differently (ModernBERT's has no norm before attention)."""
 
+    is_convolutional: bool = False
+    """True where there are no blocks of linear layers: nearly every weight is a convolution's."""
+
     @property
     def has_labels(self) -> bool:
         """Whether it classifies."""
-        return self.name.endswith("ForSequenceClassification")
+        return self.name.endswith(("ForSequenceClassification", "ForImageClassification"))
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether it is given images, and not tokens."""
+        return self.family is Family.IMAGE_CLASSIFIER
 
 
 def _decoders(*pairs: tuple[str, str], **keys: Any) -> list[Architecture]:
@@ -57,6 +65,13 @@ def _decoders(*pairs: tuple[str, str], **keys: Any) -> list[Architecture]:
 def _encoders(name: str, kind: str, **keys: Any) -> list[Architecture]:
     heads = ("Model", "ForMaskedLM", "ForSequenceClassification")
     return [Architecture(name + head, kind, Family.ENCODER, **keys) for head in heads]
+
+
+def _image_classifiers(*pairs: tuple[str, str], **keys: Any) -> list[Architecture]:
+    return [
+        Architecture(f"{name}ForImageClassification", kind, Family.IMAGE_CLASSIFIER, **keys)
+        for name, kind in pairs
+    ]
 
 
 _DISTILBERT_KEYS = {"blocks_key": "n_layers", "hidden_key": "dim"}
@@ -101,6 +116,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         *_encoders("Electra", "electra", embedding_key="embedding_size"),
         *_encoders("ModernBert", "modernbert", unpack_to_load=True, keeps_first_block=True),
         *_encoders("DebertaV2", "deberta-v2"),
+        *_image_classifiers(("ViT", "vit"), ("DeiT", "deit")),
+        *_image_classifiers(
+            ("ResNet", "resnet"),
+            ("MobileNetV1", "mobilenet_v1"),
+            ("MobileNetV2", "mobilenet_v2"),
+            is_convolutional=True,
+        ),
     )
 }
 
@@ -144,6 +166,12 @@ def with_block_index(name: str, index: int) -> str:
     if match is None:
         raise ValueError(f"{name} is outside the blocks")
     return f"{match['prefix']}.{index}.{match['rest']}"
+
+
+def is_image_layer(name: str, shape: tuple[int, ...]) -> bool:
+    """True for the weight of any convolution or linear layer of an image classifier: (out, in / groups, rows, columns) or
+    (out, in). Norms have vectors, and embeddings of positions bear no `.weight`."""
+    return len(shape) in (2, 4) and name.endswith(".weight")
 
 
 def is_compressible(name: str, shape: tuple[int, ...]) -> bool:

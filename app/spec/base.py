@@ -23,14 +23,19 @@ class Family(StrEnum):
 
     CAUSAL_LM = "causal_lm"
     ENCODER = "encoder"
+    IMAGE_CLASSIFIER = "image_classifier"
+
+
+TEXT_FAMILIES = frozenset({Family.CAUSAL_LM, Family.ENCODER})
+"""Models that read tokens."""
 
 
 class Step(Frozen):
     """One step of a job. The class variables say what it needs and leaves behind."""
 
-    families: ClassVar[frozenset[Family]] = frozenset(Family)
+    families: ClassVar[frozenset[Family]] = TEXT_FAMILIES
     needs_calibration: ClassVar[bool] = False
-    """Runs the model over `calibration` text."""
+    """Runs the model over the `calibration` text, or images."""
     needs_training: ClassVar[bool] = False
     """Trains on `training` text."""
     produces: ClassVar[Format] = "safetensors"

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from app.errors import Fault
-from app.spec.architectures import ARCHITECTURES, Architecture, block_index, is_router
+from app.spec.acceptance_checks import check_acceptance
+from app.spec.architectures import ARCHITECTURES, Architecture, block_index, is_compressible, is_router
 from app.spec.attention import projections_among
 from app.spec.attention_heads import counts_in, groups_left, head_axis, possible_groups, without_heads
 from app.spec.base import Family, Step
-from app.spec.compression import Acceptance, CompressionSpec
+from app.spec.compression import CompressionSpec
 from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel, StudentFromPreviousStep
 from app.spec.facts import ModelFacts, TensorFact
 from app.spec.feed_forward import channel_axis, widths_of, with_width
@@ -31,12 +32,9 @@ from app.spec.quantize_onnx import QuantizeOnnx
 
 _NAMED_LAYERS = 3
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_MEASURED = (
-    "max_perplexity_increase", "max_kl", "min_top1_agreement", "min_cosine", "max_latency_ratio", "max_peak_memory_ratio",
-)  # fmt: skip
 _OfLayers = QuantizedWeights | PruneMagnitude | PruneCalibrated | QuantizeOnnx | QuantizeDynamic
 """Steps that take `ignore`."""
-_NEEDS_MEMBERS = {"max_perplexity_increase": "perplexity", "max_kl": "next-token distributions"}
+_FOR_IMAGES = "For images there are quantize.onnx, and for vision transformers quantize.weights and quantize.calibrated."
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,12 @@ class _Shape:
         layers = tuple(t for t in facts.compressible() if not is_router(t.name))
         architecture = ARCHITECTURES[facts.architecture]
         return cls(facts.num_blocks, layers, architecture, own_head(facts.tensors, architecture))
+
+    def seen_by(self, step: Step) -> _Shape:
+        """The same with the layers that a step works on: files with packed weights hold those inside blocks alone."""
+        if not isinstance(step, QuantizedWeights):
+            return self
+        return replace(self, layers=tuple(t for t in self.layers if is_compressible(t.name, t.shape)))
 
     def without_blocks(self, count: int) -> _Shape:
         """Which blocks go is known only when the job runs; all have the same layers, so drop the last."""
@@ -82,14 +86,7 @@ def check_spec(
     shape = _Shape.of(facts)
     for number, step in enumerate(spec.steps):
         where = f"/steps/{number}"
-        faults += _check_family(step, facts, where)
-        faults += [
-            Fault(where + at, why) for at, why in limits_of_layout(step, shape.architecture, shape.layers)
-        ]
-        if isinstance(step, _OfLayers):
-            faults += _check_layers(step, shape, where)
-        if isinstance(step, QuantizeOnnx | QuantizeDynamic):
-            faults += _check_head(step, facts, where)
+        faults += _check_fit(step, facts, shape, where)
         if isinstance(step, QuantizeGguf):
             faults += _check_gguf(step, facts, shape, where)
         if isinstance(step, PruneDepth | PruneWidth | PruneHeads):
@@ -98,12 +95,21 @@ def check_spec(
         if isinstance(step, DistillLogits):
             faults += _check_distillation(step, facts, students or {}, where)
             shape = _after_distillation(step, shape, students or {})
-    return [*faults, *_check_acceptance(spec, facts)]
+    return [*faults, *check_acceptance(spec, facts)]
 
 
-def applicable_acceptance(acceptance: Acceptance, facts: ModelFacts) -> Acceptance:
-    """The limits that can be measured on such a model. Recipes serve every family and name limits for each."""
-    return acceptance.model_copy(update=dict.fromkeys(_foreign_limits(acceptance, facts)))
+def _check_fit(step: Step, facts: ModelFacts, shape: _Shape, where: str) -> Iterator[Fault]:
+    """What the model's family, its layout or its layers rule out."""
+    limits = limits_of_layout(step, shape.architecture, shape.layers)
+    found = [*_check_family(step, facts, where), *(Fault(where + at, why) for at, why in limits)]
+    yield from found
+    if found and shape.architecture.takes_images:
+        # Its layers are none of those that the step works on.
+        return
+    if isinstance(step, _OfLayers):
+        yield from _check_layers(step, shape.seen_by(step), where)
+    if isinstance(step, QuantizeOnnx | QuantizeDynamic):
+        yield from _check_head(step, facts, where)
 
 
 def matching_layers(patterns: Sequence[str], layers: Iterable[TensorFact]) -> tuple[TensorFact, ...]:
@@ -119,7 +125,8 @@ def module_name(tensor: TensorFact) -> str:
 def _check_family(step: Step, facts: ModelFacts, where: str) -> Iterator[Fault]:
     if facts.family not in step.families:
         known = " and ".join(sorted(step.families))
-        yield Fault(f"{where}/technique", f"Works on {known} models; this one is {facts.family}.")
+        way_out = f" {_FOR_IMAGES}" if facts.family is Family.IMAGE_CLASSIFIER else ""
+        yield Fault(f"{where}/technique", f"Works on {known} models; this one is {facts.family}.{way_out}")
 
 
 def _check_head(step: QuantizeOnnx | QuantizeDynamic, facts: ModelFacts, where: str) -> Iterator[Fault]:
@@ -344,29 +351,3 @@ def _after_distillation(step: DistillLogits, shape: _Shape, students: dict[str, 
 def blocks_cut(drop_ratio: float, num_blocks: int) -> int:
     """How many blocks a depth cut removes: the nearest number, at least one, and never the last block."""
     return min(max(1, round(drop_ratio * num_blocks)), num_blocks - 1)
-
-
-def _foreign_limits(acceptance: Acceptance, facts: ModelFacts) -> dict[str, str]:
-    """Limits that are set and mean nothing for this model, and why."""
-    reasons = {}
-    is_lm, labels = facts.family is Family.CAUSAL_LM, facts.num_labels is not None
-    for name in acceptance.limits():
-        if name in _NEEDS_MEMBERS and not is_lm:
-            reasons[name] = f"Encoders have no {_NEEDS_MEMBERS[name]}; use min_cosine."
-        elif name == "min_cosine" and is_lm:
-            reasons[name] = "For encoders; for a language model use max_perplexity_increase or max_kl."
-        elif name == "min_top1_agreement" and not is_lm and not labels:
-            reasons[name] = "This encoder has no classes to agree on; use min_cosine."
-    return reasons
-
-
-def _check_acceptance(spec: CompressionSpec, facts: ModelFacts) -> Iterator[Fault]:
-    foreign = _foreign_limits(spec.acceptance, facts)
-    for name, reason in foreign.items():
-        yield Fault(f"/acceptance/{name}", reason)
-    if not spec.evaluation.enabled:
-        for name in spec.acceptance.limits().keys() & _MEASURED - foreign.keys():
-            yield Fault(
-                f"/acceptance/{name}",
-                "Nothing is measured with evaluation.enabled false; leave this limit out.",
-            )

@@ -49,7 +49,10 @@ STEP_CLASSES: tuple[type[Step], ...] = (
 
 
 class TextSource(Frozen):
-    """Where text comes from: an uploaded dataset, or the English prose that ships with Modelpress."""
+    """Where text comes from: an uploaded dataset, or the English prose that ships with Modelpress.
+
+    For models of images, an uploaded dataset of images; none ship with Modelpress.
+    """
 
     dataset: Annotated[str, Field(pattern=r"^dst_[0-9a-z]+$")] | None = None
     """Id of an uploaded dataset. Null: the built-in text; fine to try things out, not for a model of another
@@ -66,6 +69,8 @@ class Evaluation(Frozen):
     """Tokens of text to measure quality on. More narrows the confidence interval and takes longer."""
     sequence_length: Annotated[int, Field(ge=16, le=131_072)] = 512
     """Tokens per window; cut to what the model can take."""
+    images: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+    """The same for models of images: how many of the dataset, from its start."""
     latency_rounds: Annotated[int, Field(ge=3, le=1000)] = 10
     """Timed runs of each model, in turns, after warm-up."""
 
@@ -76,9 +81,12 @@ class Acceptance(Frozen):
     max_perplexity_increase: Annotated[float, Field(ge=0)] | None = None
     """Relative: 0.05 allows a perplexity up to 5 % above the original's. Language models."""
     max_kl: Annotated[float, Field(ge=0)] | None = None
-    """Mean Kullback-Leibler divergence from the original's next-token distribution, in nats. Language models."""
+    """Mean Kullback-Leibler divergence from the original's next-token distribution (or of classes, of image classifiers), in nats."""
     min_top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of positions where both choose the same token (or class)."""
+    max_accuracy_drop: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of images by which fewer get their label as first choice: 0.01 allows 75 % where the original has 76 %. Image
+    classifiers, on a dataset with labels."""
     min_cosine: Annotated[float, Field(ge=-1, le=1)] | None = None
     """Mean cosine between the embeddings of original and result. Encoders."""
     max_bytes: Annotated[int, Field(ge=1)] | None = None
@@ -112,7 +120,7 @@ class CompressionSpec(Frozen):
     steps: Annotated[tuple[AnyStep, ...], Field(min_length=1, max_length=16)]
     """Carried out in order, each on what the one before left."""
     calibration: TextSource = TextSource()
-    """Text that techniques run the model over, e.g. to find out which blocks matter."""
+    """Text, or images, that techniques run the model over, e.g. to find out which blocks matter."""
     training: TextSource = TextSource()
     """Text that distillation trains on. For results worth having, your own."""
     evaluation: Evaluation = Evaluation()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from app.spec.architectures import block_index, is_compressible, is_expert
+from app.spec.architectures import block_index, is_compressible, is_expert, is_image_layer
 from app.spec.base import Family, Frozen
+from app.spec.preprocessing import Preprocessing
 
 BYTES_PER_ELEMENT = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
@@ -44,9 +45,13 @@ class ModelFacts(Frozen):
     weight_bytes: int
     """Bytes of the weight files as uploaded."""
     hidden_size: int
+    """Of a convolutional network, what its classifier is given."""
     num_blocks: int
+    """0 in a convolutional network."""
     vocab_size: int
+    """0 for models of images."""
     max_positions: int
+    """Tokens; of a vision transformer, those that an image becomes; 0 in a convolutional network."""
     tied_embeddings: bool = False
     num_labels: int | None = None
     """Size of the classification head; null where there is none."""
@@ -56,10 +61,14 @@ class ModelFacts(Frozen):
     """Query heads of a block, where config.json says so; null for models that were uploaded before it was asked."""
     key_value_heads: int | None = None
     """Key and value heads, where several query heads share them."""
+    preprocessing: Preprocessing | None = None
+    """What becomes of an image before the model sees it; null for models of text."""
     tensors: tuple[TensorFact, ...]
 
     def compressible(self) -> tuple[TensorFact, ...]:
-        """Weights of the linear layers inside blocks, which pruning and quantization work on."""
+        """Weights of the linear layers inside blocks, which pruning and quantization work on; all layers of an image classifier."""
+        if self.family is Family.IMAGE_CLASSIFIER:
+            return tuple(t for t in self.tensors if is_image_layer(t.name, t.shape))
         return tuple(t for t in self.tensors if is_compressible(t.name, t.shape))
 
     def active_share(self) -> float:

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 
 from app.spec.architectures import Architecture, is_expert
 from app.spec.attention_heads import has_removable_heads
-from app.spec.base import Step
+from app.spec.base import Family, Step
 from app.spec.facts import TensorFact
 from app.spec.feed_forward import feed_forward_of
 from app.spec.kv_cache import can_scale_cache
@@ -43,6 +43,8 @@ _DYNAMIC_EXPERTS = (
     "quantize.weights with bits 8."
 )
 _ONNX_TRANSPOSED = "{name} keeps its weights as (in, out), which quantize.onnx does not read: use optimize.onnx or quantize.weights."
+_PACKED_CONVOLUTIONS = "{name} is made of convolutions, and compressed-tensors packs linear layers alone: use quantize.onnx with method qdq."
+_ONNX_IMAGES = "{name} is written with int8 weights and activations: use method qdq, or auto with bits 8 and symmetric true."
 _WITHOUT_EXPERTS = (
     (OptimizeOnnx, _ONNX_EXPERTS),
     (QuantizeOnnx, _ONNX_EXPERTS),
@@ -82,6 +84,8 @@ def limits_of_layout(
         yield "/technique", _WITHOUT_WIDTH.format(name=name)
     if isinstance(step, PruneHeads) and not has_removable_heads(architecture):
         yield "/technique", _WITHOUT_HEADS.format(name=name)
+    if isinstance(step, QuantizeOnnx) and architecture.takes_images:
+        yield from _limits_of_images(step, name)
     if architecture.expert_layers is not None:
         whys = (why for kind, why in _WITHOUT_EXPERTS if isinstance(step, kind))
         yield from (("/technique", why.format(name=name)) for why in whys)
@@ -90,10 +94,19 @@ def limits_of_layout(
         yield from (("/technique", why.format(name=name)) for why in whys)
 
 
+def _limits_of_images(step: QuantizeOnnx, name: str) -> Iterator[tuple[str, str]]:
+    if step.method_for(Family.IMAGE_CLASSIFIER) != "qdq":
+        yield "/method", _ONNX_IMAGES.format(name=name)
+    if step.smoothing:
+        yield "/smoothing", "Moved between the channels of language models and encoders alone; leave it out."
+
+
 def _limits_of_weights(
     step: QuantizedWeights, architecture: Architecture, layers: Iterable[TensorFact]
 ) -> Iterator[tuple[str, str]]:
     name = architecture.name
+    if architecture.is_convolutional:
+        yield "/technique", _PACKED_CONVOLUTIONS.format(name=name)
     if architecture.inputs_first and not isinstance(step, QuantizeWeights):
         yield "/technique", _TRANSPOSED.format(name=name)
     if architecture.unpack_to_load and step.overrides:

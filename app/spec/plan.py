@@ -12,6 +12,7 @@ from app.spec.base import Frozen
 from app.spec.compression import CompressionSpec, Evaluation
 from app.spec.distill import DistillLogits
 from app.spec.facts import ModelFacts
+from app.spec.image_costs import IMAGES_AT_ONCE, image_activations, image_bytes, image_flops
 from app.spec.sizes import Shape, after_step
 from app.spec.step_costs import (
     FLOPS_PER_SECOND,
@@ -162,6 +163,8 @@ def _measuring(name: str, evaluation: Evaluation, models: list[Shape], facts: Mo
     running = models if evaluation.enabled else models[-1:]
     if name == "baseline" and not evaluation.enabled:
         return _stage(name, 0, 0, 0.1)
+    if facts.preprocessing is not None:
+        return _measuring_images(name, evaluation, running, facts)
     window = min(evaluation.sequence_length, facts.max_positions) if evaluation.enabled else RELOAD_TOKENS
     logits = LOGITS_COPIES * 4 * window * outputs_per_token(facts)
     memory = sum(INTERPRETER_BYTES + loaded_bytes(shape) for shape in running) + logits
@@ -171,6 +174,22 @@ def _measuring(name: str, evaluation: Evaluation, models: list[Shape], facts: Mo
         for shape in running
     )
     return _stage(name, memory, 0, seconds)
+
+
+def _measuring_images(
+    name: str, evaluation: Evaluation, running: list[Shape], facts: ModelFacts
+) -> StagePlan:
+    """The same on images, which baseline leaves on disk as the model will see them."""
+    images = evaluation.images if evaluation.enabled else 1
+    kept = images * image_bytes(facts) if name == "baseline" else 0
+    batch = image_activations(facts, IMAGES_AT_ONCE)
+    memory = sum(INTERPRETER_BYTES + loaded_bytes(shape) + batch for shape in running)
+    runs = images + evaluation.latency_rounds * (IMAGES_AT_ONCE + 1)
+    seconds = sum(
+        PROCESS_SECONDS + runs * image_flops(facts, shape.dense_parameters) / FLOPS_PER_SECOND
+        for shape in running
+    )
+    return _stage(name, memory, kept, seconds)
 
 
 def _smaller_batches(spec: CompressionSpec) -> Iterator[CompressionSpec]:

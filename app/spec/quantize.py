@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from app.spec.base import Format, Frozen, Step
+from app.spec.base import Family, Format, Frozen, Step
 
 GlobPatterns = Annotated[tuple[str, ...], Field(max_length=1000)]
 
@@ -29,6 +29,9 @@ _IMPLIED: dict[NumberFormat, tuple[int, int | None]] = {"fp8": (8, None), "mxfp4
 _AUTO_SIZES = (128, 64, 32)
 
 
+CalibrationImages = Annotated[int, Field(ge=1, le=100_000)]
+
+
 class LayerOverride(Frozen):
     """Other settings for the layers that match; what is left out is as in the step."""
 
@@ -45,6 +48,7 @@ class LayerOverride(Frozen):
 class QuantizedWeights(Step):
     """What all techniques share that store the weights of linear layers in few bits."""
 
+    families: ClassVar[frozenset[Family]] = frozenset(Family)
     produces: ClassVar[Format] = "compressed-tensors"
 
     technique: str
@@ -226,6 +230,8 @@ class QuantizeCalibrated(QuantizedWeights):
     can keep its cache in E4M3 (vLLM: `--kv-cache-dtype fp8`): half the memory of 16 bits. `none`: no scales."""
     calibration_tokens: Annotated[int, Field(ge=128, le=10_000_000)] = 16_384
     """Tokens of calibration text the layers' inputs are gathered from; the time grows with it."""
+    calibration_images: CalibrationImages = 64
+    """The same for models of images, which are given so many of the calibration dataset, from its start."""
     sequence_length: Annotated[int, Field(ge=16, le=131_072)] = 512
     """Tokens of one window of calibration text; cut to what the model can take."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.05

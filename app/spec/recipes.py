@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from app.spec.base import Family
+from app.spec.base import TEXT_FAMILIES, Family
 from app.spec.compression import Acceptance, CompressionSpec
 from app.spec.distill import DistillLogits, StudentFromPreviousStep
 from app.spec.gguf import QuantizeGguf
@@ -22,7 +22,7 @@ class Recipe:
     summary: str
     reason: str
     spec: CompressionSpec
-    families: frozenset[Family] = frozenset(Family)
+    families: frozenset[Family] = TEXT_FAMILIES
 
 
 _ALL = (

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from app.spec.architectures import ARCHITECTURES as KNOWN
-from app.spec.architectures import block_index, is_compressible, is_router
+from app.spec.architectures import block_index, is_compressible, is_image_layer, is_router
 from app.spec.attention_heads import without_heads
 from app.spec.base import Step
 from app.spec.compatibility import blocks_cut, matching_layers, module_name
@@ -195,6 +195,8 @@ def _quantized_onnx_bytes(step: QuantizeOnnx, shape: Shape, facts: ModelFacts) -
     The token embedding has int8 rows, or stands in one table with a tied head in 8 bits; where a tied head stays in
     float32, so does the one table of both.
     """
+    if facts.family == "image_classifier":
+        return _image_onnx_bytes(step, shape)
     is_lm = facts.family == "causal_lm"
     layers = compressible(shape)
     ignored = {t.name for t in matching_layers(step.ignore, layers)}
@@ -208,6 +210,21 @@ def _quantized_onnx_bytes(step: QuantizeOnnx, shape: Shape, facts: ModelFacts) -
         elif is_table and not (is_lm and facts.tied_embeddings):
             total += tensor.elements + 4 * tensor.shape[0]
         else:
+            total += 4 * tensor.elements
+    return total
+
+
+def _image_onnx_bytes(step: QuantizeOnnx, shape: Shape) -> float:
+    """Int8 layers, each row with a scale, a zero point and a bias; batch norms are folded into them."""
+    layers = [t for t in shape.tensors if is_image_layer(t.name, t.shape)]
+    ignored = {t.name for t in matching_layers(step.ignore, layers)}
+    quantized = {t.name for t in layers} - ignored
+    total = 0.0
+    for tensor in shape.tensors:
+        rows = tensor.shape[0] if tensor.shape else 1
+        if tensor.name in quantized:
+            total += tensor.elements + 9 * rows
+        elif len(tensor.shape) > 1:
             total += 4 * tensor.elements
     return total
 

@@ -17,6 +17,7 @@ from app.spec.distill import DistillLogits, StudentFromDepthCut
 from app.spec.facts import ModelFacts
 from app.spec.feed_forward import is_reader
 from app.spec.gguf import QuantizeGguf
+from app.spec.image_costs import image_activations, image_flops
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import SENSITIVITY_SPARSITIES, PruneCalibrated, PruneDepth, PruneHeads, PruneWidth
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
@@ -96,6 +97,13 @@ def streaming_seconds(nbytes: int) -> float:
     return nbytes / STREAMED_BYTES_PER_SECOND
 
 
+def tokens_of(step: QuantizeCalibrated | PruneCalibrated | PruneWidth, facts: ModelFacts) -> int:
+    """Tokens that a step is calibrated on: of text, or those that its images become."""
+    if facts.preprocessing is not None and isinstance(step, QuantizeCalibrated):
+        return step.calibration_images * facts.max_positions
+    return step.calibration_tokens
+
+
 def calibration_memory(
     step: QuantizeCalibrated | PruneCalibrated | PruneWidth | PruneHeads,
     before: Shape,
@@ -107,8 +115,8 @@ def calibration_memory(
     return calibrated_bytes(
         before.tensors,
         facts,
-        tokens=step.calibration_tokens,
-        window=min(step.sequence_length, facts.max_positions),
+        tokens=tokens_of(step, facts),
+        window=facts.max_positions if facts.preprocessing else min(step.sequence_length, facts.max_positions),
         one_site_at_a_time=one_site_at_a_time,
         trained=isinstance(step, QuantizeCalibrated) and step.solver == "signround",
     )
@@ -179,6 +187,8 @@ def _readers(step: PruneWidth | PruneHeads, on: Surroundings) -> list[tuple[int,
 @step_memory.register
 def _(step: QuantizeOnnx, on: Surroundings) -> int:
     exporting = ONNX_QUANTIZED_COPIES * 4 * on.before.dense_parameters
+    if on.facts.preprocessing is not None:
+        return exporting + image_activations(on.facts, step.calibration_images)
     return max(_calibrating(step.calibration_tokens, on), exporting) + on.after.weight_bytes
 
 
@@ -250,7 +260,7 @@ def _(step: QuantizeWeights, on: Surroundings) -> float:
 @working_seconds.register
 def _(step: QuantizeCalibrated, on: Surroundings) -> float:
     # Once to see the inputs, once more for the outputs of what was quantized.
-    passes = 2.0 * step.calibration_tokens
+    passes = 2.0 * tokens_of(step, on.facts)
     if step.solver == "signround":
         # Forward and backward, over so many windows a step.
         passes += 3 * TUNING_WINDOWS_PER_STEP * step.tuning_steps * step.sequence_length
@@ -265,10 +275,14 @@ def _(step: QuantizeGguf, on: Surroundings) -> float:
 
 @working_seconds.register
 def _(step: QuantizeOnnx, on: Surroundings) -> float:
+    per_weight = GPTQ_SECONDS_PER_WEIGHT + ONNX_SECONDS_PER_PARAMETER
+    if on.facts.preprocessing is not None:
+        # Once to solve the layers, twice for the ranges of what they give.
+        flops = 3 * step.calibration_images * image_flops(on.facts, on.before.dense_parameters)
+        return flops / FLOPS_PER_SECOND + on.before.dense_parameters * per_weight + PROCESS_SECONDS
     # QDQ counts histograms in between.
     runs = 2 if step.method == "matmul_nbits" else 3
     forwards = runs * 2 * on.before.dense_parameters * step.calibration_tokens / FLOPS_PER_SECOND
-    per_weight = GPTQ_SECONDS_PER_WEIGHT + ONNX_SECONDS_PER_PARAMETER
     return forwards + on.before.dense_parameters * per_weight + PROCESS_SECONDS
 
 

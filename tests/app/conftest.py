@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
-from job_support import make_facts
+from job_support import make_facts, make_image_facts
 
 from app.db.engine import get_database
 from app.db.tables import Dataset, Model
@@ -20,7 +21,8 @@ def add_model(settings: Settings) -> Callable[..., str]:
     """Call with changes to the facts for the id of a model that is in the database alone."""
 
     def add(family: Family = Family.CAUSAL_LM, **changes: Any) -> str:
-        facts = make_facts(family, **changes)
+        make = make_image_facts if family is Family.IMAGE_CLASSIFIER else partial(make_facts, family)
+        facts = make(**changes)
         model = Model(
             id=new_id("mdl"),
             name="tiny",
@@ -42,11 +44,13 @@ def add_model(settings: Settings) -> Callable[..., str]:
 
 
 @pytest.fixture
-def add_dataset(settings: Settings) -> Callable[[], str]:
-    """Call for the id of a dataset that is in the database alone."""
+def add_dataset(settings: Settings) -> Callable[..., str]:
+    """Call for the id of a dataset that is in the database alone; with facts of images, it is one of those."""
 
-    def add() -> str:
-        dataset = Dataset(id=new_id("dst"), name="text", format="txt", bytes=3, sha256="1" * 64)
+    def add(**images: Any) -> str:
+        dataset = Dataset(
+            id=new_id("dst"), name="data", format="txt", bytes=3, sha256="1" * 64, images=images or None
+        )
         with get_database().write() as session:
             session.add(dataset)
         return dataset.id

@@ -15,6 +15,7 @@ from app.db.tables import Artifact
 from app.ids import new_id
 from app.spec.base import Family
 from app.spec.facts import ModelFacts, TensorFact
+from app.spec.preprocessing import parse_preprocessing
 from app.storage import get_store
 
 LINEARS = {"self_attn.q_proj": 64, "self_attn.o_proj": 64, "mlp.up_proj": 64, "mlp.down_proj": 128}
@@ -42,6 +43,30 @@ def make_facts(family: Family = Family.CAUSAL_LM, **changes: Any) -> ModelFacts:
         "max_positions": 128,
         "tensors": tuple(tensors),
     }
+    return ModelFacts(**(values | changes))
+
+
+def make_image_facts(architecture: str = "ViTForImageClassification", **changes: Any) -> ModelFacts:
+    """Facts of a vision transformer of four blocks or a network of two convolutions: images of 32, five classes."""
+    is_vit = architecture.startswith(("ViT", "DeiT"))
+    shapes: dict[str, tuple[int, ...]] = {
+        "classifier.weight": (5, 64),
+        "stem.convolution.weight": (64, 3, 8, 8),
+    }
+    if is_vit:
+        for block in range(4):
+            for name in ("attention.attention.query", "output.dense"):
+                shapes[f"vit.encoder.layer.{block}.{name}.weight"] = (64, 64)
+    else:
+        shapes["layer.0.convolution.weight"] = (64, 1, 3, 3)
+    tensors = tuple(TensorFact(name=name, dtype="F32", shape=shape) for name, shape in shapes.items())
+    values = {
+        "format": "safetensors", "architecture": architecture, "family": Family.IMAGE_CLASSIFIER,
+        "parameters": sum(t.elements for t in tensors), "dtype": "F32", "hidden_size": 64,
+        "weight_bytes": sum(t.nbytes for t in tensors) + 2000, "num_blocks": 4 if is_vit else 0, "vocab_size": 0,
+        "max_positions": 17 if is_vit else 0, "num_labels": 5, "tensors": tensors,
+        "preprocessing": parse_preprocessing({"size": 32}, model_type="vit", channels=3),
+    }  # fmt: skip
     return ModelFacts(**(values | changes))
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import BLOCKS, facts_of, tiny_model
+from tiny_models import BLOCKS, IMAGE_ARCHITECTURES, TEXT_ARCHITECTURES, facts_of, tiny_model
+from tiny_vision import LABELS, SIDE
 
-from app.spec.architectures import ARCHITECTURES, block_index
+from app.spec.architectures import block_index
 from workers.engine.architectures.loading import load_model, load_tokenizer
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TEXT_ARCHITECTURES)
 def test_tiny_model_loads_and_gives_finite_outputs(architecture: str, tiny: Callable[[str], Path]) -> None:
     directory = tiny(architecture)
     tokens = load_tokenizer(directory)("The river runs past the mill.", return_tensors="pt")
@@ -22,7 +23,7 @@ def test_tiny_model_loads_and_gives_finite_outputs(architecture: str, tiny: Call
     assert output.std() > 0.01
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TEXT_ARCHITECTURES)
 def test_facts_agree_with_the_loaded_model(architecture: str, tiny: Callable[[str], Path]) -> None:
     directory = tiny(architecture)
     facts = facts_of(directory)
@@ -35,6 +36,21 @@ def test_facts_agree_with_the_loaded_model(architecture: str, tiny: Callable[[st
     # By elements, for transformers holds the experts of a block in one parameter.
     in_blocks = [p for n, p in model.named_parameters() if block_index(n) is not None and p.dim() > 1]
     assert sum(t.elements for t in facts.compressible()) == sum(p.numel() for p in in_blocks)
+
+
+@pytest.mark.parametrize("architecture", IMAGE_ARCHITECTURES)
+def test_tiny_image_classifier_tells_images_apart(architecture: str, tiny: Callable[[str], Path]) -> None:
+    directory = tiny(architecture)
+    facts, model = facts_of(directory), load_model(directory)
+    with torch.inference_mode():
+        logits = model(
+            pixel_values=torch.randn(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+        )[0]
+    assert logits.shape == (4, LABELS)
+    assert logits.std(0).min() > 0.01
+    assert facts.num_labels == LABELS
+    layers = [p for p in model.parameters() if p.dim() in (2, 4)]
+    assert sum(t.elements for t in facts.compressible()) == sum(p.numel() for p in layers)
 
 
 def test_same_seed_same_bytes(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_vision import tiny_image_model
 
+from app.intake.read_model import read_model
 from app.spec.architectures import ARCHITECTURES
 from app.spec.base import Family
 from app.spec.facts import ModelFacts, TensorFact
@@ -28,6 +30,9 @@ HEAD_DIM = 16
 POSITIONS = 128
 VOCABULARY = 320
 EXPERTS = 4
+
+TEXT_ARCHITECTURES = tuple(name for name, a in ARCHITECTURES.items() if not a.takes_images)
+IMAGE_ARCHITECTURES = tuple(name for name, a in ARCHITECTURES.items() if a.takes_images)
 
 SENTENCES = (
     "The river runs past the old mill and under the bridge where children fish in summer.",
@@ -79,6 +84,8 @@ def tiny_model(
     import transformers
 
     directory.mkdir(parents=True, exist_ok=True)
+    if ARCHITECTURES[architecture].takes_images:
+        return tiny_image_model(architecture, directory, seed=seed, **config)
     kind = ARCHITECTURES[architecture].model_type
     model_class = getattr(transformers, architecture)
     configuration = model_class.config_class(**(_config(architecture, kind) | config))
@@ -121,6 +128,8 @@ def facts_of(directory: Path) -> ModelFacts:
     """Facts of the safetensors model in a directory, from its config and headers alone."""
     config = json.loads((directory / "config.json").read_text())
     architecture = ARCHITECTURES[config["architectures"][0]]
+    if architecture.takes_images:
+        return read_model({file.name: file for file in directory.iterdir()}).facts
     files = sorted(directory.glob("*.safetensors"))
     tensors = tuple(fact for file in files for fact in _header(file))
     return ModelFacts(

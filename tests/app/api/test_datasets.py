@@ -68,7 +68,7 @@ def test_what_has_no_ending_is_told_by_its_first_line(client: TestClient) -> Non
         (b'{"text": ""}', "a.jsonl", "text_invalid"),
         (b"[" * 100_000, "a.jsonl", "text_invalid"),
         (b"PAR1" + bytes(100), "a.parquet", "unsupported_format"),
-        (zipped({"arr_0.npy": b"x"}), "a.npz", "unsupported_format"),
+        (zipped({"arr_0.npy": b"x"}), "a.npz", "images_invalid"),
         (b"\x93NUMPY" + bytes(100), "a.txt", "unsupported_format"),
     ],
 )

@@ -41,7 +41,7 @@ PLACED: dict[str, tuple[str, dict[str, Any]]] = {
 
 # One class of each family of weights' names, and every kind of prefix that heads put before them.
 STREAMED = [n for n in ARCHITECTURES if n.endswith(("CausalLM", "Model"))] + ["BertForMaskedLM"]
-REMOVED = [n for n in ARCHITECTURES if n.endswith(("CausalLM", "Classification"))] + [
+REMOVED = [n for n in ARCHITECTURES if n.endswith(("CausalLM", "SequenceClassification"))] + [
     "MPNetForMaskedLM", "GPT2LMHeadModel",
 ]  # fmt: skip
 

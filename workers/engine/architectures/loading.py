@@ -27,12 +27,14 @@ def family_of(directory: Path) -> Family:
 
 
 def loader_of(directory: Path) -> Any:
-    """The transformers loader for a directory: of causal LMs, classifiers or bare encoders, as its config says."""
+    """The transformers loader for a directory: of causal LMs, classifiers of text or images, or bare encoders."""
     import transformers
 
     architecture = architecture_of(directory)
     if ARCHITECTURES[architecture].family is Family.CAUSAL_LM:
         return transformers.AutoModelForCausalLM
+    if ARCHITECTURES[architecture].takes_images:
+        return transformers.AutoModelForImageClassification
     if ARCHITECTURES[architecture].has_labels:
         return transformers.AutoModelForSequenceClassification
     return transformers.AutoModel

@@ -9,13 +9,14 @@ from fnmatch import fnmatchcase
 import torch
 
 from app.errors import InvalidRequest, UnsupportedForModel
-from app.spec.architectures import architecture_in, is_compressible, is_router
+from app.spec.architectures import architecture_in, is_compressible, is_image_layer, is_router
 from app.spec.head import NO_OWN_HEAD, own_head
 from app.spec.report import LayerOutcome
 from workers.engine.checkpoint.layout import TensorEntry
 from workers.engine.checkpoint.reader import Checkpoint
 
 _ROUTER = "a router: small, and an error in it sends tokens to other experts"
+_OUTSIDE = "outside the blocks: packed files hold the linear layers inside them"
 _FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
@@ -47,7 +48,7 @@ def select_layers(checkpoint: Checkpoint, ignore: Sequence[str], *, with_head: b
             hint="Upload the original model in 32 or 16 bits.",
         )
     chosen: dict[str, TensorEntry] = {}
-    untouched: list[LayerOutcome] = []
+    untouched = _outside_blocks(checkpoint)
     for entry in checkpoint.tensors.values():
         if not is_compressible(entry.name, entry.shape):
             continue
@@ -78,6 +79,17 @@ def non_finite(name: str) -> InvalidRequest:
         code="non_finite_weights",
         hint="The model is broken, often by training in 16 bits: upload a checkpoint from before.",
     )
+
+
+def _outside_blocks(checkpoint: Checkpoint) -> list[LayerOutcome]:
+    """The layers of an image classifier that are in no block; those of other models count as embeddings and heads."""
+    if not architecture_in(checkpoint.config).takes_images:
+        return []
+    return [
+        _untouched(entry, _OUTSIDE)
+        for name, entry in checkpoint.tensors.items()
+        if is_image_layer(name, entry.shape) and not is_compressible(name, entry.shape)
+    ]
 
 
 def _head(checkpoint: Checkpoint) -> TensorEntry:
