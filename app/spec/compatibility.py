@@ -85,31 +85,51 @@ def check_spec(
     faults: list[Fault] = []
     shape = _Shape.of(facts)
     for number, step in enumerate(spec.steps):
-        where = f"/steps/{number}"
-        faults += _check_fit(step, facts, shape, where)
-        if isinstance(step, QuantizeGguf):
-            faults += _check_gguf(step, facts, shape, where)
-        if isinstance(step, PruneDepth | PruneWidth | PruneHeads):
-            faults += _check_removal(step, shape, facts, where)
-            shape = _after_removal(step, shape, facts)
-        if isinstance(step, DistillLogits):
-            faults += _check_distillation(step, facts, students or {}, where)
-            shape = _after_distillation(step, shape, students or {})
+        faults += _check_step(step, facts, shape, students or {}, f"/steps/{number}")
+        shape = _after(step, shape, facts, students or {})
     return [*faults, *check_acceptance(spec, facts)]
 
 
-def _check_fit(step: Step, facts: ModelFacts, shape: _Shape, where: str) -> Iterator[Fault]:
-    """What the model's family, its layout or its layers rule out."""
-    limits = limits_of_layout(step, shape.architecture, shape.layers)
-    found = [*_check_family(step, facts, where), *(Fault(where + at, why) for at, why in limits)]
+def _check_step(
+    step: Step, facts: ModelFacts, shape: _Shape, students: dict[str, ModelFacts], where: str
+) -> Iterator[Fault]:
+    found = [*_check_family(step, facts, where)]
+    if not found or not shape.architecture.takes_images:
+        limits = limits_of_layout(step, shape.architecture, shape.layers)
+        found += [Fault(where + at, why) for at, why in limits]
     yield from found
     if found and shape.architecture.takes_images:
         # Its layers are none of those that the step works on.
         return
     if isinstance(step, _OfLayers):
         yield from _check_layers(step, shape.seen_by(step), where)
-    if isinstance(step, QuantizeOnnx | QuantizeDynamic):
-        yield from _check_head(step, facts, where)
+    yield from _check_particulars(step, facts, shape, students, where)
+
+
+def _check_particulars(
+    step: Step, facts: ModelFacts, shape: _Shape, students: dict[str, ModelFacts], where: str
+) -> Iterator[Fault]:
+    """What only one technique asks of a model."""
+    match step:
+        case QuantizeOnnx() | QuantizeDynamic():
+            yield from _check_head(step, facts, where)
+        case QuantizeGguf():
+            yield from _check_gguf(step, facts, shape, where)
+        case PruneDepth() | PruneWidth() | PruneHeads():
+            yield from _check_removal(step, shape, facts, where)
+        case DistillLogits():
+            yield from _check_distillation(step, facts, students, where)
+
+
+def _after(step: Step, shape: _Shape, facts: ModelFacts, students: dict[str, ModelFacts]) -> _Shape:
+    """The model that a step leaves."""
+    match step:
+        case PruneDepth() | PruneWidth() | PruneHeads():
+            return _after_removal(step, shape, facts)
+        case DistillLogits():
+            return _after_distillation(step, shape, students)
+        case _:
+            return shape
 
 
 def matching_layers(patterns: Sequence[str], layers: Iterable[TensorFact]) -> tuple[TensorFact, ...]:

@@ -97,7 +97,7 @@ def streaming_seconds(nbytes: int) -> float:
     return nbytes / STREAMED_BYTES_PER_SECOND
 
 
-def tokens_of(step: QuantizeCalibrated | PruneCalibrated | PruneWidth, facts: ModelFacts) -> int:
+def tokens_of(step: QuantizeCalibrated | PruneCalibrated | PruneWidth | PruneHeads, facts: ModelFacts) -> int:
     """Tokens that a step is calibrated on: of text, or those that its images become."""
     if facts.preprocessing is not None and isinstance(step, QuantizeCalibrated):
         return step.calibration_images * facts.max_positions
