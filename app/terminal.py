@@ -195,6 +195,9 @@ def _quality(report: Report) -> str:
     if compared.perplexity_ratio is not None:
         before, after = report.original.quality["perplexity"], report.result.quality["perplexity"]
         return _three(f"ppl {before:.2f}", f"{after:.2f}", compared.perplexity_ratio)
+    if compared.accuracy_change is not None:
+        shares = (report.original.quality["top1_accuracy"], report.result.quality["top1_accuracy"])
+        return "\n".join(["accuracy", *(f"{share:.1%}" for share in shares)])
     return f"cosine\n{_number(compared.cosine_mean)}\n≥ {_number(compared.cosine_min)}"
 
 

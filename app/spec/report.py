@@ -108,7 +108,8 @@ class Measurement(Frozen):
     zero_share: float | None = None
     """Share of stored weights that are exactly zero."""
     quality: dict[str, float] = Field(default_factory=dict)
-    """`perplexity`, `bits_per_byte` for language models; nothing absolute for plain encoders."""
+    """`perplexity`, `bits_per_byte` for language models, `top1_accuracy` for image classifiers; nothing absolute for plain
+    encoders."""
     latency: tuple[Latency, ...] = ()
     peak_memory_bytes: int | None = None
     """VmHWM of a process that loads this model alone and runs the evaluation (or max_memory_allocated on a GPU)."""
@@ -135,8 +136,11 @@ class Comparison(Frozen):
     cosine_min: float | None = None
     rank_correlation: float | None = None
     """Spearman's, between the pairwise similarities of the texts under both encoders."""
+    accuracy_change: tuple[float, float, float] | None = None
+    """Difference of the shares of images whose label is the first choice, and its 95 % interval by paired bootstrap."""
     answer_flips: float | None = None
-    """Share of the original's right next tokens (its first choice was the true one) that the result gets wrong."""
+    """Share of the original's right next tokens, or classes of images (its first choice was the true one), that the result
+    gets wrong."""
 
 
 class Limit(Frozen):
@@ -173,6 +177,22 @@ class EvaluationText(Frozen):
     """Share of its 13-token sequences that also stand in calibration or training text; null when there was none."""
 
 
+class EvaluationImages(Frozen):
+    """The images both models were judged on."""
+
+    source: str
+    """The id of a dataset."""
+    sha256: str
+    images: int
+    labelled: bool
+    """Whether they have labels, so that accuracy could be measured."""
+    height: int
+    """Of what the models saw."""
+    width: int
+    overlap_share: float | None = None
+    """Share of them that are, pixel for pixel, also among the calibration images; null when there were none."""
+
+
 class TextSample(Frozen):
     """What both models write after the same prompt, always taking the likeliest token."""
 
@@ -204,6 +224,7 @@ class Report(Frozen):
     result: Measurement
     comparison: Comparison | None
     evaluation_text: EvaluationText | None = None
+    evaluation_images: EvaluationImages | None = None
     samples: tuple[TextSample, ...] = ()
     uploaded_bytes: int | None = None
     """Bytes of the weights as uploaded, where that was not safetensors (a GGUF, say, smaller than `original`)."""

@@ -1,7 +1,7 @@
 """The stages of a job: what each reads, and what it leaves for the next.
 
 load      model/ (Hugging Face layout; GGUF converted), student/ if one was uploaded
-baseline  evaluation.npz and prepared.json: the text both models will be measured on
+baseline  evaluation.npz (of images: .npy) and prepared.json: what both models will be measured on
 step n    model/ as the step left it, outcome.json
 export    model/ as it will be published
 verify    evaluated.json: what a fresh process measured that knew only the exported files
@@ -29,6 +29,7 @@ from app.spec.report import Report, StepReport
 from workers.engine.calibration.builtin import builtin_text
 from workers.engine.checkpoint.gguf_source import convert_gguf
 from workers.engine.measure.evaluate import check_original, evaluate
+from workers.engine.measure.images import prepare_images
 from workers.engine.measure.report import build_report, render_html
 from workers.engine.measure.results import Evaluated, Pair, Prepared
 from workers.engine.measure.windows import prepare_evaluation
@@ -143,14 +144,21 @@ def _baseline(context: StageContext) -> Metrics:
     if not evaluation.enabled:
         context.progress(1.0, "evaluation is off")
         return {}
-    prepared = prepare_evaluation(
-        context.original,
-        context.facts,
-        evaluation,
-        text=context.text(evaluation.text, "evaluation"),
-        seen=_seen_texts(context),
-        windows_file=context.directory / "evaluation.npz",
-    )
+    source, seen = context.text(evaluation.text, "evaluation"), _seen_texts(context)
+    if context.facts.preprocessing is not None:
+        images_file = context.directory / "evaluation.npy"
+        prepared = prepare_images(
+            context.facts, evaluation, dataset=source, seen=seen, images_file=images_file
+        )
+    else:
+        prepared = prepare_evaluation(
+            context.original,
+            context.facts,
+            evaluation,
+            text=source,
+            seen=seen,
+            windows_file=context.directory / "evaluation.npz",
+        )
     (context.directory / "prepared.json").write_text(prepared.model_dump_json())
     metrics = check_original(
         context.original,
@@ -161,7 +169,8 @@ def _baseline(context: StageContext) -> Metrics:
         progress=context.progress,
     )
     context.progress(1.0, "original works")
-    return {"tokens": prepared.text.tokens, **metrics}
+    amount = {"tokens": prepared.text.tokens} if prepared.text else {}
+    return amount | ({"images": prepared.images.images} if prepared.images else {}) | metrics
 
 
 def _seen_texts(context: StageContext) -> list[Path]:
@@ -186,6 +195,8 @@ def _step(name: str, context: StageContext) -> Metrics:
     target = context.directory / "model"
     target.mkdir()
     student = context.done["load"] / "student"
+    calibration = context.text(context.spec.calibration, "calibration") if step.needs_calibration else None
+    takes_images = context.facts.preprocessing is not None
     began = time.perf_counter()
     outcome = run_step(
         step,
@@ -195,9 +206,8 @@ def _step(name: str, context: StageContext) -> Metrics:
             original=context.original,
             facts=context.facts,
             student=student if isinstance(step, DistillLogits) and student.is_dir() else None,
-            calibration_text=context.text(context.spec.calibration, "calibration")
-            if step.needs_calibration
-            else None,
+            calibration_text=None if takes_images else calibration,
+            calibration_images=calibration if takes_images else None,
             training_text=context.text(context.spec.training, "calibration") if step.needs_training else None,
             device=context.device,
             threads=context.threads,

@@ -36,6 +36,8 @@ class StepContext:
     """An uploaded student, if the spec names one."""
     calibration_text: Path | None = None
     """UTF-8 text; documents are separated by blank lines. Set when the step needs calibration."""
+    calibration_images: Path | None = None
+    """A set of images (see engine.images.image_set), in place of the text, for models that take them."""
     training_text: Path | None = None
     """The same, when the step trains."""
     device: str = "cpu"

@@ -8,11 +8,17 @@ from app.spec.compression import Acceptance
 from app.spec.report import Comparison, Flag, Limit, Verdict
 from workers.engine.measure.results import Evaluated, Kind
 
-_NAMES: dict[Kind, str] = {"causal_lm": "language models", "classifier": "classifiers", "encoder": "encoders"}
+_NAMES: dict[Kind, str] = {
+    "causal_lm": "language models",
+    "classifier": "classifiers",
+    "encoder": "encoders",
+    "image_classifier": "image classifiers",
+}
 _FOR: dict[str, frozenset[Kind]] = {
     "max_perplexity_increase": frozenset({"causal_lm"}),
-    "max_kl": frozenset({"causal_lm"}),
-    "min_top1_agreement": frozenset({"causal_lm", "classifier"}),
+    "max_kl": frozenset({"causal_lm", "image_classifier"}),
+    "min_top1_agreement": frozenset({"causal_lm", "classifier", "image_classifier"}),
+    "max_accuracy_drop": frozenset({"image_classifier"}),
     "min_cosine": frozenset({"encoder"}),
 }
 _RUINOUS = frozenset({"nan", "degenerate_output"})
@@ -58,6 +64,9 @@ _MEASURED: dict[str, Callable[[Evaluated], float | None]] = {
     ),
     "max_kl": _from_comparison(lambda c: c.kl_mean),
     "min_top1_agreement": _from_comparison(lambda c: c.top1_agreement),
+    "max_accuracy_drop": _from_comparison(
+        lambda c: None if c.accuracy_change is None else -c.accuracy_change[0]
+    ),
     "min_cosine": _from_comparison(lambda c: c.cosine_mean),
     "max_bytes": lambda evaluated: evaluated.result.bytes,
     "max_bytes_ratio": lambda evaluated: evaluated.result.bytes / evaluated.original.bytes,

@@ -10,7 +10,15 @@ import numpy as np
 
 from app.spec.facts import ModelFacts
 from app.spec.report import Comparison, Measurement
-from workers.engine.measure.latency import LatencyInTurns, ratio_interval, rounds_in_all, timed_runs
+from workers.engine.measure.inputs import load_inputs
+from workers.engine.measure.latency import (
+    LatencyInTurns,
+    TimedRun,
+    ratio_interval,
+    rounds_in_all,
+    timed_image_runs,
+    timed_runs,
+)
 from workers.engine.measure.quality import Quality, quality_for
 from workers.engine.measure.results import Evaluated, Pair, Prepared, Progress, RunnerFacts, Verification
 from workers.engine.measure.runner_client import RunnerClient
@@ -88,6 +96,7 @@ def compare(
         comparison=_comparison(original, result, quality),
         verification=verification,
         text=prepared.text,
+        images=prepared.images,
         vocabulary=quality.vocabulary,
         non_finite_windows=quality.non_finite,
     )
@@ -107,7 +116,7 @@ def _add_windows(
     pair: Pair, prepared: Prepared, models: Models, quality: Quality
 ) -> Iterator[tuple[int, int]]:
     """Run both models on each window in turns, and count what they give; yields (windows done, windows)."""
-    windows = load_windows(prepared.windows_file)
+    windows = load_inputs(prepared.windows_file)
     targets = pair.work / "original.raw", pair.work / "result.raw"
     for index, window in enumerate(windows):
         original = check_finite(models[0], prepared.windows_file, index, targets[0])
@@ -119,16 +128,22 @@ def _add_windows(
 def _time_in_turns(
     pair: Pair, prepared: Prepared, models: Models, verification: Verification
 ) -> LatencyInTurns:
-    stream = np.concatenate(load_windows(prepared.windows_file))
-    # No longer than a window: the model may not take more.
-    tokens = stream[: max(len(window) for window in load_windows(prepared.windows_file))].tolist()
-    caches = verification.original.caches and verification.result.caches
-    latency = LatencyInTurns(timed_runs(prepared.kind, tokens, caches=caches), models)
+    latency = LatencyInTurns(_runs_to_time(prepared, verification), models)
     count = rounds_in_all(pair.latency_rounds)
     for done in latency.rounds(pair.latency_rounds):
         share = _QUALITY_DONE + (1 - _QUALITY_DONE) * done / count
         pair.progress(share, f"latency round {done} of {count}")
     return latency
+
+
+def _runs_to_time(prepared: Prepared, verification: Verification) -> tuple[TimedRun, ...]:
+    if prepared.images is not None:
+        return timed_image_runs(prepared.windows_file, prepared.images)
+    stream = np.concatenate(load_windows(prepared.windows_file))
+    # No longer than a window: the model may not take more.
+    tokens = stream[: max(len(window) for window in load_windows(prepared.windows_file))].tolist()
+    caches = verification.original.caches and verification.result.caches
+    return timed_runs(prepared.kind, tokens, caches=caches)
 
 
 def _measurement(size: Size, facts: RunnerFacts) -> Measurement:

@@ -191,12 +191,24 @@ def _evaluation_overlap(facts: Facts) -> Iterator[Flag]:
         yield Flag(code="evaluation_overlap", detail=detail)
 
 
+def _images_overlap(facts: Facts) -> Iterator[Flag]:
+    images = facts.evaluated.images
+    if images is not None and images.overlap_share is not None and images.overlap_share >= _OVERLAP_SHARE:
+        detail = (
+            f"{images.overlap_share:.0%} of the images it was judged on are calibration images too: the quality figures may "
+            "flatter the result."
+        )
+        yield Flag(code="evaluation_overlap", detail=detail)
+
+
 def _found_by_steps(facts: Facts) -> Iterator[Flag]:
     yield from dict.fromkeys(flag for step in facts.steps for flag in step.flags)
 
 
 def _builtin_text(facts: Facts) -> Iterator[Flag]:
     spec = facts.spec
+    if facts.model.preprocessing is not None:
+        return
     uses = {
         "quality": spec.evaluation.enabled and spec.evaluation.text.dataset is None,
         "calibration": any(s.needs_calibration for s in spec.steps) and spec.calibration.dataset is None,
@@ -224,6 +236,7 @@ _RULES: tuple[Callable[[Facts], Iterator[Flag]], ...] = (
     _tied_weights_broken,
     _tokenizer_changed,
     _evaluation_overlap,
+    _images_overlap,
     _found_by_steps,
     _builtin_text,
 )

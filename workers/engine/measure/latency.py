@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from app.spec.report import Latency
+from app.spec.report import EvaluationImages, Latency
 from workers.engine.measure.results import Kind
 from workers.engine.measure.runner_client import RunnerClient
 
@@ -46,6 +47,18 @@ def timed_runs(kind: Kind, tokens: list[int], *, caches: bool) -> tuple[TimedRun
             lambda r, batch=batch: r.forward_ms(tokens, batch=batch, last_only=False),  # type: ignore[misc]
         )
         for batch in batches
+    )
+
+
+def timed_image_runs(images_file: Path, images: EvaluationImages) -> tuple[TimedRun, ...]:
+    """One image, and several together."""
+    size = f"{images.height}×{images.width}"
+    return tuple(
+        TimedRun(
+            f"batch {batch} of {size} pixels",
+            lambda r, batch=batch: r.images_ms(images_file, batch=batch),  # type: ignore[misc]
+        )
+        for batch in (1, _THROUGHPUT_BATCH)
     )
 
 

@@ -15,6 +15,7 @@ from workers.engine.measure.embeddings import (
     pooling_of,
     rank_correlation,
 )
+from workers.engine.measure.images import ImageQuality
 from workers.engine.measure.language import Predictions
 from workers.engine.measure.results import Pair, Prepared
 
@@ -29,8 +30,8 @@ class Quality(Protocol):
     non_finite: int
     """Windows on which the result gave NaN or infinity."""
 
-    def add(self, window: NDArray[np.int64], original: Outputs, result: Outputs, *, finite: bool) -> None:
-        """Count one window: its tokens and both models' outputs, (rows, columns) each."""
+    def add(self, window: NDArray[Any], original: Outputs, result: Outputs, *, finite: bool) -> None:
+        """Count one window or batch: its tokens or pixels, and both models' outputs, (rows, columns) each."""
 
     def absolute(self, index: int) -> dict[str, float]:
         """`Measurement.quality` of the original (0) or the result (1)."""
@@ -41,6 +42,8 @@ class Quality(Protocol):
 
 def quality_for(prepared: Prepared, pair: Pair) -> Quality:
     """The measure that fits a kind of model."""
+    if prepared.kind == "image_classifier":
+        return ImageQuality(prepared.labels, seed=pair.seed)
     if prepared.kind == "encoder":
         return EmbeddingQuality(pooling_of(pair.original))
     return PredictionQuality(prepared, seed=pair.seed)

@@ -58,6 +58,7 @@ def build_report(  # noqa: PLR0913 - a report is the place where everything come
         result=evaluated.result,
         comparison=evaluated.comparison,
         evaluation_text=evaluated.text,
+        evaluation_images=evaluated.images,
         samples=evaluated.verification.samples,
         uploaded_bytes=facts.weight_bytes if is_gguf else None,
         uploaded_dtype=facts.dtype if is_gguf else None,

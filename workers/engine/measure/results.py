@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from app.spec.base import Format, Frozen
-from app.spec.report import Comparison, EvaluationText, Measurement, TextSample
+from app.spec.report import Comparison, EvaluationImages, EvaluationText, Measurement, TextSample
 
-Kind = Literal["causal_lm", "classifier", "encoder"]
-"""What a model gives: next-token logits, logits of a class, or an embedding per token."""
+Kind = Literal["causal_lm", "classifier", "encoder", "image_classifier"]
+"""What a model gives: next-token logits, logits of a class, an embedding per token, or logits of an image's class."""
 
 Progress = Callable[[float, str], None]
 
@@ -21,14 +21,17 @@ def silent(fraction: float, message: str) -> None:
 
 
 class Prepared(Frozen):
-    """Evaluation text, cut into windows of tokens once, by the original's tokenizer, for both models."""
+    """Evaluation text, cut into windows of tokens once, by the original's tokenizer, for both models; or images, made ready."""
 
     kind: Kind
     windows_file: Path
-    """The windows with their special tokens (see windows.py)."""
-    scored_bytes: int
+    """The windows with their special tokens (see windows.py), or the images (see images.py)."""
+    scored_bytes: int = 0
     """UTF-8 bytes of the text whose tokens are predicted: what bits per byte divides by."""
-    text: EvaluationText
+    text: EvaluationText | None = None
+    images: EvaluationImages | None = None
+    labels: tuple[int, ...] | None = None
+    """Of the images, in order; None where they have none."""
 
 
 class Loading(Frozen):
@@ -78,6 +81,7 @@ class Evaluated(Frozen):
     """None when evaluation was disabled."""
     verification: Verification
     text: EvaluationText | None
+    images: EvaluationImages | None = None
     vocabulary: tuple[int, int] | None = None
     """Columns of the two models' logits, where they differ."""
     non_finite_windows: int = 0

@@ -20,6 +20,7 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from workers.engine.measure.inputs import Inputs, load_inputs
 from workers.engine.measure.results import RunnerFacts
 
 _PR_SET_PDEATHSIG = 1
@@ -30,10 +31,10 @@ class Runner(Protocol):
 
     facts: RunnerFacts
 
-    def outputs(self, window: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Outputs of one window: (rows, columns)."""
+    def outputs(self, window: NDArray[Any]) -> NDArray[np.float32]:
+        """Outputs of one window, or of a batch of images: (rows, columns)."""
 
-    def time_forward(self, batch: NDArray[np.int64], *, last_only: bool) -> float:
+    def time_forward(self, batch: NDArray[Any], *, last_only: bool) -> float:
         """Milliseconds of one pass."""
 
     def time_decode(self, prompt: NDArray[np.int64]) -> float:
@@ -70,13 +71,14 @@ class Commands:
     def __init__(self, runner: Runner) -> None:
         """Answer for one loaded model."""
         self._runner = runner
-        self._windows: dict[str, list[NDArray[np.int64]]] = {}
+        self._windows: dict[str, Inputs] = {}
 
     def answer(self, do: str, **arguments: Any) -> Any:
         """Carry out one command by its name. Raises ValueError for a name that is none."""
         known: dict[str, Callable[..., Any]] = {
             "outputs": self._outputs,
             "forward_ms": self._forward_ms,
+            "images_ms": self._images_ms,
             "decode_ms": self._decode_ms,
             "generate": self._runner.generate,
             "peak_memory": self._peak_memory,
@@ -96,6 +98,10 @@ class Commands:
             np.tile(np.asarray(tokens, np.int64), (batch, 1)), last_only=last_only
         )
 
+    def _images_ms(self, images_file: str, batch: int) -> float:
+        first = self._window(images_file, 0)[:1]
+        return self._runner.time_forward(np.repeat(first, batch, axis=0), last_only=False)
+
     def _decode_ms(self, tokens: list[int]) -> float:
         return self._runner.time_decode(np.asarray(tokens, np.int64))
 
@@ -103,11 +109,9 @@ class Commands:
         on_accelerator = self._runner.accelerator_peak_bytes()
         return high_water_mark() if on_accelerator is None else on_accelerator
 
-    def _window(self, windows_file: str, index: int) -> NDArray[np.int64]:
-        from workers.engine.measure.windows import load_windows
-
+    def _window(self, windows_file: str, index: int) -> NDArray[Any]:
         if windows_file not in self._windows:
-            self._windows[windows_file] = load_windows(Path(windows_file))
+            self._windows[windows_file] = load_inputs(Path(windows_file))
         return self._windows[windows_file][index]
 
 

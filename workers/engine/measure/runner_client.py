@@ -98,6 +98,10 @@ class RunnerClient:
         """Milliseconds of one forward pass over `batch` copies of `tokens`."""
         return float(self._ask("forward_ms", tokens=tokens, batch=batch, last_only=last_only))
 
+    def images_ms(self, images_file: Path, *, batch: int) -> float:
+        """Milliseconds of one forward pass over `batch` copies of the first image."""
+        return float(self._ask("images_ms", images_file=str(images_file), batch=batch))
+
     def decode_ms(self, tokens: list[int]) -> float:
         """Milliseconds of decoding one token after `tokens`, with their keys and values cached."""
         return float(self._ask("decode_ms", tokens=tokens))

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from workers.engine.images.pixels import pixel_values, preprocessing_of
 from workers.engine.measure.results import Loading, RunnerFacts
 
+PIXELS = "pixel_values"
 _MAIN_OUTPUTS = ("logits", "last_hidden_state")
 
 
@@ -37,6 +39,7 @@ class OnnxRunner:
         self._inputs = {node.name for node in self._session.get_inputs()}
         names = [node.name for node in self._session.get_outputs()]
         self._output = next((name for name in _MAIN_OUTPUTS if name in names), names[0])
+        self._preprocessing = preprocessing_of(directory)
         self._end = json.loads((directory / "config.json").read_text()).get("eos_token_id")
         provider = self._session.get_providers()[0].removesuffix("ExecutionProvider")
         self.facts = RunnerFacts(
@@ -46,14 +49,14 @@ class OnnxRunner:
             load_seconds=time.perf_counter() - started,
         )
 
-    def outputs(self, window: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits or last hidden states of one window: (tokens or 1, columns)."""
-        output = self._run(window[None])
+    def outputs(self, window: NDArray[Any]) -> NDArray[np.float32]:
+        """Logits or last hidden states of one window: (tokens or 1, columns); of a batch of images: (images, classes)."""
+        output = self._run(window[None] if self._preprocessing is None else window)
         result: NDArray[np.float32] = output.reshape(-1, output.shape[-1]).astype(np.float32, copy=False)
         return result
 
-    def time_forward(self, batch: NDArray[np.int64], *, last_only: bool) -> float:
-        """Milliseconds of one pass over (sequences, tokens). Raises ValueError for `last_only`: a graph gives all rows."""
+    def time_forward(self, batch: NDArray[Any], *, last_only: bool) -> float:
+        """Milliseconds of one pass over (sequences, tokens), or over images. Raises ValueError for `last_only`: a graph gives all rows."""
         if last_only:
             raise ValueError("an ONNX graph computes the logits of every position")
         feed = self._feed(batch)
@@ -79,10 +82,12 @@ class OnnxRunner:
         """None: onnxruntime does not say what it holds on a GPU."""
         return None
 
-    def _run(self, batch: NDArray[np.int64]) -> Any:
+    def _run(self, batch: NDArray[Any]) -> Any:
         return self._session.run([self._output], self._feed(batch))[0]
 
-    def _feed(self, batch: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    def _feed(self, batch: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        if self._preprocessing is not None:
+            return {PIXELS: pixel_values(batch, self._preprocessing)}
         known = {
             "input_ids": np.ascontiguousarray(batch),
             "attention_mask": np.ones_like(batch),

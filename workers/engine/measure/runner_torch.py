@@ -17,6 +17,7 @@ from app.spec.gguf_layout import GGUF_FILE
 from workers.engine.architectures.loading import family_of, loader_of
 from workers.engine.export.dynamic_int8 import FORMAT, is_declared, load_dynamic_int8
 from workers.engine.export.gguf.reader import read_configuration
+from workers.engine.images.pixels import pixel_values, preprocessing_of
 from workers.engine.measure.results import Loading, RunnerFacts
 
 
@@ -28,6 +29,7 @@ class TorchRunner:
         started = time.perf_counter()
         torch.set_num_threads(threads)
         self._is_causal = family_of(directory) is Family.CAUSAL_LM
+        self._preprocessing = preprocessing_of(directory)
         is_gguf = (directory / GGUF_FILE).is_file()
         declared = None if is_gguf else _declared(directory)
         kind = _format(declared, is_gguf=is_gguf)
@@ -40,22 +42,23 @@ class TorchRunner:
             runtime=_runtime(device, threads, kind, declared),
             format=kind,
             loading=loading,
-            tied=_is_tied(self._model),
+            tied=_is_tied(self._model) if self._preprocessing is None else None,
             caches=self._is_causal,
             load_seconds=time.perf_counter() - started,
         )
 
     @torch.inference_mode()
-    def outputs(self, window: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits or last hidden states of one window: (tokens or 1, columns)."""
+    def outputs(self, window: NDArray[Any]) -> NDArray[np.float32]:
+        """Logits or last hidden states of one window: (tokens or 1, columns); of a batch of images: (images, classes)."""
         arguments = {"use_cache": False} if self._is_causal else {}
-        output = self._model(self._batch(window[None]), **arguments)[0]
+        batch = window[None] if self._preprocessing is None else window
+        output = self._model(self._batch(batch), **arguments)[0]
         result: NDArray[np.float32] = output.float().reshape(-1, output.shape[-1]).cpu().numpy()
         return result
 
     @torch.inference_mode()
-    def time_forward(self, batch: NDArray[np.int64], *, last_only: bool) -> float:
-        """Milliseconds of one pass over (sequences, tokens); `last_only` as in serving: a cache, one row of logits."""
+    def time_forward(self, batch: NDArray[Any], *, last_only: bool) -> float:
+        """Milliseconds of one pass over (sequences, tokens), or over images; `last_only` as in serving: a cache, one row of logits."""
         arguments = {"use_cache": True, "logits_to_keep": 1} if last_only else {}
         tokens = self._batch(batch)
         started = self._now()
@@ -91,8 +94,10 @@ class TorchRunner:
         """Most memory held on the GPU so far; None on a CPU."""
         return torch.cuda.max_memory_allocated(self._device) if self._device != "cpu" else None
 
-    def _batch(self, tokens: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(tokens)).to(self._device)
+    def _batch(self, batch: NDArray[Any]) -> Tensor:
+        """Tokens as they are, or images with their pixels scaled."""
+        values = batch if self._preprocessing is None else pixel_values(batch, self._preprocessing)
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
 
     def _now(self) -> float:
         if self._device != "cpu":

@@ -38,12 +38,7 @@ def headline(report: Report) -> list[tuple[str, str]]:
         figures = [(times(result.weight_bytes / report.uploaded_bytes), what), *figures]
     if comparison is None:
         return figures
-    if comparison.perplexity_ratio is not None:
-        figures.append((f"{comparison.perplexity_ratio - 1:+.1%}", "perplexity"))
-    if comparison.cosine_mean is not None:
-        figures.append((f"{comparison.cosine_mean:.3f}", "mean cosine of the embeddings to the original's"))
-    elif comparison.top1_agreement is not None:
-        figures.append((f"{comparison.top1_agreement:.1%}", "same first choice as the original"))
+    figures += _quality_figures(report, comparison)
     if comparison.latency_ratio is not None:
         interval = ratio_interval(original.latency[0], result.latency[0])
         unsure = "; the difference may be noise" if interval[0] <= 1 <= interval[1] else ""
@@ -51,6 +46,18 @@ def headline(report: Report) -> list[tuple[str, str]]:
     if comparison.peak_memory_ratio is not None:
         figures.append((times(comparison.peak_memory_ratio), "the peak memory"))
     return figures
+
+
+def _quality_figures(report: Report, comparison: Comparison) -> Iterator[tuple[str, str]]:
+    if comparison.perplexity_ratio is not None:
+        yield f"{comparison.perplexity_ratio - 1:+.1%}", "perplexity"
+    if comparison.accuracy_change is not None:
+        before, after = (m.quality["top1_accuracy"] for m in (report.original, report.result))
+        yield f"{after:.1%}", f"accuracy, was {before:.1%}"
+    if comparison.cosine_mean is not None:
+        yield f"{comparison.cosine_mean:.3f}", "mean cosine of the embeddings to the original's"
+    elif comparison.top1_agreement is not None:
+        yield f"{comparison.top1_agreement:.1%}", "same first choice as the original"
 
 
 def summary_rows(report: Report) -> list[Row]:
@@ -87,6 +94,7 @@ def _size_rows(report: Report) -> Iterator[Row]:
 
 def _quality_rows(report: Report, comparison: Comparison) -> Iterator[Row]:
     yield from _perplexity_rows(report, comparison)
+    yield from _accuracy_rows(report, comparison)
     if comparison.kl_mean is not None:
         detail = f"median {comparison.kl_median:.4f}, 99th percentile {comparison.kl_p99:.3f}, max {comparison.kl_max:.2f}"
         yield Row(
@@ -105,7 +113,8 @@ def _quality_rows(report: Report, comparison: Comparison) -> Iterator[Row]:
                 label, note, "100%" if is_share else "1", f"{value:.1%}" if is_share else f"{value:.4f}", ""
             )
     if comparison.answer_flips is not None:
-        note = "right next tokens that became wrong"
+        what = "classes" if comparison.accuracy_change is not None else "next tokens"
+        note = f"right {what} that became wrong"
         yield Row("Answer flips", note, "0", f"{comparison.answer_flips:.1%}", "")
 
 
@@ -118,6 +127,16 @@ def _perplexity_rows(report: Report, comparison: Comparison) -> Iterator[Row]:
     yield _percent_row("Perplexity", note, (before, after), "{:.2f}")
     bits = [m.quality["bits_per_byte"] for m in (report.original, report.result)]
     yield _percent_row("Bits per byte of text", "", (bits[0], bits[1]), "{:.3f}")
+
+
+def _accuracy_rows(report: Report, comparison: Comparison) -> Iterator[Row]:
+    if comparison.accuracy_change is None:
+        return
+    change, low, high = comparison.accuracy_change
+    before, after = (m.quality["top1_accuracy"] for m in (report.original, report.result))
+    note = f"label is the first choice; 95 % interval of the change {low:+.1%} to {high:+.1%}"
+    tone: Tone = "plain" if low <= 0 <= high else "good" if change > 0 else "bad"
+    yield Row("Accuracy", note, f"{before:.1%}", f"{after:.1%}", f"{change:+.1%}", tone)
 
 
 def _speed_rows(report: Report) -> Iterator[Row]:

@@ -16,6 +16,8 @@ from app.errors import JobFailed, VerificationFailed
 from app.spec.report import TextSample
 from workers.engine.calibration.builtin import builtin_text
 from workers.engine.calibration.text import special_tokens
+from workers.engine.images.batches import save_images
+from workers.engine.images.pixels import preprocessing_of
 from workers.engine.measure.embeddings import cosines
 from workers.engine.measure.results import Kind, Pair, Prepared, RunnerFacts, Verification
 from workers.engine.measure.runner_client import RunnerClient
@@ -40,9 +42,14 @@ def verify_export(pair: Pair, models: Models, kind: Kind, prepared: Prepared | N
     """
     facts = models[0].ready(), models[1].ready()
     check_loading(*facts)
+    if kind == "image_classifier":
+        cosine = _compare_outputs(pair.work, models, _probe_images(pair, prepared))
+        return Verification(original=facts[0], result=facts[1], output_cosine=cosine)
     tokenizer = _tokenizer(pair.original, needed=prepared is not None)
     probe = _probe_tokens(tokenizer, prepared)
-    cosine = _compare_probe(pair.work, models, probe)
+    probe_file = pair.work / "probe.npz"
+    save_windows(probe_file, [np.asarray(probe, dtype=np.int64)])
+    cosine = _compare_outputs(pair.work, models, probe_file)
     samples: tuple[TextSample, ...] = ()
     degenerate = None
     if kind == "causal_lm" and tokenizer is not None:
@@ -81,7 +88,7 @@ def check_finite(model: RunnerClient, windows_file: Path, index: int, target: Pa
     outputs, finite = model.outputs(windows_file, index, target)
     if not finite:
         raise JobFailed(
-            f"The original model gives NaN or infinity on window {index} of the evaluation text.",
+            f"The original model gives NaN or infinity on window {index} of the evaluation data.",
             code="original_is_broken",
             hint="No compression can mend it: check the upload's sha256, and that the model works where you got it.",
         )
@@ -125,11 +132,21 @@ def _probe_tokens(tokenizer: Any, prepared: Prepared | None) -> list[int]:
     return [int(token) for token in tokenizer(text)["input_ids"][:_PROBE_TOKENS]]
 
 
-def _compare_probe(work: Path, models: Models, probe: list[int]) -> float:
-    windows = work / "probe.npz"
-    save_windows(windows, [np.asarray(probe, dtype=np.int64)])
-    original = check_finite(models[0], windows, 0, work / "original.raw")
-    result, finite = models[1].outputs(windows, 0, work / "result.raw")
+def _probe_images(pair: Pair, prepared: Prepared | None) -> Path:
+    """The images that are evaluated, or noise where none are."""
+    preprocessing = preprocessing_of(pair.original)
+    if prepared is not None or preprocessing is None:
+        return pair.work / "probe.npy" if prepared is None else prepared.windows_file
+    shape = (1, len(preprocessing.mean), *preprocessing.size)
+    noise = np.random.default_rng(pair.seed).integers(0, 256, shape, dtype=np.uint8)
+    save_images(pair.work / "probe.npy", [noise], shape)
+    return pair.work / "probe.npy"
+
+
+def _compare_outputs(work: Path, models: Models, probe: Path) -> float:
+    """Cosine of what both give for the first window, or batch, in a file."""
+    original = check_finite(models[0], probe, 0, work / "original.raw")
+    result, finite = models[1].outputs(probe, 0, work / "result.raw")
     if not finite:
         raise VerificationFailed(
             "The exported model gives NaN or infinity where the original gives numbers.",

@@ -44,6 +44,8 @@ def kind_of(facts: ModelFacts) -> Kind:
     """What the outputs of a model are."""
     if facts.family is Family.CAUSAL_LM:
         return "causal_lm"
+    if facts.family is Family.IMAGE_CLASSIFIER:
+        return "image_classifier"
     return "classifier" if facts.architecture.endswith("ForSequenceClassification") else "encoder"
 
 

@@ -42,13 +42,14 @@ _LIMITS: dict[str, str] = {
     "max_perplexity_increase": "Perplexity increase, at most",
     "max_kl": "Mean KL divergence, at most",
     "min_top1_agreement": "Same first choice, at least",
+    "max_accuracy_drop": "Accuracy lost, at most",
     "min_cosine": "Cosine of embeddings, at least",
     "max_bytes": "Size, at most",
     "max_bytes_ratio": "Size of the original, at most",
     "max_latency_ratio": "Latency of the original, at most",
     "max_peak_memory_ratio": "Peak memory of the original, at most",
 }
-_SHARES = ("max_perplexity_increase", "min_top1_agreement")
+_SHARES = ("max_perplexity_increase", "min_top1_agreement", "max_accuracy_drop")
 
 
 def verdict(report: Report) -> VerdictWords:
