@@ -64,6 +64,7 @@ def test_both_layouts_give_the_same_images(tmp_path: Path) -> None:
     both = [np.concatenate(list(ImageSet(path).chunks(66))) for path in (first, tmp_path / "nchw")]
     assert np.array_equal(both[0], images[:66].numpy())
     assert np.array_equal(*both)
+    assert sum(len(chunk) for chunk in ImageSet(first).chunks(1000)) == 70
     assert ImageSet(tmp_path / "nchw").labels(3) is None
     assert len(ImageSet(first).labels(3)) == 3
 

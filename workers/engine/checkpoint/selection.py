@@ -35,8 +35,12 @@ def module_name(weight: str) -> str:
     return weight.removesuffix(".weight")
 
 
-def select_layers(checkpoint: Checkpoint, ignore: Sequence[str], *, with_head: bool = False) -> Selection:
+def select_layers(
+    checkpoint: Checkpoint, ignore: Sequence[str], *, with_head: bool = False, everywhere: bool = False
+) -> Selection:
     """Choose the compressible layers that no pattern of `ignore` matches, and the head where asked for.
+
+    `everywhere`: convolutions too, and linear layers outside the blocks, of an image classifier.
 
     Raises UnsupportedForModel for a model that is quantized already, or has no head of its own; InvalidRequest when no
     layer is left.
@@ -48,9 +52,10 @@ def select_layers(checkpoint: Checkpoint, ignore: Sequence[str], *, with_head: b
             hint="Upload the original model in 32 or 16 bits.",
         )
     chosen: dict[str, TensorEntry] = {}
-    untouched = _outside_blocks(checkpoint)
+    is_layer = is_image_layer if everywhere else is_compressible
+    untouched = [] if everywhere else _outside_blocks(checkpoint)
     for entry in checkpoint.tensors.values():
-        if not is_compressible(entry.name, entry.shape):
+        if not is_layer(entry.name, entry.shape):
             continue
         pattern = next((p for p in ignore if fnmatchcase(module_name(entry.name), p)), None)
         if is_router(entry.name):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,15 +65,32 @@ def export_graph(model: nn.Module, architecture: str) -> ir.Model:
     sample = {name: torch.ones_like(ids) if name == "attention_mask" else ids * 0 for name in names}
     sample["input_ids"] = ids
     free = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
+    graph = export_program(
+        forward,
+        sample,
+        output="logits" if _has_logits(architecture) else "last_hidden_state",
+        free=dict.fromkeys(names, free),
+        architecture=architecture,
+    )
+    return _finished(graph)
+
+
+def export_program(
+    forward: nn.Module, sample: dict[str, Tensor], *, output: str, free: dict[str, Any], architecture: str
+) -> ir.Model:
+    """What torch.onnx makes of a module that takes `sample`, whose dimensions in `free` may have any size.
+
+    Raises JobFailed (`onnx_export_failed`) for a model that it cannot express.
+    """
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 forward,
                 (),
                 kwargs=sample,
-                input_names=names,
-                output_names=["logits" if _has_logits(architecture) else "last_hidden_state"],
-                dynamic_shapes=dict.fromkeys(names, free),
+                input_names=list(sample),
+                output_names=[output],
+                dynamic_shapes=free,
                 opset_version=OPSET,
                 dynamo=True,
                 optimize=False,
@@ -87,7 +104,7 @@ def export_graph(model: nn.Module, architecture: str) -> ir.Model:
         ) from error
     if program is None:
         raise RuntimeError("torch.onnx.export with dynamo=True returned no program")
-    return _finished(program.model)
+    return program.model
 
 
 def input_names(model: nn.Module) -> list[str]:
@@ -146,18 +163,22 @@ def check_graph(directory: Path, *, threads: int) -> None:
 
     Raises VerificationFailed.
     """
-    import onnx
-
-    path = str(directory / MODEL_FILE)
-    try:
-        onnx.checker.check_model(path)
-    except onnx.checker.ValidationError as error:
-        raise _invalid(f"onnx.checker refuses it: {_first_line(error)}") from error
+    check_valid(directory)
     for (batch, length), output in _outputs(directory, ((1, 3), (2, 5)), threads):
         if output.shape[0] != batch or (output.ndim == 3 and output.shape[1] != length):
-            raise _invalid(f"for {batch} sequences of {length} tokens it returns {output.shape}")
+            raise invalid_graph(f"for {batch} sequences of {length} tokens it returns {output.shape}")
         if not np.isfinite(output).all():
-            raise _invalid("its output is not finite")
+            raise invalid_graph("its output is not finite")
+
+
+def check_valid(directory: Path) -> None:
+    """Raise VerificationFailed for a graph that onnx's own rules do not allow."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(directory / MODEL_FILE))
+    except onnx.checker.ValidationError as error:
+        raise invalid_graph(f"onnx.checker refuses it: {_first_line(error)}") from error
 
 
 def open_session(directory: Path, *, threads: int) -> Any:
@@ -165,7 +186,7 @@ def open_session(directory: Path, *, threads: int) -> Any:
     return _session(directory, _options(threads))
 
 
-def run(session: Any, feed: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+def run(session: Any, feed: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
     """The first output."""
     output: NDArray[np.float32] = session.run(None, feed)[0]
     return output
@@ -204,16 +225,25 @@ def _outputs(
     directory: Path, shapes: tuple[tuple[int, int], ...], threads: int
 ) -> list[tuple[tuple[int, int], NDArray[np.float32]]]:
     """The graph's output for each shape of input, (batch, length)."""
+    import onnx
+
+    names = [
+        value.name for value in onnx.load(str(directory / MODEL_FILE), load_external_data=False).graph.input
+    ]
+    feeds = [{name: np.ones(shape, dtype=np.int64) for name in names} for shape in shapes]
+    return list(zip(shapes, first_outputs(directory, feeds, threads), strict=True))
+
+
+def first_outputs(
+    directory: Path, feeds: Sequence[dict[str, NDArray[Any]]], threads: int
+) -> list[NDArray[np.float32]]:
+    """What onnxruntime computes of each feed. Raises VerificationFailed when it does not."""
     try:
         session = open_session(directory, threads=threads)
-        names = [node.name for node in session.get_inputs()]
-        return [
-            (shape, run(session, {name: np.ones(shape, dtype=np.int64) for name in names}))
-            for shape in shapes
-        ]
+        return [run(session, feed) for feed in feeds]
     except Exception as error:
         # onnxruntime's errors share no class of their own.
-        raise _invalid(f"onnxruntime refuses it: {_first_line(error)}") from error
+        raise invalid_graph(f"onnxruntime refuses it: {_first_line(error)}") from error
 
 
 def _has_logits(architecture: str) -> bool:
@@ -221,7 +251,8 @@ def _has_logits(architecture: str) -> bool:
     return known.family is Family.CAUSAL_LM or known.has_labels
 
 
-def _invalid(what: str) -> VerificationFailed:
+def invalid_graph(what: str) -> VerificationFailed:
+    """The error for a written graph that cannot be used."""
     return VerificationFailed(
         f"The ONNX file is not usable: {what}",
         code="onnx_invalid",

@@ -36,8 +36,9 @@ class ImageSet:
 
         with safe_open(self.path, framework="np") as file:
             stored, layout = file.get_slice("images"), file.metadata()["layout"]
-            for start in range(0, min(count, stored.get_shape()[0]), _AT_ONCE):
-                images = stored[start : min(count, start + _AT_ONCE)]
+            end = min(count, stored.get_shape()[0])
+            for start in range(0, end, _AT_ONCE):
+                images = stored[start : min(end, start + _AT_ONCE)]
                 yield images.transpose(0, 3, 1, 2) if layout == "NHWC" else images
 
     def labels(self, count: int) -> NDArray[np.int64] | None:

@@ -6,6 +6,8 @@ solved weight is replaced by nodes of our own, whatever form it was exported in:
 with a plain weight and pass over what they do not know. The written file is read again, and a layer that is not
 quantized there, and was not to be left, fails the job.
 
+Image classifiers go a way of their own: onnx_images.py.
+
 Left out: 16-bit scales and activations, a key-value cache, and timing the result: the evaluation of the job does that.
 """
 
@@ -39,6 +41,7 @@ from workers.engine.export.onnx_matmul_nbits import MICROSOFT, PackedMatrix, loo
 from workers.engine.export.onnx_qdq import Int8Matrix, QdqWriter
 from workers.engine.quantize.grid import Grid
 from workers.engine.quantize.matmul_nbits import NBitsSolver, round_to_nearest
+from workers.engine.quantize.onnx_images import quantize_images
 from workers.engine.quantize.qdq import QdqSolver
 from workers.engine.quantize.solutions import Solutions
 from workers.engine.technique import StepContext, StepOutcome, implements
@@ -58,6 +61,8 @@ def quantize_onnx(step: QuantizeOnnx, context: StepContext) -> StepOutcome:
     Raises InvalidRequest when the calibration text is too short or a weight is not finite, JobFailed when the model
     cannot be calibrated or exported, VerificationFailed when the written file is not what was meant.
     """
+    if context.facts.preprocessing is not None:
+        return quantize_images(step, context)
     checkpoint = Checkpoint.open(context.source)
     selection = select_layers(checkpoint, step.ignore)
     solutions, windows = _solve(step, selection, context)
