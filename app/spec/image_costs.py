@@ -11,6 +11,8 @@ IMAGES_AT_ONCE = 8
 """Images that are evaluated together."""
 _ACTIVATION_FLOATS_PER_PIXEL = 100
 """Of the widest layer: its inputs, its outputs and what lies between (MobileNetV2 and ResNet-50: 24 and 16 floats each)."""
+_STREAMS = 2
+"""A step runs every image as the original computes and with rounding, side by side."""
 _PIXELS_PER_USE_OF_A_WEIGHT = 400
 """Each weight of a convolution is used at so many places less than there are pixels (ResNet-50: 300, MobileNetV2: 600)."""
 
@@ -30,6 +32,11 @@ def image_bytes(facts: ModelFacts) -> int:
 def image_activations(facts: ModelFacts, images: int) -> int:
     """Bytes of activations while so many images are run together."""
     return 4 * _ACTIVATION_FLOATS_PER_PIXEL * pixels(facts) * images
+
+
+def calibration_activations(facts: ModelFacts, images: int) -> int:
+    """The same while a step is calibrated on them."""
+    return _STREAMS * image_activations(facts, images)
 
 
 def image_flops(facts: ModelFacts, parameters: int) -> float:

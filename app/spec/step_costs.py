@@ -17,7 +17,7 @@ from app.spec.distill import DistillLogits, StudentFromDepthCut
 from app.spec.facts import ModelFacts
 from app.spec.feed_forward import is_reader
 from app.spec.gguf import QuantizeGguf
-from app.spec.image_costs import image_activations, image_flops
+from app.spec.image_costs import calibration_activations, image_flops
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import SENSITIVITY_SPARSITIES, PruneCalibrated, PruneDepth, PruneHeads, PruneWidth
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
@@ -188,7 +188,7 @@ def _readers(step: PruneWidth | PruneHeads, on: Surroundings) -> list[tuple[int,
 def _(step: QuantizeOnnx, on: Surroundings) -> int:
     exporting = ONNX_QUANTIZED_COPIES * 4 * on.before.dense_parameters
     if on.facts.preprocessing is not None:
-        return exporting + image_activations(on.facts, step.calibration_images)
+        return exporting + calibration_activations(on.facts, step.calibration_images)
     return max(_calibrating(step.calibration_tokens, on), exporting) + on.after.weight_bytes
 
 
@@ -277,8 +277,8 @@ def _(step: QuantizeGguf, on: Surroundings) -> float:
 def _(step: QuantizeOnnx, on: Surroundings) -> float:
     per_weight = GPTQ_SECONDS_PER_WEIGHT + ONNX_SECONDS_PER_PARAMETER
     if on.facts.preprocessing is not None:
-        # Once to solve the layers, twice for the ranges of what they give.
-        flops = 3 * step.calibration_images * image_flops(on.facts, on.before.dense_parameters)
+        # Three times to solve the layers, twice for the ranges of what they give.
+        flops = 5 * step.calibration_images * image_flops(on.facts, on.before.dense_parameters)
         return flops / FLOPS_PER_SECOND + on.before.dense_parameters * per_weight + PROCESS_SECONDS
     # QDQ counts histograms in between.
     runs = 2 if step.method == "matmul_nbits" else 3

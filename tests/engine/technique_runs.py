@@ -151,8 +151,11 @@ def _architectures(technique: str, *, is_first: bool) -> tuple[str, ...]:
 
 
 def _is_possible(step: Step, architecture: Architecture) -> bool:
-    """Whether a job of this step alone would be accepted for such a model."""
-    return architecture.family in step.families and not [*limits_of_layout(step, architecture, ())]
+    """Whether a job of this step alone would be accepted for such a model; those of images have a contract of their own."""
+    is_text = not architecture.takes_images
+    return (
+        is_text and architecture.family in step.families and not [*limits_of_layout(step, architecture, ())]
+    )
 
 
 @dataclass

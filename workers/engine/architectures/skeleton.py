@@ -20,7 +20,7 @@ from app.errors import IntakeError
 from app.spec.architectures import ARCHITECTURES, blocks_name
 from workers.engine.architectures.experts import separate_experts
 from workers.engine.architectures.loading import architecture_of
-from workers.engine.architectures.names import name_within_base
+from workers.engine.architectures.names import name_in_memory, name_within_base
 from workers.engine.checkpoint import Checkpoint
 
 
@@ -86,7 +86,10 @@ class Skeleton:
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device)
         checkpoint = Checkpoint.open(directory)
-        names = {name_within_base(stored, whole.base_model_prefix): stored for stored in checkpoint.tensors}
+        names = {
+            name_within_base(name_in_memory(stored, architecture.name), whole.base_model_prefix): stored
+            for stored in checkpoint.tensors
+        }
         # Models have other lists too: of experts, of norms for each head.
         name = next(found for n in names if (found := blocks_name(n)) is not None)
         blocks = model.get_submodule(name)
@@ -142,8 +145,12 @@ class Skeleton:
         others = outputs[0][1:] if isinstance(outputs[0], tuple) else None
         return [replace(call, others=others) for call in calls]
 
+    def tokens_of(self, windows: Tensor) -> int:
+        """Tokens that each window brings to the blocks: of images, those of their patches."""
+        return int((self.embed(windows[:1]) if windows.is_floating_point() else windows).shape[1])
+
     def embed(self, window: Tensor) -> Tensor:
-        """The hidden states that reach the first block: (1, tokens) -> (1, tokens, hidden)."""
+        """The hidden states that reach the first block: (1, tokens), or an image, -> (1, tokens, hidden)."""
 
         def stop(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG001
             raise _ReachedBlocks(hidden)
@@ -160,7 +167,10 @@ class Skeleton:
         for block, forward in replaced:
             block.__dict__["forward"] = forward
         try:
-            self.model(input_ids=window.to(self.device))
+            if window.is_floating_point():
+                self.model(pixel_values=window.to(self.device, self.dtype))
+            else:
+                self.model(input_ids=window.to(self.device))
         except _ReachedBlocks as reached:
             return reached.hidden
         finally:
@@ -169,7 +179,8 @@ class Skeleton:
         raise RuntimeError("the model never called its blocks")
 
     def _read_outside_blocks(self, windows: Tensor) -> None:
-        embedding = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        is_text = not windows.is_floating_point()
+        embedding = self.model.get_input_embeddings().weight if is_text else None  # type: ignore[operator]
         for name, parameter in list(self.model.named_parameters()):
             stored = self.names.get(name)
             # Poolers and the like may be missing; they come after the blocks and are never run.

@@ -83,7 +83,7 @@ class Calibration:
 
     directory: Path
     windows: Tensor
-    """(windows, tokens), int64, all of one length."""
+    """(windows, tokens), int64, all of one length; or images, (images, channels, height, width), float32."""
     spool_directory: Path
     """Needs twice windows × tokens × hidden × 4 bytes of disk (2 where 16 bits are computed in)."""
     device: str
@@ -119,12 +119,13 @@ def stream_blocks(
     windows, device = calibration.windows, calibration.device
     skeleton = Skeleton.open(calibration.directory, windows, device, calibration.dtype)
     calls = skeleton.record_calls(windows[:1])
+    tokens = skeleton.tokens_of(windows)
     told = _Told(calibration.progress, len(calls), len(windows), passes=1 if prepare is _nothing else 2)
     with _states(calibration, skeleton, first_block) as states, reading_blocks(skeleton) as reader:
         for index in range(first_block, len(calls)):
             block, call = skeleton.blocks[index], calls[index]
             stored = reader.load(index)
-            at_once = windows_at_once(windows.shape[1], _widest(block), on_gpu=device != "cpu")
+            at_once = windows_at_once(tokens, _widest(block), on_gpu=device != "cpu")
             parts = _parts(len(windows), at_once)
 
             def inputs(index: int = index, parts: list[range] = parts) -> Iterator[Tensor]:

@@ -11,12 +11,15 @@ Left out: matching the outputs of the original rather than of the quantized bloc
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from app.spec.kv_cache import cache_scale_facts
 from app.spec.quantize import QuantizeCalibrated
+from app.spec.report import Flag
 from workers.engine.calibration.block_journal import BlockJournal, open_journal
 from workers.engine.calibration.block_stream import LiveBlock, compute_dtype
 from workers.engine.calibration.input_moments import warning_of_seldom_used
@@ -35,6 +38,7 @@ from workers.engine.checkpoint import (
 )
 from workers.engine.checkpoint.selection import select_layers
 from workers.engine.export.stored_layer import StoredLayer
+from workers.engine.images.calibration import calibration_image_flags, calibration_pixels
 from workers.engine.quantize.block_solver import BlockSolver
 from workers.engine.quantize.cache_scales import cache_scales
 from workers.engine.quantize.found_layers import write_found
@@ -63,7 +67,7 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
     checkpoint = Checkpoint.open(context.source)
     selection = select_layers(checkpoint, step.ignore, with_head=step.include_head)
     layers = plan_layers(checkpoint, selection, step)
-    windows = calibration_windows(context, tokens=step.calibration_tokens, length=step.sequence_length)
+    windows = _windows(step, context)
     with open_journal(context.journal, context.target.parent, journal_key(step, context, windows)) as journal:
         _solve(step, context, layers, windows, journal)
         records = journal.records()
@@ -89,7 +93,7 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
         metrics=totals(layers, errors)
         | {
             "relative_output_error": (lost / had) ** 0.5 if had else 0.0,
-            "calibration_tokens": windows.numel(),
+            "calibration_images" if windows.is_floating_point() else "calibration_tokens": _amount(windows),
         }
         | _tuning_metrics([record["tuning"] for record in records if record["tuning"]]),
         warnings=(
@@ -101,10 +105,27 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
             ),
         ),
         flags=(
-            *calibration_flags(context, windows, tokens=step.calibration_tokens),
+            *_flags(step, context, windows),
             *SilentChannels.joined(records).flags(dead_weights="Their weights are rounded to nearest."),
         ),
     )
+
+
+def _windows(step: QuantizeCalibrated, context: StepContext) -> Tensor:
+    """What the model is run on: windows of tokens, or images."""
+    if context.facts.preprocessing is not None:
+        return torch.from_numpy(calibration_pixels(context, step.calibration_images))
+    return calibration_windows(context, tokens=step.calibration_tokens, length=step.sequence_length)
+
+
+def _amount(windows: Tensor) -> int:
+    return len(windows) if windows.is_floating_point() else windows.numel()
+
+
+def _flags(step: QuantizeCalibrated, context: StepContext, windows: Tensor) -> Iterable[Flag]:
+    if windows.is_floating_point():
+        return calibration_image_flags(len(windows), wanted=step.calibration_images)
+    return calibration_flags(context, windows, tokens=step.calibration_tokens)
 
 
 def _tuning_metrics(found: list[tuple[float, float]]) -> dict[str, float | int | str | None]:

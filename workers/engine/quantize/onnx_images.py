@@ -4,8 +4,7 @@ Batch norms are folded into the convolutions before them; the layers are rounded
 images go through the model once (`forward_solver.py`); the graph is exported with the rounded weights, and the ranges of
 its values are measured in onnxruntime (`graph_ranges.py`). The written file is read again: a layer that is not computed
 from integers there, and was not to be left, fails the job.
-Left out: simulating rounded activations while weights are solved, and equalising channels across layers, which scales
-per output channel make up for (Nagel et al. 2019).
+Left out: equalising channels across layers (Nagel et al. 2019, sec. 4.1), which ReLU6 does not commute with.
 """
 
 from __future__ import annotations
@@ -22,9 +21,8 @@ from numpy.typing import NDArray
 
 from app.errors import JobFailed
 from app.spec.image_costs import IMAGES_AT_ONCE
-from app.spec.preprocessing import Preprocessing
 from app.spec.quantize_onnx import QuantizeOnnx
-from app.spec.report import Flag, LayerOutcome
+from app.spec.report import LayerOutcome
 from workers.engine.architectures.loading import architecture_of, load_model
 from workers.engine.architectures.names import name_in_memory
 from workers.engine.architectures.norm_folding import fold_batch_norms
@@ -37,9 +35,7 @@ from workers.engine.export.onnx_graph import remove_unused
 from workers.engine.export.onnx_images import check_image_graph, export_image_graph
 from workers.engine.export.onnx_qdq import InputGrid
 from workers.engine.export.onnx_qdq_images import biased_nodes, product_nodes, rounded_values, write_qdq
-from workers.engine.images.geometry import fitted
-from workers.engine.images.image_set import ImageSet
-from workers.engine.images.pixels import pixel_values
+from workers.engine.images.calibration import calibration_image_flags, calibration_pixels
 from workers.engine.quantize.forward_solver import ForwardSolver, Int8Weight
 from workers.engine.quantize.graph_ranges import value_ranges
 from workers.engine.quantize.solutions import Solutions
@@ -62,10 +58,13 @@ def quantize_images(step: QuantizeOnnx, context: StepContext) -> StepOutcome:
     model = load_model(context.source, device=context.device)
     fold_batch_norms(model)
     solver = ForwardSolver(
-        modules, step.damping, context.threads, lambda share, what: context.progress(_SOLVED * share, what)
+        modules,
+        step.damping,
+        step.ranges == "mse",
+        context.threads,
+        lambda share, what: context.progress(_SOLVED * share, what),
     )
-    values = torch.from_numpy(pixels).to(context.device)
-    solver.solve(model, lambda: model(pixel_values=values))
+    solver.solve(model, torch.from_numpy(pixels).to(context.device))
     context.progress(_SOLVED, "exporting to ONNX")
     graph = export_image_graph(model.to("cpu"), architecture, pixels.shape[1:])
     weights = {f"{module}.weight": solver.solutions.matrices[stored] for module, stored in modules.items()}
@@ -78,19 +77,6 @@ def quantize_images(step: QuantizeOnnx, context: StepContext) -> StepOutcome:
     copy_side_files(context.source, context.target)
     context.progress(1.0, "done")
     return _outcome(step, solver.solutions, selection, len(pixels))
-
-
-def calibration_pixels(context: StepContext, count: int) -> NDArray[np.float32]:
-    """The first images of the step's set as the model is given them: (images, channels, height, width), float32."""
-    preprocessing = context.facts.preprocessing
-    if context.calibration_images is None or preprocessing is None:
-        raise ValueError("the step needs calibration images")
-    return np.concatenate(list(_prepared(context.calibration_images, preprocessing, count)))
-
-
-def _prepared(path: Path, preprocessing: Preprocessing, count: int) -> Iterator[NDArray[np.float32]]:
-    for chunk in ImageSet(path).chunks(count):
-        yield pixel_values(fitted(chunk, preprocessing), preprocessing)
 
 
 def _require_all(graph: ir.Model, weights: dict[str, Int8Weight]) -> None:
@@ -158,15 +144,8 @@ def _outcome(
         layers=(*quantized, *selection.untouched),
         metrics=solutions.totals() | metrics,
         warnings=(*selection.warnings, *solutions.warnings, _SATURATES),
-        flags=(*calibration_flags(images, step.calibration_images), *solutions.silent.flags(dead_weights="")),
+        flags=(
+            *calibration_image_flags(images, wanted=step.calibration_images),
+            *solutions.silent.flags(dead_weights=""),
+        ),
     )
-
-
-def calibration_flags(images: int, wanted: int) -> Iterator[Flag]:
-    """What a reader must know of the images that a step was calibrated on."""
-    if images < wanted:
-        yield Flag(
-            code="calibration_short",
-            detail=f"The calibration set has {images} images; the step asked for {wanted}. With fewer, what it learns of the "
-            "inputs is less sure: give it more.",
-        )

@@ -6,15 +6,15 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from app.errors import InvalidRequest, UnsupportedForModel
-from app.spec.architectures import architecture_in, block_index, is_compressible
+from app.spec.architectures import Architecture, architecture_in, block_index, is_compressible
 from app.spec.base import Family
 from app.spec.layouts import limits_of_layout
 from app.spec.quantize import QuantizedWeights, WeightSettings
 from app.spec.report import LayerOutcome
+from workers.engine.architectures.names import name_in_memory
 from workers.engine.checkpoint import DTYPE_NAMES, Checkpoint
 from workers.engine.checkpoint.layout import TensorEntry
 from workers.engine.checkpoint.selection import Selection, module_name
@@ -94,15 +94,20 @@ def config_with_quantization(
     """The model's config.json with the entry that loaders of compressed-tensors go by."""
     architecture = architecture_in(checkpoint.config)
     by_pattern = architecture.family is Family.ENCODER
-    left = [module_name(layer.name) for layer in selection.untouched]
+    left = [_in_memory(module_name(layer.name), architecture) for layer in selection.untouched]
     declared = quantization_config(
         list(layers.values()),
         left,
-        target=partial(_target, by_pattern=by_pattern),
+        target=lambda module: _target(_in_memory(module, architecture), by_pattern=by_pattern),
         unpack_to_load=architecture.unpack_to_load,
         scales_cache=scales_cache,
     )
     return checkpoint.config | {"quantization_config": declared}
+
+
+def _in_memory(module: str, architecture: Architecture) -> str:
+    """What loaders call a module when they look it up in the entry."""
+    return module_name(name_in_memory(f"{module}.weight", architecture.name))
 
 
 def fused_layers(modules: Iterable[str]) -> list[list[str]]:
