@@ -92,7 +92,8 @@ def test_it_stands_before_steps_that_leave_zeros() -> None:
 
 
 def test_every_architecture_is_known_to_have_them_or_not() -> None:
-    refused = {a.model_type for a in ARCHITECTURES.values() if not has_removable_heads(a)}
+    texts = [a for a in ARCHITECTURES.values() if not a.takes_images]
+    refused = {a.model_type for a in texts if not has_removable_heads(a)}
     assert refused == {
         "cohere", "olmo2", "stablelm", "gpt2", "gpt_neox", "opt", "bert", "roberta", "xlm-roberta", "distilbert", "mpnet",
         "electra", "modernbert", "deberta-v2",

@@ -25,7 +25,7 @@ Tiny = Callable[[str], Path]
 SEED = 3
 # One class of each family of weights, and the heads that encoders come with.
 DECODERS = [a.name for a in ARCHITECTURES.values() if a.family is Family.CAUSAL_LM]
-ENCODERS = [n for n in ARCHITECTURES if n.endswith(("Model", "Classification"))] + ["BertForMaskedLM"]
+ENCODERS = [n for n in ARCHITECTURES if n.endswith(("Model", "SequenceClassification"))] + ["BertForMaskedLM"]
 
 
 class Stopped(Exception):  # noqa: N818 - what a cancelled job raises is no error
