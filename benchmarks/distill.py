@@ -35,11 +35,12 @@ from workers.engine.technique import StepContext, StepOutcome, run_step
 ENCODER = DistillLogits(
     student=StudentFromDepthCut(drop_ratio=0.5),
     batch_size=32,
-    max_steps=400,
+    sequence_length=32,
+    max_steps=300,
     learning_rate=5e-4,
-    hidden_weight=1.0,
+    evaluate_every=50,
 )
-LANGUAGE_MODEL = DistillLogits(student=StudentFromDepthCut(drop_ratio=0.2), max_steps=150)
+LANGUAGE_MODEL = DistillLogits(student=StudentFromDepthCut(drop_ratio=0.2), max_steps=130, learning_rate=3e-4)
 LEAST_CORRELATION, LEAST_SPEEDUP, LEAST_RECOVERED = 0.95, 1.8, 0.5
 WINDOWS, WINDOW_TOKENS = 16, 512
 

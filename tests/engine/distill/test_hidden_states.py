@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import BLOCKS, HIDDEN, tiny_model
+from tiny_models import BLOCKS, HIDDEN, changed, tiny_model
 
 from workers.engine.architectures.block_removal import remove_blocks
 from workers.engine.architectures.loading import load_model
 from workers.engine.distill.hidden_states import (
     HiddenStates,
     evenly_matched,
+    kept_blocks,
     relative_distance,
     stands_for,
 )
@@ -34,6 +35,25 @@ def test_blocks_of_another_origin_are_matched_by_their_depth() -> None:
             assert matched == sorted(matched)
             assert matched[-1] == teacher - 1
             assert min(matched) >= 0
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel", "BertModel"])
+def test_a_pruned_student_is_known_by_its_weights(
+    architecture: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def half_to_zero(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if tensor.dim() == 2:
+                tensors[name] = torch.where(tensor.abs() < tensor.abs().median(), 0.0, tensor)
+
+    (tmp_path / "cut").mkdir()
+    remove_blocks(tiny(architecture), tmp_path / "cut", [2], max_shard_bytes=2**30, progress=lambda *_: None)
+    pruned = changed(tmp_path / "cut", tmp_path / "pruned", half_to_zero)
+    teacher, other = load_model(tiny(architecture)), tiny_model(architecture, tmp_path / "other", seed=7)
+    assert kept_blocks(load_model(pruned), teacher) == [0, 1, 3]
+    assert kept_blocks(teacher, teacher) == [0, 1, 2, 3]
+    assert kept_blocks(load_model(other), teacher) is None
+    assert kept_blocks(teacher, load_model(pruned)) is None
 
 
 def test_distance_is_that_of_the_formula_token_by_token() -> None:

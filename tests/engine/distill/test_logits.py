@@ -56,6 +56,11 @@ def test_a_cut_student_learns_and_reloads(
     architecture: str, tiny: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
     original = tiny(architecture)
+    if architecture.endswith("Classification"):
+        # One made at random says nearly the same of every text, and nothing could be learned of it.
+        original = changed(
+            original, tmp_path / "certain", lambda tensors: tensors["classifier.weight"].mul_(50)
+        )
     seen: list[float] = []
     spec = {"student": {"source": "depth_cut", "drop_ratio": 0.5}}
     outcome = _run(original, tmp_path / "out", text, spec, progress=lambda share, message: seen.append(share))
@@ -71,7 +76,7 @@ def test_a_cut_student_learns_and_reloads(
     load_model(tmp_path / "out")
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"out", "certain"}
 
 
 def test_same_seed_same_bytes_and_another_seed_others(

@@ -54,7 +54,7 @@ def distill_logits(spec: DistillLogits, context: StepContext) -> StepOutcome:
     ):
         tokenizers = [load_tokenizer(place) for place in (directory, context.original)]
         check_fit(directory, context.original, *tokenizers)
-        room = classroom(spec, context, directory, text, dropped, journal.directory)
+        room = classroom(spec, context, directory, text, journal.directory)
         zeros = zeros_to_hold(room.student)
         if zeros and room.adapters is not None:
             raise InvalidRequest(

@@ -19,7 +19,7 @@ from workers.engine.architectures.loading import load_model
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.distill.blocks import blocks_of, recompute_activations
 from workers.engine.distill.cut import least_missed, without
-from workers.engine.distill.hidden_states import HiddenStates, evenly_matched, stands_for
+from workers.engine.distill.hidden_states import HiddenStates, evenly_matched, kept_blocks, stands_for
 from workers.engine.distill.low_rank import LowRank
 from workers.engine.distill.objectives import (
     Classroom,
@@ -95,7 +95,6 @@ def classroom(
     context: StepContext,
     directory: Path,
     text: TrainingText,
-    dropped: list[int],
     journal: Path,
 ) -> Classroom:
     """Load the student from `directory`, and the teacher or what it said of the text, kept in `journal`."""
@@ -108,7 +107,7 @@ def classroom(
     adapters = None if spec.lora_rank is None else LowRank(student, spec.lora_rank)
     if spec.gradient_checkpointing:
         recompute_activations(student)
-    matches = tuple(_matches(spec, student, teacher, dropped))
+    matches = tuple(_matches(spec, student, teacher))
     return Classroom(student, teacher, spec, text.held_out, context.device, dtype, cache, adapters, matches)
 
 
@@ -136,13 +135,10 @@ def _cached(
     return cache
 
 
-def _matches(
-    spec: DistillLogits, student: Any, teacher: Any, dropped: list[int]
-) -> Iterator[tuple[float, Matching]]:
+def _matches(spec: DistillLogits, student: Any, teacher: Any) -> Iterator[tuple[float, Matching]]:
     if spec.hidden_weight > 0:
-        blocks = [len(blocks_of(model)) for model in (student, teacher)]
-        kept = [index for index in range(blocks[1]) if index not in dropped]
-        matched = stands_for(kept, blocks[1]) if dropped else evenly_matched(*blocks)
+        kept, blocks = kept_blocks(student, teacher), [len(blocks_of(model)) for model in (student, teacher)]
+        matched = evenly_matched(*blocks) if kept is None else stands_for(kept, blocks[1])
         hidden = HiddenStates(student, teacher, (width_of(student), width_of(teacher)), matched)
         yield spec.hidden_weight, hidden.to(student.device)
     if spec.relation_weight > 0:
