@@ -72,7 +72,9 @@ class Pixels:
 
 
 def measure(figures: Figures, assets: Path, scratch: Path, *, images: int, ranges: str) -> None:
-    model = convert(assets / "mobilenet_v2_imagenet.safetensors", scratch / "model")
+    # The ImageNet images have the size the network takes: enlarged and cut, they would lose their borders.
+    edge = {"shortest_edge": SHAPE[1]}
+    model = convert(assets / "mobilenet_v2_imagenet.safetensors", scratch / "model", size=edge)
     facts = read_model({file.name: file for file in model.iterdir()}).facts
     sets = {name: dataset(assets / f"{name}.npz", scratch / name) for name in ("imagenet20", "cifar10_test")}
     pixels = prepared(facts, sets, images)
