@@ -17,7 +17,7 @@ _WEIGHTS_AT_ONCE = 2**23
 _NARROW_WEIGHTS_AT_ONCE = 2**22
 # Of small layers: more at once take more memory than they save time.
 _ROWS_AT_ONCE = 1024
-LOGITS_AT_ONCE = 2**23
+LOGITS_AT_ONCE = 2**22
 """Logits of a language model whose loss is differentiated at once."""
 _SOLVING_BYTES = 44
 """Per weight that is solved at once: weights, codes, targets, differences and their like in float32, as measured in a sweep."""
@@ -29,8 +29,8 @@ _LATENT_BYTES = 8
 """Per weight of a block that is trained: where it would best be in float32, its codes before and now in 16 bits."""
 _TRAINED_ACTIVATIONS = 30
 """Tensors of a window's (tokens, widest input) kept for the gradients."""
-_LOGITS_COPIES = 5
-"""Of the logits at once: as they come, in float32, their softmax, and the gradients of these."""
+_LOGITS_COPIES = 7
+"""Of the logits at once: as they come, in float32, their softmax, and the gradients of these, as measured."""
 _RUNTIME_BYTES = 60 * 2**20
 """What torch's kernels and allocators keep for themselves."""
 # Layers that are called with one and the same input, in the names that architectures give them.
@@ -131,7 +131,8 @@ def gradient_bytes(tensors: Iterable[TensorFact], facts: ModelFacts, *, tokens: 
     # Sums of magnitudes in float32, what is written of them, one layer's gradient, and what is kept for the gradients.
     block = max(weights.values(), default=0) * (width + 4 + 2) + largest * width
     activations = _TRAINED_ACTIVATIONS * window * widest * width
-    tail = table + _LOGITS_COPIES * 4 * LOGITS_AT_ONCE if facts.family == "causal_lm" else 0
+    # Kernels keep a copy of the head in an order of their own.
+    tail = 2 * table + _LOGITS_COPIES * 4 * LOGITS_AT_ONCE if facts.family == "causal_lm" else 0
     return max(block + activations, tail) + embeddings + _RUNTIME_BYTES
 
 

@@ -36,6 +36,7 @@ from workers.engine.calibration.hidden_states import HiddenStates
 from workers.engine.calibration.model_tail import ModelTail
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.checkpoint.layout import read_entries
+from workers.engine.freed_memory import release_freed_memory
 
 # Of the whole: the forward, the end of the model, and the rest for what goes backwards.
 _FORWARD, _TAIL = 0.25, 0.35
@@ -133,6 +134,8 @@ def _keep_inputs(calibration: Calibration, states: HiddenStates, blocks: int) ->
         if index == blocks - 1:
             states.write(blocks * windows + seen[index], after)
         seen[index] += len(before)
+        if seen[index] == windows:
+            release_freed_memory()
 
     stream_blocks(_telling(calibration, 0.0, _FORWARD, "forward"), visit)
     states.sync()
@@ -202,6 +205,7 @@ class _Backward:
         scratch = self.calibration.spool_directory
         yield LiveBlock(index, module, stored, self.calls[index], each, windows, window, scratch, alive)
         module.to("meta")
+        release_freed_memory()
 
     def _tell(self, index: int, share: float) -> None:
         """Say how far a block is."""
