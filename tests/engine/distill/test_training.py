@@ -20,6 +20,8 @@ from workers.engine.technique import Progress
 class _ToZero:
     """Make a vector of ones zero; `held_out` overrides what a look sees."""
 
+    unit = "tokens"
+
     def __init__(self, held_out: Callable[[int], float] | None = None) -> None:
         self.student = nn.Linear(4, 1, bias=False)
         nn.init.ones_(self.student.weight)
@@ -28,6 +30,9 @@ class _ToZero:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.student.named_parameters())
+
+    def statistics(self) -> dict[str, Tensor]:
+        return {}
 
     def loss(self, batch: Batch) -> Tensor:
         return (self.student.weight**2).sum()
@@ -84,7 +89,7 @@ def test_loss_falls_and_every_step_and_look_is_on_record(snapshots: Snapshots) -
     assert [step for step, _ in training.held_out] == list(range(0, 41, 5))
     assert training.improved
     assert training.best < 0.5 * training.held_out[0][1]
-    assert training.tokens == 40 * 6
+    assert training.amount == 40 * 6
 
 
 def test_the_state_of_the_best_look_is_what_remains(snapshots: Snapshots) -> None:
@@ -204,17 +209,40 @@ def test_accumulated_batches_are_one_batch_to_the_optimizer(tmp_path: Path) -> N
     for name, batches, times in (("together", [3.0], 1), ("apart", [1.0, 5.0], 2)):
         (tmp_path / name).mkdir()
         objective = _ToBatch()
-        settings = DistillLogits(max_steps=1, learning_rate=0.05, gradient_accumulation=times)
+        settings = DistillLogits(max_steps=1, learning_rate=0.05)
         source = iter([Batch(torch.full((2, 3), number), torch.ones(2, 3)) for number in batches])
         training = train(
             objective,
             source,
             settings,
+            batches_a_step=times,
             zeros={},
             snapshots=Snapshots(tmp_path / name),
             progress=lambda share, message: None,
         )
         losses.append(objective.student.weight.detach().clone())
         assert training.steps == 1
-        assert training.tokens == 6 * times
+        assert training.amount == 6 * times
     assert torch.equal(losses[0], losses[1])
+
+
+class _Normed(_ToZero):
+    """Its batch norm's statistics change with every batch that is learned from."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda look: 1.0 + look)
+        self.norm = nn.BatchNorm1d(4)
+
+    def statistics(self) -> dict[str, Tensor]:
+        return dict(self.norm.named_buffers())
+
+    def loss(self, batch: Batch) -> Tensor:
+        self.norm(torch.randn(8, 4) + 3)
+        return super().loss(batch)
+
+
+def test_statistics_of_batch_norms_belong_to_the_best_state(snapshots: Snapshots) -> None:
+    objective = _Normed()
+    _train(objective, snapshots, patience=1)
+    assert torch.equal(objective.norm.running_mean, torch.zeros(4))
+    assert int(objective.norm.num_batches_tracked) == 0

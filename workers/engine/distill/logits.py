@@ -66,6 +66,7 @@ def distill_logits(spec: DistillLogits, context: StepContext) -> StepOutcome:
             objective_for(room, context.facts, context.original),
             text.batches(),
             spec,
+            batches_a_step=spec.gradient_accumulation,
             zeros=zeros,
             snapshots=Snapshots(journal.directory),
             progress=lambda share, message: context.progress(
@@ -143,7 +144,7 @@ def _metrics(training: Training) -> dict[str, float | int | str | None]:
         "held_out_loss_before": training.held_out[0][1],
         "held_out_loss_after": training.best,
         "steps": training.steps,
-        "tokens_per_second": training.tokens / training.seconds,
+        "tokens_per_second": training.amount / training.seconds,
         "stopped_by": training.stopped_by,
     }
 

@@ -79,6 +79,8 @@ class Classroom:
 class _Objective:
     """What all kinds share: the teacher is asked about held-out text once."""
 
+    unit = "tokens"
+
     def __init__(self, room: Classroom) -> None:
         self.room = room
         self._held_out: list[tuple[Batch, Any]] = []
@@ -89,6 +91,10 @@ class _Objective:
         for _, matching in self.room.matches:
             parameters |= matching.named_parameters()
         return parameters
+
+    def statistics(self) -> dict[str, Tensor]:
+        """None: these models have no batch norms."""
+        return {}
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of one batch: of the outputs, and by their weights of what is compared inside."""

@@ -1,7 +1,7 @@
 """What a training has come to, on disk: the best state, and now and then all that is needed to go on after a kill.
 
-best-00000040        the parameters at the best look so far
-state-00000060       the parameters and the optimizer's moments at a later step, from which the training goes on
+best-00000040        the parameters, and what else changes, at the best look so far
+state-00000060       the same and the optimizer's moments at a later step, from which the training goes on
 record.json          how the training went up to there, and which best belongs to it; written last, so what it names is whole
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 # Of the training's time, at most a twentieth goes into states that only a kill would need.
 _RARITY = 20
@@ -32,24 +32,24 @@ class Snapshots:
         self._best: Path | None = None
         self._next_at = 0.0
 
-    def keep_best(self, step: int, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Write the parameters at a look that was better than all before."""
+    def keep_best(self, step: int, state: Mapping[str, Tensor]) -> None:
+        """Write parameters, and what else training changes, at a look that was better than all before."""
         self._best = self._directory / f"best-{step:08d}"
-        _write(self._best, {name: parameter.detach() for name, parameter in parameters.items()})
+        _write(self._best, {name: tensor.detach() for name, tensor in state.items()})
 
     @torch.no_grad()
-    def restore_best(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Give the parameters the values they had at the best look."""
+    def restore_best(self, state: Mapping[str, Tensor]) -> None:
+        """Give it the values it had at the best look."""
         if self._best is None:
             raise ValueError("no state was kept")
         with safe_open(self._best, "pt") as file:
-            for name, parameter in parameters.items():
-                parameter.copy_(file.get_tensor(name))
+            for name, tensor in state.items():
+                tensor.copy_(file.get_tensor(name))
 
     def save(
         self,
         step: int,
-        parameters: Mapping[str, nn.Parameter],
+        tensors: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer,
         record: dict[str, Any],
     ) -> None:
@@ -58,11 +58,11 @@ class Snapshots:
         if began < self._next_at or self._best is None:
             return
         state = self._directory / f"state-{step:08d}"
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in parameters.items():
-            tensors[f"parameter/{name}"] = parameter.detach()
-            tensors |= {f"{key}/{name}": value for key, value in optimizer.state[parameter].items()}
-        _write(state, tensors)
+        written: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            written[f"value/{name}"] = tensor.detach()
+            written |= {f"{key}/{name}": value for key, value in optimizer.state.get(tensor, {}).items()}
+        _write(state, written)
         self._commit(record | {"state": state.name, "best": self._best.name})
         for old in {*self._directory.glob("state-*"), *self._directory.glob("best-*")} - {state, self._best}:
             old.unlink()
@@ -71,9 +71,9 @@ class Snapshots:
 
     @torch.no_grad()
     def restore(
-        self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+        self, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
     ) -> dict[str, Any] | None:
-        """Set parameters and optimizer to where a killed training was, and return its record; None if there was none."""
+        """Set tensors and optimizer to where a killed training was, and return its record; None if there was none."""
         if not self._record.is_file():
             return None
         record: dict[str, Any] = json.loads(self._record.read_text())
@@ -81,11 +81,11 @@ class Snapshots:
         with safe_open(self._directory / record["state"], "pt") as file:
             for stored in file.keys():  # noqa: SIM118 - no dict
                 key, name = stored.split("/", 1)
-                parameter, value = parameters[name], file.get_tensor(stored)
-                if key == "parameter":
-                    parameter.copy_(value)
+                tensor, value = tensors[name], file.get_tensor(stored)
+                if key == "value":
+                    tensor.copy_(value)
                 else:
-                    optimizer.state[parameter][key] = value.to(parameter.device)
+                    optimizer.state[tensor][key] = value.to(tensor.device)
         return record
 
     def _commit(self, record: dict[str, Any]) -> None:

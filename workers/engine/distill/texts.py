@@ -31,6 +31,11 @@ class Batch:
     numbers: tuple[int, ...] = ()
     """Which sequences of the text these are: those that are held out are numbered after the others."""
 
+    @property
+    def amount(self) -> int:
+        """Tokens."""
+        return int(self.mask.sum())
+
     def to(self, device: str) -> Batch:
         """The same on another device."""
         return Batch(self.ids.to(device), self.mask.to(device), self.numbers)

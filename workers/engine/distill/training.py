@@ -1,6 +1,6 @@
-"""The training loop: AdamW, warm-up and cosine, a look at held-out text now and then, the best state kept.
+"""The training loop: AdamW, warm-up and cosine, a look at held-out data now and then, the best state kept.
 
-It knows nothing of models and texts: an objective gives a differentiable loss per batch and the loss on held-out text.
+It knows nothing of models, texts and images: an objective gives a differentiable loss per batch and the loss on held-out data.
 A training that was killed goes on from its last snapshot, to the same losses (with `max_seconds`, whose clock the
 learning rate follows, to nearly the same).
 """
@@ -12,15 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from app.errors import JobFailed
-from app.spec.distill import DistillLogits
 from workers.engine.distill.snapshots import Snapshots
-from workers.engine.distill.texts import Batch
 from workers.engine.technique import Progress
 
 WARM_UP = 0.05
@@ -28,17 +26,59 @@ FINAL_RATE = 0.1
 _CLIP_NORM = 1.0
 
 
-class Objective(Protocol):
+class Batch(Protocol):
+    """What is learned from at once."""
+
+    @property
+    def amount(self) -> int:
+        """Tokens or images."""
+
+
+B = TypeVar("B", bound=Batch)
+B_contra = TypeVar("B_contra", bound=Batch, contravariant=True)
+
+
+class Objective(Protocol[B_contra]):
     """What is to become small."""
+
+    unit: str
+    """What batches are made of: `tokens` or `images`."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained: the student's parameters under its own names, and those that only the loss needs."""
 
-    def loss(self, batch: Batch) -> Tensor:
+    def statistics(self) -> dict[str, Tensor]:
+        """What else training changes: the running statistics of batch norms."""
+
+    def loss(self, batch: B_contra, /) -> Tensor:
         """Mean loss of one batch, differentiable by the parameters."""
 
     def held_out_loss(self, tick: Callable[[], None]) -> float:
-        """Mean loss on text that is never trained on; calls `tick` every few seconds."""
+        """Mean loss on data that is never trained on; calls `tick` every few seconds."""
+
+
+class Schedule(Protocol):
+    """The part of a spec that says how long to train, and how fast."""
+
+    @property
+    def learning_rate(self) -> float:
+        """At the peak."""
+
+    @property
+    def max_steps(self) -> int:
+        """Steps at most."""
+
+    @property
+    def max_seconds(self) -> float | None:
+        """Seconds at most."""
+
+    @property
+    def evaluate_every(self) -> int:
+        """Steps between looks at the held-out loss."""
+
+    @property
+    def patience(self) -> int:
+        """Looks without a better loss before training stops."""
 
 
 @dataclass
@@ -46,7 +86,8 @@ class Training:
     """How it went. The parameters hold the best state when `train` returns."""
 
     steps: int = 0
-    tokens: int = 0
+    amount: int = 0
+    """Tokens or images that were learned from."""
     seconds: float = 0.0
     stopped_by: str = "max_steps"
     losses: list[tuple[float, float]] = field(default_factory=list)
@@ -79,11 +120,12 @@ def learning_rate_factor(share: float) -> float:
     return FINAL_RATE + (1 - FINAL_RATE) * cosine
 
 
-def train(
-    objective: Objective,
-    batches: Iterator[Batch],
-    spec: DistillLogits,
+def train(  # noqa: PLR0913 - what is trained, how, and what becomes of it
+    objective: Objective[B],
+    batches: Iterator[B],
+    spec: Schedule,
     *,
+    batches_a_step: int = 1,
     zeros: Mapping[str, Tensor],
     snapshots: Snapshots,
     progress: Progress,
@@ -92,9 +134,9 @@ def train(
 
     `zeros` holds a mask for each parameter whose zeros must stay: True where it may change.
     """
-    run = _Run(objective, spec, snapshots, progress)
+    run = _Run(objective, spec, batches_a_step, snapshots, progress)
     training = run.training
-    batches = islice(batches, training.steps * spec.gradient_accumulation, None)
+    batches = islice(batches, training.steps * batches_a_step, None)
     if not training.held_out:
         run.look()
     while (reason := _reason_to_stop(training, spec, run.clock)) is None:
@@ -106,43 +148,50 @@ def train(
     training.stopped_by = reason
     if training.held_out[-1][0] != training.steps:
         run.look()
-    snapshots.restore_best(run.parameters)
+    snapshots.restore_best(run.state)
     training.seconds = run.clock.elapsed
     return training
 
 
-class _Run:
+class _Run(Generic[B]):
     """A training under way: its parameters, its optimizer, and what has become of it so far."""
 
     def __init__(
-        self, objective: Objective, spec: DistillLogits, snapshots: Snapshots, progress: Progress
+        self,
+        objective: Objective[B],
+        spec: Schedule,
+        batches_a_step: int,
+        snapshots: Snapshots,
+        progress: Progress,
     ) -> None:
         self.objective, self.spec, self.snapshots, self.progress = objective, spec, snapshots, progress
+        self.batches_a_step = batches_a_step
         self.parameters = objective.parameters()
+        self.state: dict[str, Tensor] = {**self.parameters, **objective.statistics()}
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=spec.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
-        self.training = Training.of(snapshots.restore(self.parameters, self.optimizer))
+        self.training = Training.of(snapshots.restore(self.state, self.optimizer))
         self.clock = _Clock(spec, self.training.seconds)
 
-    def step(self, batches: Iterator[Batch]) -> None:
-        """Add up the gradients of as many batches as the spec says, and move once."""
+    def step(self, batches: Iterator[B]) -> None:
+        """Add up the gradients of as many batches as a step has, and move once."""
         training, spec = self.training, self.spec
         for group in self.optimizer.param_groups:
             group["lr"] = spec.learning_rate * learning_rate_factor(self.clock.share(training.steps + 1))
         total = 0.0
-        for batch in islice(batches, spec.gradient_accumulation):
-            loss = self.objective.loss(batch) / spec.gradient_accumulation
+        for batch in islice(batches, self.batches_a_step):
+            loss = self.objective.loss(batch) / self.batches_a_step
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
-            training.tokens += int(batch.mask.sum())
-            self.progress(self.clock.share(training.steps), _message(training, spec, self.clock))
+            training.amount += batch.amount
+            self.progress(self.clock.share(training.steps), self._message())
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), _CLIP_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
         training.steps += 1
         training.losses.append((float(training.steps), total))
-        self.progress(self.clock.share(training.steps), _message(training, spec, self.clock))
+        self.progress(self.clock.share(training.steps), self._message())
 
     def look(self) -> None:
         """Measure held-out loss, and keep the state if it is the best so far."""
@@ -160,18 +209,28 @@ class _Run:
         is_best = not training.held_out or loss < training.best
         training.held_out.append((float(training.steps), loss))
         if is_best:
-            self.snapshots.keep_best(training.steps, self.parameters)
+            self.snapshots.keep_best(training.steps, self.state)
 
     def save(self) -> None:
         """Note where the training is, for it to go on there."""
         self.training.seconds = self.clock.elapsed
-        self.snapshots.save(self.training.steps, self.parameters, self.optimizer, asdict(self.training))
+        self.snapshots.save(self.training.steps, self.state, self.optimizer, asdict(self.training))
+
+    def _message(self) -> str:
+        training, clock = self.training, self.clock
+        share = clock.share(training.steps)
+        loss = f"loss {training.losses[-1][1]:.4f}, " if training.losses else ""
+        left = f", {clock.elapsed * (1 - share) / share:.0f} s left" if share else ""
+        return (
+            f"step {training.steps} of {self.spec.max_steps}, {loss}held-out {training.held_out[-1][1]:.4f}, "
+            f"{training.amount / clock.elapsed:.0f} {self.objective.unit}/s{left}"
+        )
 
 
 class _Clock:
-    """How far a training is, by steps or by time, and what a look at the held-out text costs."""
+    """How far a training is, by steps or by time, and what a look at the held-out data costs."""
 
-    def __init__(self, spec: DistillLogits, spent: float) -> None:
+    def __init__(self, spec: Schedule, spent: float) -> None:
         self._started = time.monotonic() - spent
         self._max_steps = spec.max_steps
         self._max_seconds = math.inf if spec.max_seconds is None else spec.max_seconds
@@ -200,7 +259,7 @@ def _hold_zeros(parameters: dict[str, nn.Parameter], zeros: Mapping[str, Tensor]
             parameters[name].mul_(mask)
 
 
-def _reason_to_stop(training: Training, spec: DistillLogits, clock: _Clock) -> str | None:
+def _reason_to_stop(training: Training, spec: Schedule, clock: _Clock) -> str | None:
     if training.steps >= spec.max_steps:
         return "max_steps"
     # One step at least: a student that was never trained says nothing about the settings.
@@ -209,13 +268,3 @@ def _reason_to_stop(training: Training, spec: DistillLogits, clock: _Clock) -> s
     losses = [loss for _, loss in training.held_out]
     looks_since_best = len(losses) - 1 - losses.index(training.best)
     return "patience" if looks_since_best >= spec.patience else None
-
-
-def _message(training: Training, spec: DistillLogits, clock: _Clock) -> str:
-    share = clock.share(training.steps)
-    loss = f"loss {training.losses[-1][1]:.4f}, " if training.losses else ""
-    left = f", {clock.elapsed * (1 - share) / share:.0f} s left" if share else ""
-    return (
-        f"step {training.steps} of {spec.max_steps}, {loss}held-out {training.held_out[-1][1]:.4f}, "
-        f"{training.tokens / clock.elapsed:.0f} tokens/s{left}"
-    )
