@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from app.api.bodies import FILE_NAME_PATTERN
 from app.errors import Fault, InvalidRequest, ModelpressError
 from app.spec.compression import STEP_CLASSES, Acceptance, CompressionSpec, Evaluation, Resources, TextSource
-from app.spec.distill import StudentFromDepthCut, StudentFromModel
+from app.spec.distill import StudentFromDepthCut, StudentFromModel, TrainingGrid
 from app.spec.export import Export
 from app.spec.quantize import LayerOverride
 
@@ -196,7 +196,7 @@ def _fields_of() -> dict[str, list[str]]:
     parts: dict[str, type[BaseModel]] = {
         "spec": CompressionSpec, "acceptance": Acceptance, "evaluation": Evaluation, "resources": Resources,
         "text": TextSource, "calibration": TextSource, "training": TextSource, "export": Export,
-        "overrides": LayerOverride, "depth_cut": StudentFromDepthCut, "model": StudentFromModel,
+        "overrides": LayerOverride, "depth_cut": StudentFromDepthCut, "model": StudentFromModel, "for_grid": TrainingGrid,
     }  # fmt: skip
     steps = {cls.model_fields["technique"].default: cls for cls in STEP_CLASSES}
     return {name: list(cls.model_fields) for name, cls in (parts | steps).items()}

@@ -17,7 +17,14 @@ from app.spec.attention import projections_among
 from app.spec.attention_heads import counts_in, groups_left, head_axis, possible_groups, without_heads
 from app.spec.base import Family, Step
 from app.spec.compression import CompressionSpec
-from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel, StudentFromPreviousStep
+from app.spec.distill import (
+    DistillLogits,
+    StudentFromDepthCut,
+    StudentFromModel,
+    StudentFromPreviousStep,
+    StudentFromTeacher,
+    TrainingGrid,
+)
 from app.spec.facts import ModelFacts, TensorFact
 from app.spec.feed_forward import channel_axis, widths_of, with_width
 from app.spec.gguf import QuantizeGguf
@@ -338,11 +345,22 @@ def _check_distillation(
                 f"One layer of {model.architecture} makes queries, keys and values, whose parts relations are not taken "
                 "from; hidden_weight works for every model.",
             )
+    if step.for_grid is not None:
+        yield from _check_training_grid(step.for_grid, facts, f"{where}/for_grid")
     if step.cached_logits is not None and facts.family is not Family.CAUSAL_LM:
         yield Fault(f"{where}/cached_logits", "Only language models have next tokens; leave it out.")
     limit = min(model.max_positions for model in models)
     if step.sequence_length > limit:
         yield Fault(f"{where}/sequence_length", f"The model takes {limit} tokens at most.")
+
+
+def _check_training_grid(grid: TrainingGrid, facts: ModelFacts, pointer: str) -> Iterator[Fault]:
+    if ARCHITECTURES[facts.architecture].expert_layers is not None:
+        yield Fault(pointer, "Experts are trained in one tensor, which is not rounded; leave it out.")
+    size = grid.group_size
+    misfits = [t for t in facts.compressible() if size is not None and t.shape[1] % size]
+    if misfits:
+        yield Fault(f"{pointer}/group_size", f"{size} does not divide the inputs of {_some(misfits)}.")
 
 
 def _check_student(student: ModelFacts, facts: ModelFacts, pointer: str) -> Iterator[Fault]:
@@ -364,7 +382,7 @@ def _after_distillation(step: DistillLogits, shape: _Shape, students: dict[str, 
             return shape.without_blocks(blocks_cut(step.student.drop_ratio, shape.blocks))
         case StudentFromModel() if step.student.model in students:
             return _Shape.of(students[step.student.model])
-        case StudentFromModel() | StudentFromPreviousStep():
+        case StudentFromModel() | StudentFromPreviousStep() | StudentFromTeacher():
             return shape
 
 

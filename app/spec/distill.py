@@ -34,9 +34,24 @@ class StudentFromModel(Frozen):
     """Id of the uploaded student."""
 
 
+class StudentFromTeacher(Frozen):
+    """The student is the teacher itself, to be trained for a grid."""
+
+    source: Literal["teacher"] = "teacher"
+
+
 Student = Annotated[
-    StudentFromDepthCut | StudentFromPreviousStep | StudentFromModel, Field(discriminator="source")
+    StudentFromDepthCut | StudentFromPreviousStep | StudentFromModel | StudentFromTeacher,
+    Field(discriminator="source"),
 ]
+
+
+class TrainingGrid(Frozen):
+    """The symmetric integers that weights are rounded to while they are trained."""
+
+    bits: Literal[8, 4, 3, 2] = 4
+    group_size: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] | None = None
+    """Inputs that share a scale. Null: one scale per output channel."""
 
 
 class DistillLogits(Step):
@@ -66,6 +81,9 @@ class DistillLogits(Step):
     """Write down the teacher's so many likeliest next tokens of all text before training, in 4 bytes each (6 for more
     than 65,536 tokens in the vocabulary), and train without the teacher in memory. Null: the teacher stays. Language
     models alone, and outputs alone."""
+    for_grid: TrainingGrid | None = None
+    """Compute with the weights of linear layers in the blocks rounded to this grid, and leave them on it: what
+    `quantize.weights` with the same bits and groups, symmetric, then stores without loss. Null: weights stay floats."""
     lora_rank: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Train thin matrices of this rank beside the linear layers of the blocks (LoRA, Hu et al. 2022) and add them to the
     weights at the end: gradients and optimizer state of those alone. They bear a larger learning_rate. Null: train all
@@ -97,9 +115,15 @@ class DistillLogits(Step):
         return self.max_steps * self.gradient_accumulation * self.batch_size
 
     @model_validator(mode="after")
-    def _outputs_alone_are_cached(self) -> Self:
+    def _settings_fit_together(self) -> Self:
         if self.cached_logits is not None and (self.hidden_weight > 0 or self.relation_weight > 0):
             raise ValueError(
                 "cached_logits keeps the teacher's outputs alone: set hidden_weight and relation_weight to 0, or leave it out"
             )
+        if self.for_grid is not None and self.lora_rank is not None:
+            raise ValueError(
+                "adapters are added to weights that for_grid has rounded: leave out lora_rank or for_grid"
+            )
+        if isinstance(self.student, StudentFromTeacher) and self.for_grid is None:
+            raise ValueError("a student that is the teacher has nothing to learn without for_grid")
         return self

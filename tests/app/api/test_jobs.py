@@ -213,6 +213,26 @@ def test_only_next_tokens_are_cached(client: TestClient, add_model: AddModel) ->
     assert "outputs alone" in answer.text
 
 
+def test_a_grid_to_train_for_must_fit_the_layers(client: TestClient, add_model: AddModel) -> None:
+    def spec(**changes: Any) -> dict[str, Any]:
+        grid = {"bits": 4, "group_size": 24}
+        return one_step(
+            "distill.logits",
+            sequence_length=64,
+            **({"student": {"source": "teacher"}, "for_grid": grid} | changes),
+        )
+
+    assert "does not divide" in refused(client, add_model(), spec())["/spec/steps/0/for_grid/group_size"]
+    submit(client, add_model(), recipe=None, spec=spec(for_grid={"bits": 4, "group_size": 32}))
+    for changes, words in (
+        ({"for_grid": None}, "nothing to learn"),
+        ({"lora_rank": 4}, "leave out lora_rank"),
+    ):
+        answer = client.post("/v1/jobs", json={"model": add_model(), "spec": spec(**changes)})
+        assert answer.status_code == 422
+        assert words in answer.text
+
+
 def test_relations_are_not_taken_from_a_layer_that_makes_all_three(
     client: TestClient, add_model: AddModel
 ) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -19,11 +20,12 @@ from tiny_models import BLOCKS, changed, facts_of, tiny_model, write_text
 from app.errors import InvalidRequest, UnsupportedForModel
 from app.spec.architectures import ARCHITECTURES, block_index
 from app.spec.distill import DistillLogits
+from app.spec.quantize import QuantizeWeights
 from workers.engine.architectures.loading import load_model, load_tokenizer
 from workers.engine.distill.logits import distill_logits
 from workers.engine.distill.objectives import head_of, pools_first_token
 from workers.engine.distill.texts import TrainingText, document_text, stream_text
-from workers.engine.technique import StepContext, StepOutcome
+from workers.engine.technique import StepContext, StepOutcome, run_step
 
 QUICK: dict[str, Any] = {
     "max_steps": 12,
@@ -211,6 +213,42 @@ def test_a_killed_cache_is_gone_on_with(tiny: Callable[[str], Path], text: Path,
     assert not any(message.startswith("what the teacher says of text 8 ") for message in said)
     files = [tmp_path / name / "model.safetensors" for name in ("b", "c")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(("bits", "rate"), [(4, 2e-4), (2, 2e-3)])
+def test_what_was_trained_for_a_grid_is_stored_without_loss(
+    bits: int, rate: float, tiny: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    original = tiny_model("LlamaForCausalLM", tmp_path / "original", dtype=torch.bfloat16)
+    spec = {
+        "student": {"source": "teacher"},
+        "for_grid": {"bits": bits, "group_size": 32},
+        "hard_label_weight": 0.0,
+    }
+    outcome = _run(original, tmp_path / "out", text, spec | {"learning_rate": rate})
+    assert outcome.metrics["held_out_loss_after"] < outcome.metrics["held_out_loss_before"]
+    (tmp_path / "stored").mkdir()
+    context = StepContext(
+        source=tmp_path / "out", target=tmp_path / "stored", original=original, facts=facts_of(original)
+    )
+    stored = run_step(QuantizeWeights(bits=bits, group_size=32, symmetric=True), context)
+    assert len(stored.layers) == len(outcome.layers)
+    # What is left is bfloat16's own rounding of scale times code.
+    assert max(layer.relative_error for layer in stored.layers) < 0.003
+    (tmp_path / "untrained").mkdir()
+    context = dataclasses.replace(context, source=original, target=tmp_path / "untrained")
+    rounded = run_step(QuantizeWeights(bits=bits, group_size=32, symmetric=True), context)
+    assert min(layer.relative_error for layer in rounded.layers) > 0.003
+
+
+def test_zeros_stay_zero_on_a_grid(tiny: Callable[[str], Path], text: Path, tmp_path: Path) -> None:
+    source = changed(tiny("LlamaForCausalLM"), tmp_path / "source", _half_to_zero)
+    spec = {"for_grid": {"bits": 4, "group_size": 16}, "student": {"source": "previous_step"}}
+    outcome = _run(tiny("LlamaForCausalLM"), tmp_path / "out", text, spec, source=source)
+    before, after = (load_file(d / "model.safetensors") for d in (source, tmp_path / "out"))
+    names = [layer.name for layer in outcome.layers if layer.action == "trained"]
+    assert len(names) == len(outcome.layers)
+    assert all(bool((after[name][before[name] == 0] == 0).all()) for name in names)
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "BertModel"])

@@ -75,6 +75,8 @@ def distill_logits(spec: DistillLogits, context: StepContext) -> StepOutcome:
         )
         if room.adapters is not None:
             room.adapters.merge()
+        if room.grid is not None:
+            room.grid.settle()
         context.progress(_TRAINING, "writing the student")
         outcomes = write_student(
             room.student,

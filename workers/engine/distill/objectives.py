@@ -27,6 +27,7 @@ from workers.engine.distill.losses import (
     token_loss,
 )
 from workers.engine.distill.low_rank import LowRank
+from workers.engine.distill.on_grid import OnGrid
 from workers.engine.distill.teacher_cache import TeacherCache
 from workers.engine.distill.texts import Batch
 
@@ -66,6 +67,8 @@ class Classroom:
     cache: TeacherCache | None = None
     adapters: LowRank | None = None
     """What is trained in place of the student's own weights."""
+    grid: OnGrid | None = None
+    """What rounds the student's weights while it computes."""
     matches: tuple[tuple[float, Matching], ...] = ()
     """What inside of the two is compared beside their outputs, and by which weight."""
 

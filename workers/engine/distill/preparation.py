@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from app.spec.architectures import architecture_in
+from app.spec.architectures import architecture_in, is_compressible
 from app.spec.compatibility import blocks_cut
-from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel
+from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel, StudentFromTeacher
 from workers.engine.architectures.block_removal import number_of_blocks, remove_blocks
 from workers.engine.architectures.loading import load_model
-from workers.engine.checkpoint import Checkpoint
+from workers.engine.checkpoint import TORCH_DTYPES, Checkpoint
 from workers.engine.distill.blocks import blocks_of, recompute_activations
 from workers.engine.distill.cut import least_missed, without
 from workers.engine.distill.hidden_states import HiddenStates, evenly_matched, kept_blocks, stands_for
@@ -29,6 +29,7 @@ from workers.engine.distill.objectives import (
     states_of,
     width_of,
 )
+from workers.engine.distill.on_grid import OnGrid
 from workers.engine.distill.relations import Relations
 from workers.engine.distill.teacher_cache import Likeliest, TeacherCache, likeliest
 from workers.engine.distill.texts import TrainingText
@@ -62,6 +63,8 @@ def student_directory(
                 progress=lambda _, message: context.progress(_CUTTING, message),
             )
             yield Path(cut), dropped
+    elif isinstance(spec.student, StudentFromTeacher):
+        yield context.original, []
     else:
         yield context.source, []
 
@@ -105,10 +108,13 @@ def classroom(
         teacher = None
     student = load_model(directory, dtype=torch.float32, device=context.device)
     adapters = None if spec.lora_rank is None else LowRank(student, spec.lora_rank)
+    grid = _grid(spec, student, Checkpoint.open(directory))
     if spec.gradient_checkpointing:
         recompute_activations(student)
     matches = tuple(_matches(spec, student, teacher))
-    return Classroom(student, teacher, spec, text.held_out, context.device, dtype, cache, adapters, matches)
+    return Classroom(
+        student, teacher, spec, text.held_out, context.device, dtype, cache, adapters, grid, matches
+    )
 
 
 def _cached(
@@ -133,6 +139,14 @@ def _cached(
         ),
     )
     return cache
+
+
+def _grid(spec: DistillLogits, student: Any, checkpoint: Checkpoint) -> OnGrid | None:
+    if spec.for_grid is None:
+        return None
+    stored = next(f.dtype for f in checkpoint.facts() if is_compressible(f.name, f.shape))
+    bits, group_size = spec.for_grid.bits, spec.for_grid.group_size
+    return OnGrid(student, bits=bits, group_size=group_size, dtype=TORCH_DTYPES[stored])
 
 
 def _matches(spec: DistillLogits, student: Any, teacher: Any) -> Iterator[tuple[float, Matching]]:
