@@ -35,10 +35,9 @@ from workers.engine.technique import StepContext, StepOutcome, run_step
 ENCODER = DistillLogits(
     student=StudentFromDepthCut(drop_ratio=0.5),
     batch_size=32,
-    sequence_length=32,
     max_steps=300,
     learning_rate=5e-4,
-    evaluate_every=50,
+    hidden_weight=1.0,
 )
 LANGUAGE_MODEL = DistillLogits(student=StudentFromDepthCut(drop_ratio=0.2), max_steps=130, learning_rate=3e-4)
 LEAST_CORRELATION, LEAST_SPEEDUP, LEAST_RECOVERED = 0.95, 1.8, 0.5
