@@ -196,6 +196,7 @@ def _step(name: str, context: StageContext) -> Metrics:
     target.mkdir()
     student = context.done["load"] / "student"
     calibration = context.text(context.spec.calibration, "calibration") if step.needs_calibration else None
+    training = context.text(context.spec.training, "calibration") if step.needs_training else None
     takes_images = context.facts.preprocessing is not None
     began = time.perf_counter()
     outcome = run_step(
@@ -208,7 +209,8 @@ def _step(name: str, context: StageContext) -> Metrics:
             student=student if isinstance(step, DistillLogits) and student.is_dir() else None,
             calibration_text=None if takes_images else calibration,
             calibration_images=calibration if takes_images else None,
-            training_text=context.text(context.spec.training, "calibration") if step.needs_training else None,
+            training_text=None if takes_images else training,
+            training_images=training if takes_images else None,
             device=context.device,
             threads=context.threads,
             journal=context.directory.parent.parent / "journal" / str(index),

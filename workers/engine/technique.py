@@ -40,6 +40,8 @@ class StepContext:
     """A set of images (see engine.images.image_set), in place of the text, for models that take them."""
     training_text: Path | None = None
     """The same, when the step trains."""
+    training_images: Path | None = None
+    """A set of images in place of the training text, for models that take them."""
     device: str = "cpu"
     threads: int = 1
     journal: Path | None = None

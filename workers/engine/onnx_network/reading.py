@@ -36,7 +36,15 @@ def read_network(path: Path) -> Network:
     calls = [_call(node) for node in model.graph]
     signature = _signature(model)
     calls, arrays = _unshared(calls, _arrays(model.graph))
-    return _with_flattening(Network(calls, arrays, signature)).eval()
+    network = Network(calls, arrays, signature).eval()
+    fixed = [size for value in model.graph.inputs if value.shape for size in value.shape[:1]]
+    network = _with_flattening(network, batch=fixed[0] if fixed and isinstance(fixed[0], int) else 2).eval()
+    try:
+        with torch.no_grad():
+            network(torch.zeros(2, *signature.image))
+    except RuntimeError as error:
+        raise _refused(f"it does not take two images at once: {error}") from error
+    return network
 
 
 def check_same(network: Network, path: Path, *, threads: int, seed: int = 0) -> None:
@@ -174,7 +182,7 @@ def _unshared(calls: list[Call], arrays: dict[str, Tensor]) -> tuple[list[Call],
     return apart, arrays
 
 
-def _with_flattening(network: Network) -> Network:
+def _with_flattening(network: Network, *, batch: int) -> Network:
     """Whatever makes rows of images a Flatten, which no count of channels is written into, and nothing that is not read."""
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -184,7 +192,7 @@ def _with_flattening(network: Network) -> Network:
             shapes.setdefault(call.inputs[0], tuple(inputs[0].shape))
 
     with torch.no_grad():
-        network.eval()(torch.zeros(2, *network.signature.image), note)
+        network(torch.zeros(batch, *network.signature.image), note)
     calls = [_flattened(call, shapes) for call in network.calls]
     needed = set(_needed(calls, network.signature.result))
     calls = [call for call in calls if call.output in needed]
@@ -195,7 +203,7 @@ def _with_flattening(network: Network) -> Network:
 def _flattened(call: Call, shapes: dict[str, tuple[int, ...]]) -> Call:
     before, after = shapes.get(call.inputs[0] or "", ()), shapes[call.output]
     is_flat = call.operator in ("Reshape", "Squeeze") and len(before) == 4 and len(after) == 2
-    if is_flat and before[0] == after[0] == 2:
+    if is_flat and before[0] == after[0]:
         return replace(call, operator="Flatten", inputs=call.inputs[:1], attributes={"axis": 1})
     return call
 

@@ -1,0 +1,234 @@
+"""What an ONNX file says of its graph, read without touching a weight: the fields of onnx.proto that are asked for.
+
+Protocol buffers are pairs of a field's number and its value; values of no interest are skipped by their length. Limits are
+those of files that exist: nothing here grows with what a file claims, only with what it holds.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.intake.refusals import refused
+from app.spec.facts import TensorFact
+
+_MAX_BYTES = 2**31
+"""Protocol buffers end there."""
+_MAX_NODES = 100_000
+_MAX_TENSORS = 100_000
+_MAX_NAME = 1000
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_DTYPES = {
+    1: "F32", 2: "U8", 3: "I8", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 16: "BF16", 17: "F8_E4M3", 19: "F8_E5M2",
+}  # fmt: skip
+"""TensorProto.DataType in safetensors' spelling."""
+
+Value = int | memoryview
+Dimension = int | None
+"""None where it may be any."""
+
+
+@dataclass(frozen=True)
+class OnnxNode:
+    """One operator of a graph."""
+
+    operator: str
+    domain: str
+    inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OnnxHeader:
+    """A graph without its weights."""
+
+    opset: int
+    """Of the standard operators."""
+    nodes: tuple[OnnxNode, ...]
+    tensors: tuple[TensorFact, ...]
+    external: tuple[str, ...]
+    """Names of tensors whose numbers are in another file."""
+    inputs: dict[str, tuple[Dimension, ...]]
+    """Shapes, by name; those of weights are not among them."""
+    outputs: dict[str, tuple[Dimension, ...]]
+    has_functions: bool
+
+
+def read_onnx(path: Path, name: str) -> OnnxHeader:
+    """Read a ModelProto. Raises IntakeError (`header_invalid`, `truncated`, `unsupported_dtype`)."""
+    size = path.stat().st_size
+    if not 0 < size <= _MAX_BYTES:
+        raise _invalid(name, f"it has {size} bytes")
+    with path.open("rb") as file:
+        # Closed with the last view of it, which an error's traceback may hold.
+        view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    try:
+        return _model(view)
+    except (ValueError, IndexError) as error:
+        raise _invalid(name, str(error)) from None
+
+
+def _model(view: memoryview) -> OnnxHeader:
+    graph, opset, has_functions = None, 0, False
+    for number, value in _fields(view):
+        if number == 7:
+            graph = _message(value)
+        elif number == 8:
+            fields = dict(_fields(_message(value)))
+            if _text(fields.get(1, memoryview(b""))) in ("", "ai.onnx"):
+                opset = _number(fields.get(2, 0))
+        elif number == 25:
+            has_functions = True
+    if graph is None or opset == 0:
+        raise ValueError("it holds no graph of ONNX's operators")
+    return _graph(graph, opset, has_functions=has_functions)
+
+
+def _graph(view: memoryview, opset: int, *, has_functions: bool) -> OnnxHeader:
+    nodes: list[OnnxNode] = []
+    tensors: list[tuple[TensorFact, bool]] = []
+    inputs, outputs = {}, {}
+    for number, value in _fields(view):
+        if number == 1:
+            nodes.append(_node(_message(value)))
+        elif number == 5:
+            tensors.append(_tensor(_message(value)))
+        elif number in (11, 12):
+            name, shape = _value_info(_message(value))
+            (inputs if number == 11 else outputs)[name] = shape
+        elif number == 15:
+            raise ValueError("it has sparse tensors")
+        if len(nodes) > _MAX_NODES or len(tensors) > _MAX_TENSORS:
+            raise ValueError("it has more nodes or tensors than any network")
+    names = {tensor.name for tensor, _ in tensors}
+    if len(names) != len(tensors):
+        raise ValueError("two of its tensors have one name")
+    return OnnxHeader(
+        opset=opset,
+        nodes=tuple(nodes),
+        tensors=tuple(tensor for tensor, _ in tensors),
+        external=tuple(tensor.name for tensor, is_external in tensors if is_external),
+        inputs={name: shape for name, shape in inputs.items() if name not in names},
+        outputs=outputs,
+        has_functions=has_functions,
+    )
+
+
+def _node(view: memoryview) -> OnnxNode:
+    inputs: list[str] = []
+    operator = domain = ""
+    for number, value in _fields(view):
+        if number == 1:
+            inputs.append(_text(value))
+        elif number == 4:
+            operator = _text(value)
+        elif number == 7:
+            domain = _text(value)
+    return OnnxNode(operator, domain, tuple(inputs))
+
+
+def _tensor(view: memoryview) -> tuple[TensorFact, bool]:
+    """A tensor's name, dtype and shape, and whether its numbers are elsewhere."""
+    shape: list[int] = []
+    dtype, name, stored, is_external = 0, "", 0, False
+    for number, value in _fields(view):
+        if number == 1:
+            shape += [value] if isinstance(value, int) else list(_varints(value))
+        elif number == 2:
+            dtype = _number(value)
+        elif number == 8:
+            name = _text(value)
+        elif number == 9:
+            stored = len(_message(value))
+        elif number in (13, 14):
+            is_external |= number == 13 or value == 1
+    if dtype not in _DTYPES:
+        raise refused("unsupported_dtype", f"{name} is of ONNX's type {dtype}.")
+    if any(size >= 2**40 for size in shape) or len(shape) > 8:
+        raise ValueError(f"{name} is said to be of shape {shape[:8]}")
+    fact = TensorFact(name=name, dtype=_DTYPES[dtype], shape=tuple(shape))
+    if stored and stored != fact.nbytes:
+        raise ValueError(f"{name} is {stored} bytes long, and its shape asks for {fact.nbytes}")
+    return fact, is_external
+
+
+def _value_info(view: memoryview) -> tuple[str, tuple[Dimension, ...]]:
+    fields = dict(_fields(view))
+    shape: list[Dimension] = []
+    tensor = dict(
+        _fields(_message(dict(_fields(_message(fields.get(2, memoryview(b""))))).get(1, memoryview(b""))))
+    )
+    for number, value in _fields(_message(tensor.get(2, memoryview(b"")))):
+        if number == 1:
+            size = dict(_fields(_message(value))).get(1)
+            shape.append(size if isinstance(size, int) else None)
+    return _text(fields.get(1, memoryview(b""))), tuple(shape)
+
+
+def _fields(view: memoryview) -> Iterator[tuple[int, Value]]:
+    """Numbers and values of a message; a message inside is left as its bytes."""
+    at = 0
+    while at < len(view):
+        key, at = _varint(view, at)
+        number, kind = key >> 3, key & 7
+        if kind == _VARINT:
+            value, at = _varint(view, at)
+            yield number, value
+            continue
+        if kind == _BYTES:
+            length, at = _varint(view, at)
+        elif kind in (_FIXED32, _FIXED64):
+            length = 4 if kind == _FIXED32 else 8
+        else:
+            raise ValueError(f"field {number} is of a kind that does not exist")
+        if at + length > len(view):
+            raise ValueError(f"field {number} is {length} bytes long, and {len(view) - at} are left")
+        yield number, view[at : at + length]
+        at += length
+
+
+def _varint(view: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while shift < 64:
+        byte = view[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+    raise ValueError("a number is longer than ten bytes")
+
+
+def _varints(view: memoryview) -> Iterator[int]:
+    at = 0
+    while at < len(view):
+        value, at = _varint(view, at)
+        yield value
+
+
+def _message(value: Value) -> memoryview:
+    if isinstance(value, int):
+        raise ValueError("a number stands where a message should")  # noqa: TRY004 - of a file, not of an argument
+    return value
+
+
+def _number(value: Value) -> int:
+    if not isinstance(value, int):
+        raise ValueError("a message stands where a number should")  # noqa: TRY004 - the same
+    return value
+
+
+def _text(value: Value) -> str:
+    text = bytes(_message(value)[: _MAX_NAME + 1]).decode()
+    if len(text) > _MAX_NAME:
+        raise ValueError(f"a name is longer than {_MAX_NAME} characters")
+    return text
+
+
+def _invalid(name: str, why: str) -> Exception:
+    return refused(
+        "header_invalid",
+        f"{name} is no ONNX file that can be read: {why}.",
+        hint="Export the network again, and check the file with `onnx.checker.check_model`.",
+    )
