@@ -1,9 +1,9 @@
 """Half the multiplications of a real CNN for at most a point of accuracy: prune.channels on CIFAR-10.
 
-    python benchmarks/prune_channels.py /path/to/cnn [--steps 500] [--keep]
+    python benchmarks/prune_channels.py /path/to/cnn training|criteria [--steps 500] [--keep]
 
-The network is PyPI's cifar-10-model 7.4.0 (six convolutions, three linear layers) as an ONNX file. The default criterion and
-chance are trained alike, on the training images; all criteria are compared before any training. Accuracy is that of
+The network is PyPI's cifar-10-model 7.4.0 (six convolutions, three linear layers) as an ONNX file. `training`: the
+default criterion and chance are trained alike, on the training images. `criteria`: all are compared before training. Accuracy is that of
 onnxruntime on all 10,000 test images; latency is taken in turns, on one thread.
 """
 
@@ -14,6 +14,7 @@ import importlib.util
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,7 @@ def trained(network: Network, original: Path, images: TrainingImages, step: Prun
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("assets", type=Path)
+    parser.add_argument("what", choices=("training", "criteria"))
     parser.add_argument("--steps", type=int, default=PruneChannels().max_steps)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--keep", action="store_true")
@@ -120,13 +122,30 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     settings = {"steps": str(arguments.steps), "threads": str(arguments.threads)}
-    figures = Figures("prune_channels" if arguments.keep else None, **settings)
+    figures = Figures(f"prune_channels_{arguments.what}" if arguments.keep else None, **settings)
     with tempfile.TemporaryDirectory() as directory:
-        measure(Path(directory), arguments.assets, arguments.steps, figures)
+        setting = prepared(Path(directory), arguments.assets, figures)
+        if arguments.what == "training":
+            compare_trained(setting, arguments.steps, figures)
+        else:
+            compare_criteria(setting, figures)
     figures.exit()
 
 
-def measure(work: Path, assets: Path, steps: int, figures: Figures) -> None:
+@dataclass(frozen=True)
+class Setting:
+    """What both comparisons start from."""
+
+    original: Path
+    images: TrainingImages
+    test: np.ndarray
+    labels: np.ndarray
+    before: Measured
+    accuracy: float
+
+
+def prepared(work: Path, assets: Path, figures: Figures) -> Setting:
+    """Write the network and its datasets, and state what the original does."""
     original = work / "original.onnx"
     export(assets, original)
     save_dataset(assets, work / "training.safetensors")
@@ -136,49 +155,49 @@ def measure(work: Path, assets: Path, steps: int, figures: Figures) -> None:
     before = Measured(original)
     accuracy = before.accuracy(test, labels)
     figures.add("original: accuracy", accuracy, "share of 10,000", compared_with="the labels")
+    return Setting(original, images, test, labels, before, accuracy)
+
+
+def compare_trained(setting: Setting, steps: int, figures: Figures) -> None:
+    """The default criterion, held to the floors, and chance."""
     for criterion in ("taylor", "random"):
         step = PruneChannels(criterion=criterion, max_steps=steps)
-        network, left = pruned(original, images, step)
-        seconds = trained(network, original, images, step)
-        write_network(network, work / "result.onnx")
-        report(
-            figures,
-            criterion,
-            before,
-            Measured(work / "result.onnx"),
-            (accuracy, left, seconds),
-            (test, labels),
-        )
-    for criterion in CRITERIA:
-        for repair in (True, False):
-            network, left = pruned(original, images, PruneChannels(criterion=criterion, repair=repair))
-            write_network(network, work / "untrained.onnx")
+        network, left = pruned(setting.original, setting.images, step)
+        seconds = trained(network, setting.original, setting.images, step)
+        result = setting.original.with_name("result.onnx")
+        write_network(network, result)
+        report(figures, criterion, setting, Measured(result), left=left, seconds=seconds)
+
+
+def compare_criteria(setting: Setting, figures: Figures) -> None:
+    """All criteria before training, with what stays making up for what goes, and without."""
+    for repair in (True, False):
+        for criterion in CRITERIA:
+            step = PruneChannels(criterion=criterion, repair=repair)
+            network, left = pruned(setting.original, setting.images, step)
+            result = setting.original.with_name("untrained.onnx")
+            write_network(network, result)
             figures.add(
                 f"{criterion}, {'repaired' if repair else 'as cut'}, untrained: accuracy",
-                Measured(work / "untrained.onnx").accuracy(test, labels),
+                Measured(result).accuracy(setting.test, setting.labels),
                 "share of 10,000",
-                compared_with=f"the original's {accuracy:.4f}; {left:.3f} of the multiplications",
+                compared_with=f"the original's {setting.accuracy:.4f}; {left:.3f} of the multiplications",
             )
 
 
 def report(
-    figures: Figures,
-    criterion: str,
-    before: Measured,
-    after: Measured,
-    found: tuple[float, float, float],
-    testing: tuple[np.ndarray, np.ndarray],
+    figures: Figures, criterion: str, setting: Setting, after: Measured, *, left: float, seconds: float
 ) -> None:
     """State what became of accuracy, multiplications, time and bytes; floors are those of the default criterion."""
-    accuracy, left, seconds = found
-    is_default = criterion == PruneChannels().criterion
-    result, faster = after.accuracy(*testing), speedup(before, after, testing[0][:_BATCH])
+    is_default, accuracy = criterion == PruneChannels().criterion, setting.accuracy
+    result = after.accuracy(setting.test, setting.labels)
+    faster = speedup(setting.before, after, setting.test[:_BATCH])
     rows = (
         ("multiplications left", left, "share", "<= 0.5", left <= 0.5),
         ("accuracy", result, "share of 10,000", ">= original - 0.01", result >= accuracy - 0.01),
         ("speed-up in onnxruntime, batch 32, one thread", faster, "times", ">= 1.5", faster >= 1.5),
         ("training", seconds, "s", "<= 1200", seconds <= 1200),
-        ("file", after.bytes / before.bytes, "share", None, True),
+        ("file", after.bytes / setting.before.bytes, "share", None, True),
     )
     for name, value, unit, floor, ok in rows:
         figures.add(
