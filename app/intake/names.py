@@ -18,12 +18,14 @@ CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
+GRAPH = "model.onnx"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _SIDE_FILE = re.compile(r".*\.(?:json|txt|model|tiktoken|jinja|md)|LICENSE|NOTICE", re.IGNORECASE)
 _PICKLE = re.compile(r".*\.(?:bin|pt|pth|pkl|pickle|ckpt|joblib|dill)", re.IGNORECASE)
 _CODE = re.compile(r".*\.(?:py|pyc|so|ipynb|sh)", re.IGNORECASE)
 _SAFETENSORS = re.compile(r".*\.safetensors", re.IGNORECASE)
 _GGUF = re.compile(r".*\.gguf", re.IGNORECASE)
+_ONNX = re.compile(r".*\.onnx", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def common_folder(names: Collection[str]) -> str:
 def may_be_kept(name: str) -> bool:
     """Whether a file can be of any use, by its name alone: others need not be written to disk at all."""
     base = name.rsplit("/", 1)[-1]
-    return bool(_SIDE_FILE.fullmatch(base) or _SAFETENSORS.fullmatch(base) or _GGUF.fullmatch(base))
+    return any(kind.fullmatch(base) for kind in (_SIDE_FILE, _SAFETENSORS, _GGUF, _ONNX))
 
 
 def select(names: Iterable[str]) -> Selection:
@@ -107,6 +109,7 @@ def _weights(names: list[str]) -> tuple[tuple[str, ...], list[str]]:
     shards = [name for name in root if _SHARD.fullmatch(name)]
     single = [name for name in root if _SAFETENSORS.fullmatch(name)]
     ggufs = [name for name in names if _GGUF.fullmatch(name)]
+    graphs = [name for name in root if _ONNX.fullmatch(name)]
     if WEIGHTS in root:
         chosen = [WEIGHTS]
     elif INDEX in root and shards:
@@ -115,6 +118,8 @@ def _weights(names: list[str]) -> tuple[tuple[str, ...], list[str]]:
         chosen = _only(single, "safetensors files and no " + INDEX)
     elif ggufs:
         chosen = _only(ggufs, "GGUF files")
+    elif graphs:
+        chosen = _only(graphs, "ONNX files")
     else:
         raise _no_weights(names)
     return tuple(chosen), [name for name in names if name not in chosen]
@@ -139,7 +144,7 @@ def _why_left_out(name: str) -> str:
         return "a pickle: never read; the safetensors are used"
     if _CODE.fullmatch(name):
         return "code: never run"
-    if _SAFETENSORS.fullmatch(name) or _GGUF.fullmatch(name):
+    if any(kind.fullmatch(name) for kind in (_SAFETENSORS, _GGUF, _ONNX)):
         return "not among the weights that are used"
     if _SIDE_FILE.fullmatch(name.rsplit("/", 1)[-1]):
         return "nested too deep"

@@ -19,6 +19,8 @@ _MAX_BYTES = 2**31
 _MAX_NODES = 100_000
 _MAX_TENSORS = 100_000
 _MAX_NAME = 1000
+_MAX_EDGE, _MAX_RANK = 2**40, 8
+_EMPTY = memoryview(b"")
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _DTYPES = {
     1: "F32", 2: "U8", 3: "I8", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 16: "BF16", 17: "F8_E4M3", 19: "F8_E5M2",
@@ -76,7 +78,7 @@ def _model(view: memoryview) -> OnnxHeader:
             graph = _message(value)
         elif number == 8:
             fields = dict(_fields(_message(value)))
-            if _text(fields.get(1, memoryview(b""))) in ("", "ai.onnx"):
+            if _text(fields.get(1, _EMPTY)) in ("", "ai.onnx"):
                 opset = _number(fields.get(2, 0))
         elif number == 25:
             has_functions = True
@@ -88,7 +90,8 @@ def _model(view: memoryview) -> OnnxHeader:
 def _graph(view: memoryview, opset: int, *, has_functions: bool) -> OnnxHeader:
     nodes: list[OnnxNode] = []
     tensors: list[tuple[TensorFact, bool]] = []
-    inputs, outputs = {}, {}
+    inputs: dict[str, tuple[Dimension, ...]] = {}
+    outputs: dict[str, tuple[Dimension, ...]] = {}
     for number, value in _fields(view):
         if number == 1:
             nodes.append(_node(_message(value)))
@@ -131,39 +134,33 @@ def _node(view: memoryview) -> OnnxNode:
 def _tensor(view: memoryview) -> tuple[TensorFact, bool]:
     """A tensor's name, dtype and shape, and whether its numbers are elsewhere."""
     shape: list[int] = []
-    dtype, name, stored, is_external = 0, "", 0, False
+    found: dict[int, Value] = {}
     for number, value in _fields(view):
         if number == 1:
             shape += [value] if isinstance(value, int) else list(_varints(value))
-        elif number == 2:
-            dtype = _number(value)
-        elif number == 8:
-            name = _text(value)
-        elif number == 9:
-            stored = len(_message(value))
-        elif number in (13, 14):
-            is_external |= number == 13 or value == 1
+        else:
+            found[number] = value
+    name, dtype = _text(found.get(8, _EMPTY)), _number(found.get(2, 0))
     if dtype not in _DTYPES:
-        raise refused("unsupported_dtype", f"{name} is of ONNX's type {dtype}.")
-    if any(size >= 2**40 for size in shape) or len(shape) > 8:
-        raise ValueError(f"{name} is said to be of shape {shape[:8]}")
+        raise refused("unsupported_dtype", f"{name[:100]} is of ONNX's type {dtype}.")
+    if any(size >= _MAX_EDGE for size in shape) or len(shape) > _MAX_RANK:
+        raise ValueError(f"{name[:100]} is said to be of shape {shape[:_MAX_RANK]}")
     fact = TensorFact(name=name, dtype=_DTYPES[dtype], shape=tuple(shape))
+    stored = len(_message(found.get(9, _EMPTY)))
     if stored and stored != fact.nbytes:
-        raise ValueError(f"{name} is {stored} bytes long, and its shape asks for {fact.nbytes}")
-    return fact, is_external
+        raise ValueError(f"{name[:100]} has {stored} bytes, and its shape asks for {fact.nbytes}")
+    return fact, 13 in found or found.get(14) == 1
 
 
 def _value_info(view: memoryview) -> tuple[str, tuple[Dimension, ...]]:
     fields = dict(_fields(view))
     shape: list[Dimension] = []
-    tensor = dict(
-        _fields(_message(dict(_fields(_message(fields.get(2, memoryview(b""))))).get(1, memoryview(b""))))
-    )
-    for number, value in _fields(_message(tensor.get(2, memoryview(b"")))):
+    tensor = dict(_fields(_message(dict(_fields(_message(fields.get(2, _EMPTY)))).get(1, _EMPTY))))
+    for number, value in _fields(_message(tensor.get(2, _EMPTY))):
         if number == 1:
             size = dict(_fields(_message(value))).get(1)
             shape.append(size if isinstance(size, int) else None)
-    return _text(fields.get(1, memoryview(b""))), tuple(shape)
+    return _text(fields.get(1, _EMPTY)), tuple(shape)
 
 
 def _fields(view: memoryview) -> Iterator[tuple[int, Value]]:

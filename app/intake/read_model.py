@@ -9,7 +9,8 @@ from pathlib import Path
 from app.intake.archive import ArchiveKind, Unpacked, WriteFile, unpack
 from app.intake.gguf_facts import gguf_facts
 from app.intake.huggingface import huggingface_facts
-from app.intake.names import CONFIG, WEIGHTS, LeftOut, common_folder, select
+from app.intake.names import CONFIG, GRAPH, WEIGHTS, LeftOut, Selection, common_folder, select
+from app.intake.onnx_facts import onnx_facts
 from app.intake.refusals import Code, refused
 from app.intake.sniff import Kind, sniff
 from app.intake.zip_reader import zip_names
@@ -44,11 +45,21 @@ def read_model(files: Mapping[str, Path], skipped: tuple[str, ...] = ()) -> Read
         # A GGUF carries its own config and tokenizer; what lies beside it is of no use to anyone.
         beside = tuple(LeftOut(side, "the GGUF file has its own") for side in selection.side_files)
         return ReadModel(gguf_facts(path, name), {name: path}, selection.left_out + beside)
+    if selection.weights[0].lower().endswith(".onnx"):
+        return _read_graph(kept, selection)
     facts = huggingface_facts(kept, selection)
     if len(selection.weights) == 1:
         # The only name that loaders look for.
         kept[WEIGHTS] = kept.pop(selection.weights[0])
     return ReadModel(facts, kept, selection.left_out)
+
+
+def _read_graph(kept: dict[str, Path], selection: Selection) -> ReadModel:
+    facts = onnx_facts(kept, selection.weights[0])
+    # The only name that is looked for; and what is computed stands in the graph alone.
+    kept[GRAPH] = kept.pop(selection.weights[0])
+    beside = (LeftOut(CONFIG, "the graph says itself what it computes"),) if kept.pop(CONFIG, None) else ()
+    return ReadModel(facts, kept, selection.left_out + beside)
 
 
 def read_single_file(path: Path, name: str, *, write: WriteFile, max_bytes: int) -> Unpacked | None:

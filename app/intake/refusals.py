@@ -25,6 +25,7 @@ Code = Literal[
     "header_invalid",
     "images_invalid",
     "import_refused",
+    "onnx_unsupported",
     "preprocessing_unknown",
     "preprocessor_missing",
     "quantized_model",
@@ -69,6 +70,10 @@ _HINTS: dict[Code, str] = {
         "(images, channels, height, width) with 1 or 3 channels, labels integers from 0, one an image, if there are any."
     ),
     "import_refused": "Name what can be imported: hf://org/model@revision, or file:// below the import root.",
+    "onnx_unsupported": (
+        "Convolutional image classifiers are read: export in float32 and evaluation mode, opset 13 or newer, with plain "
+        "operators, a free batch and a fixed image size."
+    ),
     "preprocessing_unknown": (
         "Known are the image processors of ViT, DeiT, ConvNeXT (ResNet) and MobileNet, with resize, crop, rescale and normalize."
     ),
@@ -93,7 +98,8 @@ _HINTS: dict[Code, str] = {
     ),
     "unsupported_dtype": "Save the weights as float32, float16 or bfloat16.",
     "unsupported_format": (
-        "Models: a Hugging Face folder with safetensors (zip, tar, tar.gz, or separate files) or one GGUF file. "
+        "Models: a Hugging Face folder with safetensors (zip, tar, tar.gz, or separate files) or one GGUF file, or an image classifier as one "
+        ".onnx file with its preprocessor_config.json (zip or tar). "
         'Datasets: .txt, .jsonl with one {"text": …} a line, or images as .npz or .safetensors.'
     ),
     "weights_ambiguous": "Upload one set of weights: model.safetensors, or the shards of one index.",

@@ -174,6 +174,11 @@ def is_image_layer(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) in (2, 4) and name.endswith(".weight")
 
 
+def is_graph_layer(shape: tuple[int, ...]) -> bool:
+    """The same of an ONNX graph, where names say nothing; constants that are added have but one entry on some axes."""
+    return (len(shape) == 4 and shape[0] > 1) or (len(shape) == 2 and min(shape) > 1)
+
+
 def is_compressible(name: str, shape: tuple[int, ...]) -> bool:
     """True for the weight of a linear layer inside a block: two-dimensional, and no embedding (relative positions).
 

@@ -32,6 +32,7 @@ from app.spec.gguf_layout import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.spec.gguf_layout import gguf_tensors
 from app.spec.head import NO_OWN_HEAD, own_head
 from app.spec.layouts import inputs_of, limits_of_layout
+from app.spec.onnx_operators import architecture_named
 from app.spec.prune import PruneCalibrated, PruneDepth, PruneHeads, PruneMagnitude, PruneWidth
 from app.spec.quantize import QuantizedWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
@@ -58,7 +59,7 @@ class _Shape:
     def of(cls, facts: ModelFacts) -> _Shape:
         """A model as it was uploaded; routers are no layers to work on."""
         layers = tuple(t for t in facts.compressible() if not is_router(t.name))
-        architecture = ARCHITECTURES[facts.architecture]
+        architecture = architecture_named(facts.architecture)
         return cls(facts.num_blocks, layers, architecture, own_head(facts.tensors, architecture))
 
     def seen_by(self, step: Step) -> _Shape:
@@ -101,7 +102,7 @@ def _check_step(
     step: Step, facts: ModelFacts, shape: _Shape, students: dict[str, ModelFacts], where: str
 ) -> Iterator[Fault]:
     found = [*_check_family(step, facts, where)]
-    if not found or not shape.architecture.takes_images:
+    if not found or not shape.architecture.takes_images or facts.format == "onnx":
         limits = limits_of_layout(step, shape.architecture, shape.layers)
         found += [Fault(where + at, why) for at, why in limits]
     yield from found
@@ -152,7 +153,9 @@ def module_name(tensor: TensorFact) -> str:
 def _check_family(step: Step, facts: ModelFacts, where: str) -> Iterator[Fault]:
     if facts.family not in step.families:
         known = " and ".join(sorted(step.families))
-        way_out = f" {_FOR_IMAGES}" if facts.family is Family.IMAGE_CLASSIFIER else ""
+        way_out = (
+            f" {_FOR_IMAGES}" if facts.family is Family.IMAGE_CLASSIFIER and facts.format != "onnx" else ""
+        )
         yield Fault(f"{where}/technique", f"Works on {known} models; this one is {facts.family}.{way_out}")
 
 

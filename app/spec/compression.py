@@ -12,6 +12,7 @@ from app.spec.export import Export
 from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneCalibrated, PruneDepth, PruneHeads, PruneMagnitude, PruneWidth
+from app.spec.prune_channels import PruneChannels
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -27,6 +28,7 @@ AnyStep = Annotated[
     | PruneDepth
     | PruneWidth
     | PruneHeads
+    | PruneChannels
     | DistillLogits
     | OptimizeOnnx,
     Field(discriminator="technique"),
@@ -43,6 +45,7 @@ STEP_CLASSES: tuple[type[Step], ...] = (
     PruneDepth,
     PruneWidth,
     PruneHeads,
+    PruneChannels,
     DistillLogits,
     OptimizeOnnx,
 )

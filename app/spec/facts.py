@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from app.spec.architectures import block_index, is_compressible, is_expert, is_image_layer
+from app.spec.architectures import block_index, is_compressible, is_expert, is_graph_layer, is_image_layer
 from app.spec.base import Family, Frozen
 from app.spec.preprocessing import Preprocessing
 
@@ -36,7 +36,7 @@ class TensorFact(Frozen):
 class ModelFacts(Frozen):
     """Facts of a model. GGUF tensors appear as they will be after conversion: Hugging Face names and dtypes."""
 
-    format: Literal["safetensors", "gguf"]
+    format: Literal["safetensors", "gguf", "onnx"]
     architecture: str
     family: Family
     parameters: int
@@ -67,6 +67,8 @@ class ModelFacts(Frozen):
 
     def compressible(self) -> tuple[TensorFact, ...]:
         """Weights of the linear layers inside blocks, which pruning and quantization work on; all layers of an image classifier."""
+        if self.format == "onnx":
+            return tuple(t for t in self.tensors if is_graph_layer(t.shape))
         if self.family is Family.IMAGE_CLASSIFIER:
             return tuple(t for t in self.tensors if is_image_layer(t.name, t.shape))
         return tuple(t for t in self.tensors if is_compressible(t.name, t.shape))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from app.spec.architectures import ARCHITECTURES
 from app.spec.facts import ModelFacts
+from app.spec.onnx_operators import architecture_named
 
 IMAGES_AT_ONCE = 8
 """Images that are evaluated together."""
@@ -41,6 +41,6 @@ def calibration_activations(facts: ModelFacts, images: int) -> int:
 
 def image_flops(facts: ModelFacts, parameters: int) -> float:
     """Of one image: two for each weight and each place that uses it."""
-    if ARCHITECTURES[facts.architecture].is_convolutional:
+    if architecture_named(facts.architecture).is_convolutional:
         return 2 * parameters * max(1.0, pixels(facts) / _PIXELS_PER_USE_OF_A_WEIGHT)
     return 2 * parameters * facts.max_positions

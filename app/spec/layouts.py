@@ -15,8 +15,10 @@ from app.spec.base import Family, Step
 from app.spec.facts import TensorFact
 from app.spec.feed_forward import feed_forward_of
 from app.spec.kv_cache import can_scale_cache
+from app.spec.onnx_operators import ONNX_NETWORK
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneHeads, PruneWidth
+from app.spec.prune_channels import PruneChannels
 from app.spec.quantize import QuantizeCalibrated, QuantizedWeights, QuantizeWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -60,6 +62,14 @@ _WITHOUT_HEADS = (
     "The configuration of {name} cannot say that heads are missing; it can for Llama, Mistral, Mixtral, Qwen, Gemma, Phi3, "
     "SmolLM3, Granite and StarCoder2. Use prune.width or prune.depth."
 )
+_GRAPHS_ALONE = (
+    "Channels are removed from networks that came as ONNX: export this {name} in float32, with a free batch, and upload "
+    "model.onnx with its preprocessor_config.json."
+)
+_NOT_GRAPHS = (
+    "This model came as an ONNX graph, for which there is prune.channels; upload it in transformers' layout for other "
+    "techniques."
+)
 _CACHE = (
     "Scales of the key-value cache are written for Llama, Mistral, Qwen2, Qwen3, Gemma and Phi3, whose caches transformers "
     "was seen to round by them, and not for {name}: set kv_cache to none."
@@ -80,10 +90,7 @@ def limits_of_layout(
         yield from _limits_of_weights(step, architecture, layers)
     if isinstance(step, QuantizeCalibrated) and step.kv_cache != "none" and not can_scale_cache(architecture):
         yield "/kv_cache", _CACHE.format(name=name)
-    if isinstance(step, PruneWidth) and feed_forward_of(architecture) is None:
-        yield "/technique", _WITHOUT_WIDTH.format(name=name)
-    if isinstance(step, PruneHeads) and not has_removable_heads(architecture):
-        yield "/technique", _WITHOUT_HEADS.format(name=name)
+    yield from _limits_of_removal(step, architecture)
     if isinstance(step, QuantizeOnnx) and architecture.takes_images:
         yield from _limits_of_images(step, name)
     if architecture.expert_layers is not None:
@@ -92,6 +99,20 @@ def limits_of_layout(
     if architecture.inputs_first:
         whys = (why for kind, why in _WITHOUT_TRANSPOSED if isinstance(step, kind))
         yield from (("/technique", why.format(name=name)) for why in whys)
+
+
+def _limits_of_removal(step: Step, architecture: Architecture) -> Iterator[tuple[str, str]]:
+    """Where there is nothing that a step removes, or it is not known how it would be left out."""
+    name = architecture.name
+    if isinstance(step, PruneWidth) and feed_forward_of(architecture) is None:
+        yield "/technique", _WITHOUT_WIDTH.format(name=name)
+    if isinstance(step, PruneHeads) and not has_removable_heads(architecture):
+        yield "/technique", _WITHOUT_HEADS.format(name=name)
+    if isinstance(step, PruneChannels) != (architecture is ONNX_NETWORK):
+        yield (
+            "/technique",
+            (_GRAPHS_ALONE if isinstance(step, PruneChannels) else _NOT_GRAPHS).format(name=name),
+        )
 
 
 def _limits_of_images(step: QuantizeOnnx, name: str) -> Iterator[tuple[str, str]]:

@@ -24,6 +24,7 @@ from app.spec.gguf_layout import ARCHITECTURES, data_bytes, gguf_tensors, index_
 from app.spec.kv_cache import cache_scale_facts
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth, PruneHeads, PruneWidth
+from app.spec.prune_channels import PruneChannels
 from app.spec.quantize import QuantizeCalibrated, QuantizedWeights
 from app.spec.quantize_dynamic import QuantizeDynamic, tensors_after
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -89,7 +90,7 @@ def after_step(step: Step, shape: Shape, facts: ModelFacts, students: dict[str, 
     match step:
         case QuantizedWeights():
             return _quantized(step, shape)
-        case PruneDepth() | PruneWidth() | PruneHeads():
+        case PruneDepth() | PruneWidth() | PruneHeads() | PruneChannels():
             return _smaller(step, shape, facts)
         case DistillLogits(student=StudentFromDepthCut(drop_ratio=ratio)):
             return without_blocks(shape, blocks_cut(ratio, shape.blocks))
@@ -108,8 +109,12 @@ def without_blocks(shape: Shape, count: int) -> Shape:
     return Shape.of(tensors)
 
 
-def _smaller(step: PruneDepth | PruneWidth | PruneHeads, shape: Shape, facts: ModelFacts) -> Shape:
-    """The model with fewer blocks, or with fewer channels in every feed-forward part or heads in every attention."""
+def _smaller(
+    step: PruneDepth | PruneWidth | PruneHeads | PruneChannels, shape: Shape, facts: ModelFacts
+) -> Shape:
+    """The model with fewer blocks, with fewer channels everywhere or in every feed-forward part, or heads in every attention."""
+    if isinstance(step, PruneChannels):
+        return _fewer_channels(step, shape)
     if isinstance(step, PruneDepth):
         return without_blocks(shape, step.blocks_to_drop(shape.blocks))
     architecture = KNOWN[facts.architecture]
@@ -120,6 +125,17 @@ def _smaller(step: PruneDepth | PruneWidth | PruneHeads, shape: Shape, facts: Mo
             return Shape.of(with_width(shape.tensors, architecture, width))
         case _:
             return shape
+
+
+def _fewer_channels(step: PruneChannels, shape: Shape) -> Shape:
+    """Which layers lose how many is known only when the job runs: as if all lost alike, in inputs and outputs."""
+    counted, share = step.target
+    left = int(shape.dense_parameters * (share**2 if counted == "channels" else share))
+    return Shape(
+        (TensorFact(name="network", dtype="F32", shape=(left,)),),
+        left,
+        4 * left + _ONNX_GRAPH_BYTES_PER_BLOCK,
+    )
 
 
 def compressible(shape: Shape) -> tuple[TensorFact, ...]:

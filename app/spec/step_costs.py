@@ -17,9 +17,10 @@ from app.spec.distill import DistillLogits, StudentFromDepthCut
 from app.spec.facts import ModelFacts
 from app.spec.feed_forward import is_reader
 from app.spec.gguf import QuantizeGguf
-from app.spec.image_costs import calibration_activations, image_flops
+from app.spec.image_costs import calibration_activations, image_activations, image_bytes, image_flops
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import SENSITIVITY_SPARSITIES, PruneCalibrated, PruneDepth, PruneHeads, PruneWidth
+from app.spec.prune_channels import PruneChannels
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_onnx import QuantizeOnnx
 from app.spec.sizes import Shape, compressible
@@ -42,6 +43,8 @@ ONNX_COPIES = 7
 """Float32 copies of the model while it is optimized: module, graph, variants, and onnxruntime's own of each in a contest."""
 ONNX_QUANTIZED_COPIES = 3
 """Float32 copies of the model while it is exported, rewritten and checked; its graph shares the module's memory."""
+TRAINED_LAYERS = 8
+"""So many times the widest layer is what is kept of an image for the way back (CIFAR VGG and MobileNetV2: 4)."""
 WINDOW_TOKENS = 512
 """Tokens of a window of calibration text where a step does not choose."""
 
@@ -224,6 +227,14 @@ def _(_step: OptimizeOnnx, on: Surroundings) -> int:
     return ONNX_COPIES * 4 * on.before.dense_parameters
 
 
+@step_memory.register
+def _(step: PruneChannels, on: Surroundings) -> int:
+    # The values of all layers are kept for the way back; the criterion looks at all calibration images, as floats.
+    training = TRAINED_LAYERS * image_activations(on.facts, step.batch_size) + loaded_bytes(on.original)
+    looking = 4 * step.calibration_images * image_bytes(on.facts)
+    return training + looking + TRAINING_BYTES_PER_PARAMETER * on.before.dense_parameters
+
+
 @singledispatch
 def step_disk(_step: Step, _on: Surroundings) -> int:
     """Bytes of files that a step keeps beside its result until it is done. By default, none worth counting."""
@@ -332,6 +343,15 @@ def _choosing_seconds(step: DistillLogits, on: Surroundings) -> float:
     # Each alone; then, while one is to go after another, those that are left of twice as many.
     looks = on.original.blocks + sum(2 * count - gone for gone in range(1, count))
     return looks * step.student.LOOK_TOKENS * on.forward_flops / FLOPS_PER_SECOND
+
+
+@working_seconds.register
+def _(step: PruneChannels, on: Surroundings) -> float:
+    # Forward and backward of the student, forward of the teacher.
+    student, teacher = (image_flops(on.facts, s.dense_parameters) for s in (on.after, on.original))
+    training = step.max_steps * step.batch_size * (3 * student + teacher) / FLOPS_PER_SECOND
+    looking = 4 * step.calibration_images * teacher / FLOPS_PER_SECOND
+    return looking + min(training, step.max_seconds or training)
 
 
 @working_seconds.register

@@ -227,7 +227,7 @@ def test_doubled_weights_and_another_tokenizer_are_seen(tiny: Tiny, tmp_path: Pa
         RunnerClient(model, role="original") as original,
         RunnerClient(result, role="result") as copy,
     ):
-        found = verify_export(pair, (original, copy), "causal_lm", None)
+        found = verify_export(pair, (original, copy), facts_of(model), None)
     assert (found.original.tied, found.result.tied) == (True, False)
     assert len(found.tokenizer_changes) == 2
     assert found.output_cosine == pytest.approx(1, abs=1e-5)

@@ -15,7 +15,9 @@ from tiny_networks import CLASSES, IMAGE, Grouped, Plain, Residual, write_tiny
 from torch import nn
 
 from app.errors import UnsupportedForModel
+from app.spec.onnx_operators import ONNX_OPERATORS
 from workers.engine.onnx_network import read_network, write_network
+from workers.engine.onnx_network.operators import OPERATORS
 from workers.engine.onnx_network.reading import check_same
 
 _RANDOM = np.random.default_rng(0)
@@ -146,3 +148,7 @@ def test_training_moves_the_statistics_of_batch_norms(tmp_path: Path) -> None:
     network.train()(torch.from_numpy(_numbers(4, *IMAGE))).sum().backward()
     assert not torch.equal(network.array(norm.inputs[3]), before)
     assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_intake_lets_in_what_the_interpreter_knows() -> None:
+    assert ONNX_OPERATORS - {"Constant"} == set(OPERATORS)

@@ -24,7 +24,7 @@ from workers.engine.measure.results import Evaluated, Pair, Prepared, Progress, 
 from workers.engine.measure.runner_client import RunnerClient
 from workers.engine.measure.size import Size, measure_size
 from workers.engine.measure.verify import Models, check_finite, verify_export
-from workers.engine.measure.windows import kind_of, load_windows
+from workers.engine.measure.windows import load_windows
 
 # Shares of the progress bar; loading and a window's pass take about as long as these say on small models.
 _LOADED, _QUALITY_DONE = 0.2, 0.75
@@ -61,7 +61,7 @@ def evaluate(pair: Pair, facts: ModelFacts, prepared: Prepared | None) -> Evalua
         # While both load.
         sizes = measure_size(pair.original), measure_size(pair.result)
         pair.progress(0.02, "sizes measured")
-        verification = verify_export(pair, models, kind_of(facts), prepared)
+        verification = verify_export(pair, models, facts, prepared)
         pair.progress(_LOADED, "files verified in a fresh process")
         if prepared is None:
             return _verified_only(sizes, verification)

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from workers.engine.images.pixels import pixel_values, preprocessing_of
 from workers.engine.measure.results import Loading, RunnerFacts
 
-PIXELS = "pixel_values"
 _MAIN_OUTPUTS = ("logits", "last_hidden_state")
 
 
@@ -36,11 +35,13 @@ class OnnxRunner:
         self._session = onnxruntime.InferenceSession(
             str(directory / "model.onnx"), options, providers=providers
         )
-        self._inputs = {node.name for node in self._session.get_inputs()}
+        inputs = self._session.get_inputs()
+        self._inputs = {node.name for node in inputs}
+        self._pixels = inputs[0].name
         names = [node.name for node in self._session.get_outputs()]
         self._output = next((name for name in _MAIN_OUTPUTS if name in names), names[0])
-        self._preprocessing = preprocessing_of(directory)
-        self._end = json.loads((directory / "config.json").read_text()).get("eos_token_id")
+        self._preprocessing = preprocessing_of(directory, channels=_channels(inputs[0].shape))
+        self._end = _end_of_text(directory)
         provider = self._session.get_providers()[0].removesuffix("ExecutionProvider")
         self.facts = RunnerFacts(
             runtime=f"onnxruntime {onnxruntime.__version__}, {provider}, {threads} threads",
@@ -87,7 +88,7 @@ class OnnxRunner:
 
     def _feed(self, batch: NDArray[Any]) -> dict[str, NDArray[Any]]:
         if self._preprocessing is not None:
-            return {PIXELS: pixel_values(batch, self._preprocessing)}
+            return {self._pixels: pixel_values(batch, self._preprocessing)}
         known = {
             "input_ids": np.ascontiguousarray(batch),
             "attention_mask": np.ones_like(batch),
@@ -95,3 +96,14 @@ class OnnxRunner:
             "position_ids": np.broadcast_to(np.arange(batch.shape[1]), batch.shape).copy(),
         }
         return {name: known[name] for name in self._inputs}
+
+
+def _channels(shape: list[int | str | None]) -> int | None:
+    """Of images, (batch, channels, height, width); None for tokens."""
+    return shape[1] if len(shape) == 4 and isinstance(shape[1], int) else None
+
+
+def _end_of_text(directory: Path) -> Any:
+    """The token, or tokens, that end a text; None where there is no configuration to say so."""
+    config = directory / "config.json"
+    return json.loads(config.read_text()).get("eos_token_id") if config.is_file() else None

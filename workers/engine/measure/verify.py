@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from app.errors import JobFailed, VerificationFailed
+from app.spec.facts import ModelFacts
 from app.spec.report import TextSample
 from workers.engine.calibration.builtin import builtin_text
 from workers.engine.calibration.text import special_tokens
 from workers.engine.images.batches import save_images
-from workers.engine.images.pixels import preprocessing_of
 from workers.engine.measure.embeddings import cosines
-from workers.engine.measure.results import Kind, Pair, Prepared, RunnerFacts, Verification
+from workers.engine.measure.results import Pair, Prepared, RunnerFacts, Verification
 from workers.engine.measure.runner_client import RunnerClient
-from workers.engine.measure.windows import load_windows, save_windows, tokenizer_of
+from workers.engine.measure.windows import kind_of, load_windows, save_windows, tokenizer_of
 
 _PROBE_TOKENS = 64
 _PROMPT_TOKENS = 12
@@ -34,16 +34,16 @@ _ANY_TOKENS = range(16)
 Models = tuple[RunnerClient, RunnerClient]
 
 
-def verify_export(pair: Pair, models: Models, kind: Kind, prepared: Prepared | None) -> Verification:
+def verify_export(pair: Pair, models: Models, model: ModelFacts, prepared: Prepared | None) -> Verification:
     """Check the result in `models[1]` against the original in `models[0]`, both alive.
 
     Raises VerificationFailed when weights were lost or made up, or when outputs are not finite; JobFailed
     (`original_is_broken`) when the original's are not.
     """
-    facts = models[0].ready(), models[1].ready()
+    facts, kind = (models[0].ready(), models[1].ready()), kind_of(model)
     check_loading(*facts)
     if kind == "image_classifier":
-        cosine = _compare_outputs(pair.work, models, _probe_images(pair, prepared))
+        cosine = _compare_outputs(pair.work, models, _probe_images(pair, model, prepared))
         return Verification(original=facts[0], result=facts[1], output_cosine=cosine)
     tokenizer = _tokenizer(pair.original, needed=prepared is not None)
     probe = _probe_tokens(tokenizer, prepared)
@@ -132,9 +132,9 @@ def _probe_tokens(tokenizer: Any, prepared: Prepared | None) -> list[int]:
     return [int(token) for token in tokenizer(text)["input_ids"][:_PROBE_TOKENS]]
 
 
-def _probe_images(pair: Pair, prepared: Prepared | None) -> Path:
+def _probe_images(pair: Pair, model: ModelFacts, prepared: Prepared | None) -> Path:
     """The images that are evaluated, or noise where none are."""
-    preprocessing = preprocessing_of(pair.original)
+    preprocessing = model.preprocessing
     if prepared is not None or preprocessing is None:
         return pair.work / "probe.npy" if prepared is None else prepared.windows_file
     shape = (1, len(preprocessing.mean), *preprocessing.size)

@@ -15,12 +15,12 @@ from onnx_ir.passes import common
 from torch import Tensor
 
 from app.errors import UnsupportedForModel
+from app.spec.onnx_operators import OLDEST_OPSET, ONNX_OPERATORS
 from workers.engine.export.onnx_graph import clean
 from workers.engine.onnx_network.network import Call, Network, Signature
 from workers.engine.onnx_network.operators import OPERATORS
 
 _SPATIAL = ("Conv", "MaxPool", "AveragePool", "GlobalAveragePool")
-_OLDEST_OPSET = 9
 _TOLERANCE = 1e-3
 
 
@@ -69,19 +69,18 @@ def check_same(network: Network, path: Path, *, threads: int, seed: int = 0) -> 
 def _refuse_foreign(model: ir.Model, path: Path) -> None:
     """Raise for operators that are not known, sets of operators that are too old, and weights outside of the model's files."""
     opset = model.opset_imports.get("", 0)
-    if opset < _OLDEST_OPSET:
-        raise _refused(f"its operators are of set {opset}; {_OLDEST_OPSET} is the oldest that is read")
-    known = {*OPERATORS, "Constant"}
+    if opset < OLDEST_OPSET:
+        raise _refused(f"its operators are of set {opset}; {OLDEST_OPSET} is the oldest that is read")
     foreign = sorted(
         {
             _full_name(node)
             for node in model.graph
-            if node.domain not in ("", "ai.onnx") or node.op_type not in known
+            if node.domain not in ("", "ai.onnx") or node.op_type not in ONNX_OPERATORS
         }
     )
     if foreign or model.functions:
         named = ", ".join(foreign or (str(name) for name in model.functions))
-        raise _refused(f"it uses {named}. Known are {', '.join(sorted(known))}")
+        raise _refused(f"it uses {named}. Known are {', '.join(sorted(ONNX_OPERATORS))}")
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and Path(tensor.location).name != str(tensor.location):
@@ -165,21 +164,21 @@ def _unshared(calls: list[Call], arrays: dict[str, Tensor]) -> tuple[list[Call],
     seen: set[str] = set()
     apart = []
     for call in calls:
-        inputs = list(call.inputs)
-        for at, name in enumerate(inputs):
-            if (
-                name is not None
-                and name in seen
-                and name in arrays
-                and arrays[name].dim() == 1
-                and arrays[name].is_floating_point()
-            ):
-                inputs[at] = f"{name}/{len(arrays)}"
-                arrays[inputs[at]] = arrays[name].clone()
-            elif name:
+        inputs: list[str | None] = []
+        for name in call.inputs:
+            own = name
+            if name is not None and name in seen and _is_vector(arrays.get(name)):
+                own = f"{name}/{len(arrays)}"
+                arrays[own] = arrays[name].clone()
+            elif name is not None:
                 seen.add(name)
+            inputs.append(own)
         apart.append(replace(call, inputs=tuple(inputs)))
     return apart, arrays
+
+
+def _is_vector(array: Tensor | None) -> bool:
+    return array is not None and array.dim() == 1 and array.is_floating_point()
 
 
 def _with_flattening(network: Network, *, batch: int) -> Network:
