@@ -81,15 +81,20 @@ def _check_dataset(
 def _check_labels(
     spec: CompressionSpec, facts: ModelFacts, sets: Mapping[str, ImageSetFacts | None]
 ) -> Iterator[Fault]:
-    """Accuracy needs labels, and they must be among the model's."""
-    dataset = spec.evaluation.text.dataset
-    found = sets.get(dataset) if dataset is not None and spec.evaluation.enabled else None
-    if found is None or facts.preprocessing is None:
+    """Accuracy needs labels, and labels must be among the model's, also those that are trained on."""
+    if facts.preprocessing is None:
         return
-    if found.largest_label is None and spec.acceptance.max_accuracy_drop is not None:
-        yield Fault("/acceptance/max_accuracy_drop", f"{dataset} has no labels; use min_top1_agreement.")
-    if found.largest_label is not None and found.largest_label >= (facts.num_labels or 0):
-        yield Fault(
-            "/evaluation/text/dataset",
-            f"Its labels go up to {found.largest_label}; the model has classes 0 to {(facts.num_labels or 0) - 1}.",
-        )
+    for where, source, _ in _sources(spec):
+        found = sets.get(source.dataset) if source.dataset is not None else None
+        if found is None or where == "/calibration":
+            continue
+        if found.largest_label is not None and found.largest_label >= (facts.num_labels or 0):
+            yield Fault(
+                f"{where}/dataset",
+                f"Its labels go up to {found.largest_label}; the model has classes 0 to {(facts.num_labels or 0) - 1}.",
+            )
+        is_judged = where.startswith("/evaluation") and spec.acceptance.max_accuracy_drop is not None
+        if is_judged and found.largest_label is None:
+            yield Fault(
+                "/acceptance/max_accuracy_drop", f"{source.dataset} has no labels; use min_top1_agreement."
+            )

@@ -34,6 +34,8 @@ from app.spec.stored import stored_tensors
 _ONNX_GRAPH_BYTES_PER_BLOCK = 35_000
 _ONNX_GRAPH_BYTES_PER_LAYER = 2700
 """The same of an image classifier, whose blocks are of no size: measured 2.3 to 3 kB."""
+# Of networks without blocks: a node, and the names of its values.
+_ONNX_GRAPH_BYTES_PER_TENSOR = 200
 _HEAD = "lm_head.weight"
 _ONNX_HEAD_BLOCK = 32
 # Keys, and of each entry of the vocabulary its text, its kind, and its merge or score: measured 30 to 45 bytes.
@@ -134,7 +136,7 @@ def _fewer_channels(step: PruneChannels, shape: Shape) -> Shape:
     return Shape(
         (TensorFact(name="network", dtype="F32", shape=(left,)),),
         left,
-        4 * left + _ONNX_GRAPH_BYTES_PER_BLOCK,
+        4 * left + _ONNX_GRAPH_BYTES_PER_TENSOR * len(shape.tensors),
     )
 
 

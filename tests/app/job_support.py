@@ -61,7 +61,7 @@ def make_image_facts(architecture: str = "ViTForImageClassification", **changes:
         shapes["layer.0.convolution.weight"] = (64, 1, 3, 3)
     tensors = tuple(TensorFact(name=name, dtype="F32", shape=shape) for name, shape in shapes.items())
     values = {
-        "format": "safetensors", "architecture": architecture, "family": Family.IMAGE_CLASSIFIER,
+        "format": "onnx" if architecture == "ONNX" else "safetensors", "architecture": architecture, "family": Family.IMAGE_CLASSIFIER,
         "parameters": sum(t.elements for t in tensors), "dtype": "F32", "hidden_size": 64,
         "weight_bytes": sum(t.nbytes for t in tensors) + 2000, "num_blocks": 4 if is_vit else 0, "vocab_size": 0,
         "max_positions": 17 if is_vit else 0, "num_labels": 5, "tensors": tensors,

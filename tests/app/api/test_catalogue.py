@@ -37,7 +37,7 @@ def test_every_recipe_can_be_posted_as_a_spec(client: TestClient, add_model: Cal
 def test_every_format_a_technique_produces_is_described(client: TestClient) -> None:
     formats = {f["name"]: f for f in client.get("/v1/formats").json()}
     assert {step.produces for step in STEP_CLASSES} <= set(formats)
-    assert formats["onnx"]["techniques"] == ["quantize.onnx", "optimize.onnx"]
+    assert formats["onnx"]["techniques"] == ["quantize.onnx", "prune.channels", "optimize.onnx"]
 
 
 def test_workers_are_listed_while_they_are_seen(any_database: Database, client: TestClient) -> None:

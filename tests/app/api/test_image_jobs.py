@@ -15,6 +15,7 @@ AddDataset = Callable[..., str]
 
 SET = {"images": 50, "height": 48, "width": 40, "channels": 3, "layout": "NHWC", "largest_label": 4}
 VIT, RESNET = "ViTForImageClassification", "ResNetForImageClassification"
+GRAPH = "ONNX"
 QDQ = {"technique": "quantize.onnx", "method": "qdq"}
 
 
@@ -51,6 +52,8 @@ def ask(
         (QDQ, VIT),
         ({"technique": "quantize.weights", "group_size": 32}, VIT),
         ({"technique": "quantize.calibrated", "bits": 8}, VIT),
+        ({"technique": "prune.channels"}, GRAPH),
+        ({"technique": "prune.channels", "channels": 0.6, "criterion": "random"}, GRAPH),
     ],
 )
 def test_what_can_be_done_is_planned(ask: Any, step: dict[str, Any], architecture: str) -> None:
@@ -78,6 +81,10 @@ def test_what_can_be_done_is_planned(ask: Any, step: dict[str, Any], architectur
         (QDQ | {"smoothing": 0.5}, VIT, "smoothing", "leave it out"),
         (QDQ | {"ignore": ["nothing*"]}, RESNET, "ignore/0", "named like"),
         (QDQ | {"ignore": ["*"]}, RESNET, "ignore", "Nothing is left"),
+        ({"technique": "prune.channels"}, RESNET, "technique", "networks that came as ONNX"),
+        (QDQ, GRAPH, "technique", "for which there is prune.channels"),
+        ({"technique": "quantize.weights"}, GRAPH, "technique", "for which there is prune.channels"),
+        ({"technique": "prune.depth"}, GRAPH, "technique", "for which there is prune.channels"),
     ],
 )
 def test_what_makes_no_sense_for_images_is_refused_with_its_reason(
@@ -159,3 +166,22 @@ def test_a_plan_of_images_counts_them_and_not_tokens(
     plan = client.post("/v1/plans", json={"model": model, "spec": spec}).json()["plan"]
     baseline = next(stage for stage in plan["stages"] if stage["name"] == "baseline")
     assert baseline["disk_bytes"] == 2000 * 3 * 32 * 32
+
+
+def test_labels_that_are_trained_on_must_be_among_the_models(ask: Any) -> None:
+    status, faults = ask({"technique": "prune.channels"}, GRAPH, images={"largest_label": 5})
+    assert (status, set(faults)) == (422, {"/spec/training/dataset", "/spec/evaluation/text/dataset"})
+
+
+def test_pruning_channels_is_planned_as_training(
+    client: TestClient, add_model: AddModel, add_dataset: AddDataset
+) -> None:
+    source = {"dataset": add_dataset(**SET)}
+    model = add_model(Family.IMAGE_CLASSIFIER, architecture=GRAPH)
+    plans = []
+    for steps in (100, 1000):
+        step = {"technique": "prune.channels", "max_steps": steps}
+        spec = {"steps": [step], "training": source, "evaluation": {"text": source}}
+        plans.append(client.post("/v1/plans", json={"model": model, "spec": spec}).json()["plan"])
+    assert plans[1]["seconds"] > plans[0]["seconds"]
+    assert plans[0]["output_bytes"] < plans[0]["input_bytes"]
