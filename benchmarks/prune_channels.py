@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from app.spec.preprocessing import Preprocessing
 from app.spec.prune_channels import PruneChannels
 from workers.engine.export.onnx import export_program
+from workers.engine.distill.snapshots import Snapshots
 from workers.engine.onnx_network import Network, read_network, write_network
 from workers.engine.prune.channel_groups import find_channels
 from workers.engine.prune.channel_training import TrainingImages
@@ -107,7 +108,16 @@ def pruned(original: Path, images: TrainingImages, step: PruneChannels) -> tuple
 def trained(network: Network, original: Path, images: TrainingImages, step: PruneChannels) -> float:
     """Fine-tune in place; return the seconds it took."""
     started = time.perf_counter()
-    fine_tune(network, read_network(original), images, step, seed=0, progress=lambda *_: None)
+    with tempfile.TemporaryDirectory(prefix="mp-channels-") as states:
+        fine_tune(
+            network,
+            read_network(original),
+            images,
+            step,
+            seed=0,
+            snapshots=Snapshots(Path(states)),
+            progress=lambda *_: None,
+        )
     return time.perf_counter() - started
 
 
