@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 
 from app.spec.preprocessing import Preprocessing
 from app.spec.prune_channels import PruneChannels
-from workers.engine.export.onnx import export_program
 from workers.engine.distill.snapshots import Snapshots
+from workers.engine.export.onnx import export_program
 from workers.engine.onnx_network import Network, read_network, write_network
 from workers.engine.prune.channel_groups import find_channels
 from workers.engine.prune.channel_training import TrainingImages
