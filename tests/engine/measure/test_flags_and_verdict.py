@@ -125,6 +125,16 @@ def test_layers_that_width_pruning_is_not_for_are_not_skipped_and_those_it_narro
     )
 
 
+def test_layers_of_a_training_that_gained_nothing_are_not_skipped() -> None:
+    layers = (
+        LayerOutcome(
+            name="a", action="untouched", reason="training did not lower the held-out loss", parameters=1
+        ),
+    )
+    step = StepReport(technique="distill.logits", seconds=1, layers=layers)
+    assert "layers_skipped" not in raised(evaluated(), steps=(step,))
+
+
 def test_blocks_that_depth_pruning_keeps_are_not_skipped() -> None:
     layers = (
         LayerOutcome(name="a", action="removed", parameters=1),

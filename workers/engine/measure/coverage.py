@@ -50,9 +50,10 @@ def skipped(steps: Sequence[StepReport]) -> tuple[LayerOutcome, ...]:
         outcome.name: outcome
         for step in steps
         for outcome in step.layers
-        # Removing blocks, channels or heads leaves the other layers alone by its nature.
+        # Removing blocks, channels or heads leaves the other layers alone by its nature; training that gained nothing says so
+        # in a warning of its own.
         if outcome.action == "untouched"
-        and step.technique not in ("prune.width", "prune.heads")
+        and step.technique not in ("prune.width", "prune.heads", "distill.logits")
         and not any(o.action == "removed" for o in step.layers)
     }
     return tuple(found.values())
