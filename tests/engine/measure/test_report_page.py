@@ -7,7 +7,7 @@ from typing import Any
 from made_up import evaluated, model_facts, quantized_step, verification
 
 from app.spec.compression import CompressionSpec
-from app.spec.report import Report, TextSample
+from app.spec.report import SENSITIVITY, Report, TextSample
 from workers.engine.measure.plots import Axis, Point, axis_from_zero, scatter, strips
 from workers.engine.measure.report import build_report, render_html
 from workers.engine.measure.results import Evaluated
@@ -68,6 +68,19 @@ def test_report_survives_json() -> None:
     assert Report.model_validate_json(written.model_dump_json()) == written
     assert written.verdict == "rejected"
     assert written.coverage.total == 6
+
+
+def test_sensitivities_of_all_layers_are_one_plot_on_a_scale_of_tens() -> None:
+    curves = {
+        f"{SENSITIVITY}model.layers.0.self_attn.q_proj": ((0.3, 1e-5), (0.5, 1e-4)),
+        f"{SENSITIVITY}model.layers.0.mlp.up_proj": ((0.3, 0.02), (0.5, 0.3), (0.7, 0.0)),
+    }
+    page = render_html(report(steps=(quantized_step(FACTS, curves=curves),)))
+    parse(page)
+    assert page.count("Sensitivity: ") == 1
+    assert "model.layers.0.mlp.up_proj at 0.5: 0.3 nats a token" in page
+    assert "up_proj at 0.7" not in page
+    assert "log10 of nats a token" in page
 
 
 def test_page_is_whole_and_fetches_nothing() -> None:
