@@ -131,6 +131,14 @@ def test_an_unknown_attribute_is_refused_by_its_name(tmp_path: Path) -> None:
         read_network(_write(tmp_path / "one.onnx", [node], {}))
 
 
+def test_a_graph_whose_shapes_do_not_fit_is_refused(tmp_path: Path) -> None:
+    path = _write(
+        tmp_path / "one.onnx", [helper.make_node("Conv", ["x", "w"], ["y"])], {"w": _numbers(4, 2, 3, 3)}
+    )
+    with pytest.raises(UnsupportedForModel, match="cannot be run through it"):
+        read_network(path)
+
+
 def test_weights_elsewhere_on_the_disk_are_refused(tmp_path: Path) -> None:
     path = _write(tmp_path / "one.onnx", [helper.make_node("Conv", ["x", "w"], ["y"])], _W)
     model = onnx.load(str(path))

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from workers.engine.onnx_network.operators import OPERATORS
@@ -85,13 +84,10 @@ class Network(nn.Module):
         """Names of all constants."""
         return tuple(self._attributes)
 
-    @torch.no_grad()
     def set_array(self, name: str, array: Tensor) -> None:
         """Put another tensor in the place of a constant; it may have another shape."""
-        attribute = self._attributes[name]
-        if attribute in self._parameters:
-            array = nn.Parameter(array.detach().contiguous())
-        setattr(self, attribute, array.contiguous() if attribute in self._buffers else array)
+        attribute, array = self._attributes[name], array.detach().contiguous()
+        setattr(self, attribute, nn.Parameter(array) if attribute in self._parameters else array)
 
     def forward(self, images: Tensor, observe: Observe | None = None) -> Tensor:
         """Logits: (images, channels, height, width) -> (images, classes). `observe` is shown every call as it is made."""

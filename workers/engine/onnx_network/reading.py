@@ -38,12 +38,13 @@ def read_network(path: Path) -> Network:
     calls, arrays = _unshared(calls, _arrays(model.graph))
     network = Network(calls, arrays, signature).eval()
     fixed = [size for value in model.graph.inputs if value.shape for size in value.shape[:1]]
-    network = _with_flattening(network, batch=fixed[0] if fixed and isinstance(fixed[0], int) else 2).eval()
     try:
+        network = _with_flattening(network, batch=fixed[0] if fixed and isinstance(fixed[0], int) else 2)
         with torch.no_grad():
-            network(torch.zeros(2, *signature.image))
-    except RuntimeError as error:
-        raise _refused(f"it does not take two images at once: {error}") from error
+            network.eval()(torch.zeros(2, *signature.image))
+    # Whatever a graph's shapes, counts of inputs and kinds of attributes can make torch say.
+    except (RuntimeError, TypeError, ValueError, LookupError) as error:
+        raise _refused(f"two images cannot be run through it: {error}") from error
     return network
 
 
@@ -96,9 +97,8 @@ def _call(node: ir.Node) -> Call:
     if outputs[1:] or outputs[0] is not node.outputs[0]:
         raise _refused(f"{node.op_type} {node.name} is read for more than its first output")
     attributes = {name: _plain(attribute) for name, attribute in node.attributes.items()}
-    known = inspect.signature(OPERATORS[node.op_type]).parameters if _is_ours(node.op_type) else {}
     for name, setting in attributes.items():
-        if name not in known:
+        if name not in _known_attributes(node.op_type):
             raise _refused(f"{node.op_type} {node.name} has {name} = {setting}, which is not known")
     if attributes.get("training_mode"):
         raise _refused(f"{node.name} is in training mode: export the network in evaluation mode")
@@ -115,9 +115,13 @@ def _check_kernel(node: ir.Node, attributes: dict[str, Any]) -> None:
         raise _refused(f"{node.op_type} {node.name} works in {size} dimensions; images have 2")
 
 
-def _is_ours(operator: str) -> bool:
-    """Torch's own functions take no attributes of ONNX."""
-    return OPERATORS[operator].__module__ == "workers.engine.onnx_network.operators"
+def _known_attributes(operator: str) -> set[str]:
+    """Those that our function takes; torch's own functions take none of ONNX."""
+    function = OPERATORS[operator]
+    if function.__module__ != "workers.engine.onnx_network.operators":
+        return set()
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
 def _plain(attribute: ir.Attr) -> Any:
