@@ -86,6 +86,10 @@ def limits_of_layout(
 ) -> Iterator[tuple[str, str]]:
     """What of a step cannot be done to such weights: pointers into the step, and why with what would work."""
     name = architecture.name
+    if architecture is ONNX_NETWORK:
+        if not isinstance(step, PruneChannels):
+            yield "/technique", _NOT_GRAPHS
+        return
     if isinstance(step, QuantizedWeights):
         yield from _limits_of_weights(step, architecture, layers)
     if isinstance(step, QuantizeCalibrated) and step.kv_cache != "none" and not can_scale_cache(architecture):
@@ -108,11 +112,8 @@ def _limits_of_removal(step: Step, architecture: Architecture) -> Iterator[tuple
         yield "/technique", _WITHOUT_WIDTH.format(name=name)
     if isinstance(step, PruneHeads) and not has_removable_heads(architecture):
         yield "/technique", _WITHOUT_HEADS.format(name=name)
-    if isinstance(step, PruneChannels) != (architecture is ONNX_NETWORK):
-        yield (
-            "/technique",
-            (_GRAPHS_ALONE if isinstance(step, PruneChannels) else _NOT_GRAPHS).format(name=name),
-        )
+    if isinstance(step, PruneChannels):
+        yield "/technique", _GRAPHS_ALONE.format(name=name)
 
 
 def _limits_of_images(step: QuantizeOnnx, name: str) -> Iterator[tuple[str, str]]:
