@@ -25,7 +25,6 @@ from app.errors import JobFailed
 from app.spec.architectures import block_index
 from app.spec.base import Family
 from app.spec.quantize_onnx import QuantizeOnnx
-from app.spec.report import LayerOutcome
 from workers.engine.architectures.loading import architecture_of, load_model
 from workers.engine.calibration.block_stream import stream_blocks
 from workers.engine.calibration.step_calibration import step_calibration
@@ -43,7 +42,7 @@ from workers.engine.quantize.grid import Grid
 from workers.engine.quantize.matmul_nbits import NBitsSolver, round_to_nearest
 from workers.engine.quantize.onnx_images import quantize_images
 from workers.engine.quantize.qdq import QdqSolver
-from workers.engine.quantize.solutions import Solutions
+from workers.engine.quantize.solutions import Solutions, stored_totals
 from workers.engine.technique import StepContext, StepOutcome, implements
 
 _SOLVED = 0.7
@@ -176,22 +175,10 @@ def _left(selection: Selection, prefix: str) -> set[str]:
 def _outcome(
     step: QuantizeOnnx, solutions: Solutions[PackedMatrix] | Solutions[Int8Matrix], selection: Selection, tokens: int
 ) -> StepOutcome:  # fmt: skip
-    quantized = tuple(
-        LayerOutcome(
-            name=stored,
-            action="quantized",
-            parameters=selection.chosen[stored].fact.elements,
-            bits=matrix.stored_bits,
-            relative_error=solutions.relative_error(stored),
-        )
-        for stored, matrix in solutions.matrices.items()
-    )
-    weights = sum(layer.parameters for layer in quantized)
-    stored_bits = sum((layer.bits or 0.0) * layer.parameters for layer in quantized) / weights
+    quantized = solutions.layers(selection)
     warnings = (*selection.warnings, *solutions.warnings, *(() if step.quantize_head else (_OUTSIDE,)))
     return StepOutcome(
         layers=(*quantized, *selection.untouched),
-        metrics=solutions.totals()
-        | {"quantized_weights": weights, "stored_bits": stored_bits, "calibration_tokens": tokens},
+        metrics=solutions.totals() | stored_totals(quantized) | {"calibration_tokens": tokens},
         warnings=warnings,
     )

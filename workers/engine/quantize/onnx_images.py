@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -22,7 +21,6 @@ from numpy.typing import NDArray
 from app.errors import JobFailed
 from app.spec.image_costs import IMAGES_AT_ONCE
 from app.spec.quantize_onnx import QuantizeOnnx
-from app.spec.report import LayerOutcome
 from workers.engine.architectures.loading import architecture_of, load_model
 from workers.engine.architectures.names import name_in_memory
 from workers.engine.architectures.norm_folding import fold_batch_norms
@@ -38,7 +36,7 @@ from workers.engine.export.onnx_qdq_images import biased_nodes, product_nodes, r
 from workers.engine.images.calibration import calibration_image_flags, calibration_pixels
 from workers.engine.quantize.forward_solver import ForwardSolver, Int8Weight
 from workers.engine.quantize.graph_ranges import value_ranges
-from workers.engine.quantize.solutions import Solutions
+from workers.engine.quantize.solutions import Solutions, stored_totals
 from workers.engine.technique import StepContext, StepOutcome
 
 _SOLVED, _EXPORTED, _RANGED = 0.6, 0.75, 0.9
@@ -124,25 +122,10 @@ def _write(
 def _outcome(
     step: QuantizeOnnx, solutions: Solutions[Int8Weight], selection: Selection, images: int
 ) -> StepOutcome:
-    quantized = tuple(
-        LayerOutcome(
-            name=stored,
-            action="quantized",
-            parameters=selection.chosen[stored].fact.elements,
-            bits=weight.stored_bits,
-            relative_error=solutions.relative_error(stored),
-        )
-        for stored, weight in solutions.matrices.items()
-    )
-    weights = sum(layer.parameters for layer in quantized)
-    metrics: dict[str, Any] = {
-        "quantized_weights": weights,
-        "stored_bits": sum((layer.bits or 0.0) * layer.parameters for layer in quantized) / weights,
-        "calibration_images": images,
-    }
+    quantized = solutions.layers(selection)
     return StepOutcome(
         layers=(*quantized, *selection.untouched),
-        metrics=solutions.totals() | metrics,
+        metrics=solutions.totals() | stored_totals(quantized) | {"calibration_images": images},
         warnings=(*selection.warnings, *solutions.warnings, _SATURATES),
         flags=(
             *calibration_image_flags(images, wanted=step.calibration_images),

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from app.spec.report import LayerOutcome
+from workers.engine.checkpoint.selection import Selection
 from workers.engine.quantize.compensation import output_error
 from workers.engine.quantize.packed_layers import WeightError
 from workers.engine.quantize.silent_channels import SilentChannels
 
-M = TypeVar("M")
+
+class StoredMatrix(Protocol):
+    """A quantized weight as it will be written."""
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits per weight, scales and zero points included."""
+
+
+M = TypeVar("M", bound=StoredMatrix)
 
 
 @dataclass
@@ -42,8 +53,21 @@ class Solutions(Generic[M]):
         error = self.errors[stored]
         return float((error.of_error / error.of_weights) ** 0.5) if error.of_weights else 0.0
 
+    def layers(self, selection: Selection) -> tuple[LayerOutcome, ...]:
+        """What became of each layer that was chosen and quantized."""
+        return tuple(
+            LayerOutcome(
+                name=stored,
+                action="quantized",
+                parameters=selection.chosen[stored].fact.elements,
+                bits=matrix.stored_bits,
+                relative_error=self.relative_error(stored),
+            )
+            for stored, matrix in self.matrices.items()
+        )
+
     def totals(self) -> dict[str, float | int | str | None]:
-        """Relative errors over all layers: of the weights, and of the outputs on calibration text."""
+        """Relative errors over all layers: of the weights, and of the outputs on what was calibrated on."""
         errors = self.errors.values()
         weights = sum(error.of_weights for error in errors)
         lost, had = (sum(values) for values in zip(*self.output_errors, strict=True))
@@ -51,3 +75,10 @@ class Solutions(Generic[M]):
             "relative_error": (sum(error.of_error for error in errors) / weights) ** 0.5 if weights else 0.0,
             "relative_output_error": (lost / had) ** 0.5 if had else 0.0,
         }
+
+
+def stored_totals(quantized: tuple[LayerOutcome, ...]) -> dict[str, float | int | str | None]:
+    """How many weights were quantized, and the bits that each is stored in."""
+    weights = sum(layer.parameters for layer in quantized)
+    bits = sum((layer.bits or 0.0) * layer.parameters for layer in quantized)
+    return {"quantized_weights": weights, "stored_bits": bits / weights}
