@@ -31,7 +31,7 @@ define tests
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check format test gpu bench clean
+.PHONY: help setup demo serve lint check format test gpu bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,7 +56,7 @@ demo: $(STAMP) ## Compress real models over HTTP and print what was gained and l
 serve: $(STAMP) ## Run the service on this machine until Ctrl-C
 	$(BIN)/modelpress serve
 
-check: $(STAMP) ## The fast gate: format, lint, types, layers, migrations, fast tests
+lint: $(STAMP) ## Format, lint, types, layers, migrations
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -64,13 +64,15 @@ check: $(STAMP) ## The fast gate: format, lint, types, layers, migrations, fast 
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT \
 		&& export MODELPRESS_DATA_DIR="$$scratch" DATABASE_URL= \
 		&& $(BIN)/alembic upgrade head && $(BIN)/alembic check
+
+check: lint ## The fast gate: lint, and the fast tests
 	$(call tests,not slow and not e2e and not gpu)
 
 format: $(STAMP) ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format --quiet .
 
-test: $(STAMP) ## All tests, against real servers that they start themselves
+test: lint ## All of check and every test, against real servers that they start themselves
 	$(call tests,not gpu)
 
 gpu: $(STAMP) ## The tests that need an NVIDIA GPU
