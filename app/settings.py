@@ -13,6 +13,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 MIB = 2**20
 GIB = 2**30
 
+SandboxLevel = Literal["namespaces", "landlock", "process"]
+SANDBOX_LEVELS: tuple[SandboxLevel, ...] = ("namespaces", "landlock", "process")
+"""Strongest first."""
+
 
 def _physical_memory() -> int:
     """Bytes of memory this machine, or the container around us, has."""
@@ -80,6 +84,8 @@ class Settings(BaseSettings):
     """What one job may use on this worker."""
     worker_threads: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)))
     worker_concurrency: int = 1
+    sandbox: SandboxLevel = "process"
+    """The weakest sandbox a worker may run jobs in. The strongest the machine has is used; a weaker one stops the worker."""
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "console"] = "json"

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import threading
+from functools import cache
 from typing import Any
 
 import structlog
@@ -16,8 +17,8 @@ from app.db.engine import get_database
 from app.errors import Unavailable
 from app.logging import configure_logging
 from app.queue import broker_url
-from app.settings import get_settings
-from workers import hardware, sandbox
+from app.settings import SandboxLevel, get_settings
+from workers import hardware, sandbox, sandbox_levels
 
 _ANNOUNCE_SECONDS = 10
 _log = structlog.get_logger(__name__)
@@ -55,9 +56,31 @@ def draining() -> bool:
     return _draining.is_set()
 
 
+@cache
+def sandbox_level() -> SandboxLevel:
+    """The level this worker runs its jobs at; tried out once, before the pool is forked."""
+    settings = get_settings()
+    found = sandbox_levels.strongest(settings)
+    for level, why in found.missing.items():
+        _log.warning("sandbox_is_weaker", level=found.level, without=level, because=why)
+    return found.level
+
+
 @signals.setup_logging.connect  # type: ignore[untyped-decorator]
 def _logging(**_: Any) -> None:
     configure_logging(get_settings())
+
+
+@signals.worker_init.connect  # type: ignore[untyped-decorator]
+def _before_the_pool(**_: Any) -> None:
+    """Refuse to start without the sandbox that is asked for: a job must never run in a weaker one."""
+    sandbox.hide_memory()
+    try:
+        sandbox_level()
+    except Unavailable as error:
+        _log.error("no_sandbox", error=error.detail, hint=error.hint)
+        # Of an Exception, Celery would log the traceback and go on.
+        raise SystemExit(1) from None
 
 
 @signals.worker_process_init.connect  # type: ignore[untyped-decorator]
@@ -89,7 +112,7 @@ def _announce_until_leaving() -> None:
         try:
             with database.write() as session:
                 worker_queries.announce(
-                    session, worker_id, queues=settings.worker_queues, hardware=facts, sandbox=sandbox.LEVEL
+                    session, worker_id, queues=settings.worker_queues, hardware=facts, sandbox=sandbox_level()
                 )
             if _leaving.wait(_ANNOUNCE_SECONDS):
                 with database.write() as session:

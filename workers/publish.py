@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import mimetypes
+import re
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +15,12 @@ from sqlalchemy.orm import Session
 from app.db import job_claims, model_queries
 from app.db.job_claims import Claim
 from app.db.tables import Artifact
+from app.errors import JobFailed
 from app.ids import new_id
 from app.storage import ArtifactStore
 
+_MAX_FILES = 10_000
+_PLAIN_NAME = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,1024}")
 REPORTS = {
     "report.json": ("report", "application/json"),
     "report.html": ("report_html", "text/html; charset=utf-8"),
@@ -38,7 +43,9 @@ def store_files(
     Safe to repeat: a file already in the store is not written again. Nothing is visible until `publish` commits.
     """
     published = []
-    for path, kind, name, media_type in [*_model_files(model), *_report_files(report)]:
+    files = [*_model_files(model), *_report_files(report)]
+    _check_files([path for path, *_ in files], model.parents[1])
+    for path, kind, name, media_type in files:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         store.put_file(path, sha256)
@@ -66,6 +73,31 @@ def publish(
     for file in files:
         store.put_file(file.path, file.artifact.sha256)
     return job_claims.succeed(session, claim, verdict=verdict, artifacts=[file.artifact for file in files])
+
+
+def _check_files(paths: Sequence[Path], stages: Path) -> None:
+    """Raise JobFailed unless all are regular files below `stages` with plain names.
+
+    The job's process wrote them. Its links are not followed: they may lead to what it could not read itself.
+    """
+    root = stages.resolve()
+    if len(paths) > _MAX_FILES:
+        raise _tampered(f"{len(paths)} files")
+    for path in paths:
+        name = path.relative_to(stages).as_posix()
+        if not _PLAIN_NAME.fullmatch(name):
+            raise _tampered("a file with an impossible name")
+        is_inside = path.resolve() == root / name
+        if not is_inside or not stat.S_ISREG(path.lstat().st_mode):
+            raise _tampered(f"{name}, which is no regular file")
+
+
+def _tampered(what: str) -> JobFailed:
+    return JobFailed(
+        f"The job's process left {what}; it may have been tampered with.",
+        code="result_refused",
+        hint="Upload the model again from where you trust it.",
+    )
 
 
 def _model_files(model: Path) -> Iterator[tuple[Path, str, str, str]]:

@@ -1,8 +1,11 @@
 """What the process of a job may touch: its own scratch directory, a scrubbed environment, and bounded resources.
 
-Level `process` is what this module gives: a session and process group of its own, no credentials in the environment,
-limits on memory, file size, files and core dumps, and death with its supervisor. It does not yet hide the file system
-or the network; `/health/ready` says so by naming the level. Namespaces and Landlock will be further levels here.
+Levels, strongest first; each has all of those below it:
+
+namespaces  bubblewrap: no network, no other process, no file but what is mounted for it; and the seccomp filter
+landlock    Landlock: no file but those named; signals and TCP stay inside where the kernel can; and the seccomp filter
+process     a session and process group of its own, no credentials in the environment, no capabilities, limits on memory, file size,
+            open files, processes and processor time, first to be killed when memory is out, death with its supervisor
 """
 
 from __future__ import annotations
@@ -13,13 +16,17 @@ import os
 import resource
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-LEVEL = "process"
+from app.settings import SandboxLevel
+from workers.confinement import bubblewrap, landlock, seccomp
+from workers.confinement.access import job_access
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT = 1, 4, 24, 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+_MAX_CAPABILITY = 63
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _KEPT_VARIABLES = (
     "PATH",
@@ -29,6 +36,9 @@ _KEPT_VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "NVIDIA_VISIBLE_DEVICES",
 )
+_FIRST_TO_BE_KILLED = b"1000"
+_BUBBLEWRAP_ADDS = 128
+"""bubblewrap ends with this and the signal's number when a signal ended the command."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,26 +49,89 @@ class Limits:
     address_space_bytes: int | None
     """Per process; None on a GPU, where CUDA reserves far more address space than it uses."""
     file_bytes: int
+    processor_seconds: int
+    """Per process, of all its threads. The supervisor's clock comes first; this holds where the supervisor sleeps."""
     open_files: int = 4096
+    processes: int = 8192
+    """Of the user, threads included and other jobs' too; the kernel does not apply it to root."""
 
 
-def spawn(
-    command: Sequence[str], *, scratch: Path, limits: Limits, pipe: int, log: Path
-) -> subprocess.Popen[bytes]:
-    """Start a command inside the sandbox, as the leader of a new process group; `pipe` stays open in it."""
-    scratch.joinpath("tmp").mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
+@dataclass(frozen=True, kw_only=True)
+class Sandbox:
+    """Where a command may run."""
+
+    level: SandboxLevel
+    scratch: Path
+    """Its working directory, which it reads; it writes in a few directories there alone, see `access`."""
+    limits: Limits
+    gpu: bool = False
+
+
+def spawn(command: Sequence[str], inside: Sandbox, *, pipe: int, log: Path) -> subprocess.Popen[bytes]:
+    """Start a command inside the sandbox, as the leader of a new process group; `pipe` stays open in it.
+
+    Raises OSError where this machine does not have the level.
+    """
+    scratch, limits = inside.scratch, inside.limits
+    with log.open("ab") as output, _confined(command, inside) as (line, descriptors, confine):
         return subprocess.Popen(
-            command,
+            line,
             cwd=scratch,
             env=_environment(scratch, limits.threads),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            pass_fds=(pipe,),
+            pass_fds=(pipe, *descriptors),
             start_new_session=True,
-            preexec_fn=lambda: _confine(limits),  # noqa: PLW1509 - a prefork worker has one thread here
+            preexec_fn=lambda: _between_fork_and_exec(limits, confine),  # noqa: PLW1509 - a prefork worker has one thread here
         )
+
+
+@contextlib.contextmanager
+def _confined(
+    command: Sequence[str], inside: Sandbox
+) -> Iterator[tuple[list[str], tuple[int, ...], Callable[[], None]]]:
+    """The command line of a level, descriptors it needs, and what the new process does to itself before it."""
+    access = job_access(inside.scratch, gpu=inside.gpu)
+    if inside.level == "process":
+        yield [*command], (), _drop_capabilities
+    elif inside.level == "landlock":
+        version = landlock.abi()
+        ruleset = landlock.create_ruleset(access, version=version)
+        instructions = seccomp.program()
+        try:
+            yield [*command], (), lambda: _give_up(ruleset, version, instructions)
+        finally:
+            os.close(ruleset)
+    else:
+        descriptor = os.memfd_create("seccomp")
+        try:
+            os.pwrite(descriptor, seccomp.program(), 0)
+            line = bubblewrap.arguments(access, filter_descriptor=descriptor, directory=inside.scratch)
+            yield [*line, *command], (descriptor,), lambda: None
+        finally:
+            os.close(descriptor)
+
+
+def _give_up(ruleset: int, version: int, instructions: bytes) -> None:
+    _drop_capabilities()
+    seccomp.no_new_privileges()
+    landlock.restrict_self(ruleset, version=version)
+    seccomp.restrict_self(instructions)
+
+
+def return_code(process: subprocess.Popen[bytes], *, timeout_seconds: float) -> int:
+    """How a sandboxed command ended: its status, or minus the signal that killed it; -9 if it will not leave."""
+    try:
+        code = process.wait(timeout=timeout_seconds)
+    except subprocess.TimeoutExpired:
+        return -signal.SIGKILL
+    return _BUBBLEWRAP_ADDS - code if code > _BUBBLEWRAP_ADDS else code
+
+
+def hide_memory() -> None:
+    """Keep this process's memory and environment, which hold credentials, from others of the same user."""
+    _LIBC.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def die_with_parent() -> None:
@@ -106,6 +179,8 @@ def _environment(scratch: Path, threads: int) -> dict[str, str]:
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     return kept | {
         "HOME": str(scratch / "tmp"),
+        # Else torch looks the name up in /etc/passwd, which is not there.
+        "USER": "modelpress",
         "TMPDIR": str(scratch / "tmp"),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -118,16 +193,30 @@ def _environment(scratch: Path, threads: int) -> dict[str, str]:
     }
 
 
-def _confine(limits: Limits) -> None:
-    """Runs between fork and exec."""
+def _between_fork_and_exec(limits: Limits, confine: Callable[[], None]) -> None:
     die_with_parent()
+    # Where memory is hidden, see `hide_memory`, this file is root's.
+    _LIBC.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
+    Path("/proc/self/oom_score_adj").write_bytes(_FIRST_TO_BE_KILLED)
+    _LIBC.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     for what, value in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, limits.file_bytes),
         (resource.RLIMIT_NOFILE, limits.open_files),
+        (resource.RLIMIT_NPROC, limits.processes),
+        (resource.RLIMIT_CPU, limits.processor_seconds),
         (resource.RLIMIT_AS, limits.address_space_bytes),
     ):
         if value is not None:
             hard = resource.getrlimit(what)[1]
             bounded = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(what, (bounded, bounded))
+    confine()
+
+
+def _drop_capabilities() -> None:
+    """Have none after the next exec, root or not: CAP_PERFMON opens every other's environment. bubblewrap does its own."""
+    for capability in range(_MAX_CAPABILITY + 1):
+        # Refused to one that has no capabilities to begin with, and for numbers that mean nothing yet.
+        _LIBC.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
+    _LIBC.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)

@@ -170,7 +170,11 @@ class Scratch:
     def log_tail(self, fence: int, lines: int = 3) -> str:
         """The end of what the job's process printed."""
         path = self.log_file(fence)
-        text = path.read_text(errors="replace")[-4000:] if path.exists() else ""
+        if not path.exists():
+            return ""
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4000))
+            text = file.read().decode(errors="replace")
         return " | ".join(text.strip().splitlines()[-lines:])
 
     def remove(self) -> None:

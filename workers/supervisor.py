@@ -22,7 +22,7 @@ from app.db import job_claims
 from app.db.engine import Database
 from app.db.job_claims import Claim
 from app.errors import JobFailed, ModelpressError, OutOfMemory, Unavailable
-from app.settings import GIB, Settings
+from app.settings import GIB, SandboxLevel, Settings
 from app.storage import ArtifactStore
 from workers import events, sandbox
 from workers.lease import CancelRequested, Lease, LeaseLost, write_patiently
@@ -34,6 +34,8 @@ JOB_COMMAND = (sys.executable, "-I", "-m", "workers.job_process")
 _POLL_SECONDS = 0.5
 _PROGRESS_SECONDS = 1.0
 _MAX_EVENT_BYTES = 1 << 20
+_LEAVE_SECONDS = 30
+"""A process that has closed its pipe has so long to end."""
 
 _log = structlog.get_logger(__name__)
 
@@ -49,6 +51,7 @@ class Supervisor:
     settings: Settings
     database: Database
     store: ArtifactStore
+    sandbox_level: SandboxLevel
     device: str = "cpu"
     draining: Callable[[], bool] = lambda: False
     job_command: tuple[str, ...] = JOB_COMMAND
@@ -76,6 +79,7 @@ class _Watch:
     stage_names: tuple[str, ...]
     directories: dict[int, str]
     deadline: float
+    inside: sandbox.Sandbox
     budget: int
     next_beat: float
     next_poll: float = 0.0
@@ -119,18 +123,20 @@ class _Attempt:
         committed = self._committed_stages(assignment)
         self.scratch.fetch_inputs(assignment, self.supervisor.store, self.lease.claim.fence)
         wanted = assignment.spec.resources.device
+        device = self.supervisor.device if wanted == "auto" else wanted
         job_file = self.scratch.write_job_file(
             assignment,
             committed=committed,
             fence=self.lease.claim.fence,
             settings=self.settings,
-            device=self.supervisor.device if wanted == "auto" else wanted,
+            device=device,
         )
         now = time.monotonic()
         watch = _Watch(
             stage_names=assignment.spec.stage_names(),
             directories=dict(enumerate(committed)),
             deadline=now + assignment.spec.resources.timeout_seconds,
+            inside=self._sandbox(assignment.spec.resources.timeout_seconds, gpu=device != "cpu"),
             budget=self.settings.memory_for(assignment.spec.resources.memory_budget),
             next_beat=now + self.settings.heartbeat_seconds,
         )
@@ -158,8 +164,7 @@ class _Attempt:
             try:
                 process = sandbox.spawn(
                     [*self.supervisor.job_command, str(job_file), str(sender)],
-                    scratch=self.scratch.directory,
-                    limits=self._limits(),
+                    watch.inside,
                     pipe=sender,
                     log=self.scratch.log_file(self.lease.claim.fence),
                 )
@@ -168,20 +173,23 @@ class _Attempt:
             try:
                 for line in self._lines(pipe.fileno(), process, watch):
                     self._handle(events.parse_event(line), watch)
-                return_code = _wait(process)
+                return_code = sandbox.return_code(process, timeout_seconds=_LEAVE_SECONDS)
             finally:
                 sandbox.kill_group(process, grace_seconds=self.settings.kill_grace_seconds)
         return watch.end or self._death(return_code)
 
-    def _limits(self) -> sandbox.Limits:
-        on_cpu = self.supervisor.device == "cpu"
-        return sandbox.Limits(
-            threads=self.settings.worker_threads,
+    def _sandbox(self, timeout_seconds: int, *, gpu: bool) -> sandbox.Sandbox:
+        threads = self.settings.worker_threads
+        limits = sandbox.Limits(
+            threads=threads,
             # Address space is not memory: torch alone reserves several GiB. This stops runaways; the watch on
             # resident memory keeps the budget.
-            address_space_bytes=4 * self.settings.worker_memory_bytes + 32 * GIB if on_cpu else None,
+            address_space_bytes=None if gpu else 4 * self.settings.worker_memory_bytes + 32 * GIB,
             file_bytes=4 * self.settings.max_upload_bytes,
+            processor_seconds=threads * (timeout_seconds + 60),
         )
+        level, scratch = self.supervisor.sandbox_level, self.scratch.directory
+        return sandbox.Sandbox(level=level, scratch=scratch, limits=limits, gpu=gpu)
 
     def _lines(self, descriptor: int, process: subprocess.Popen[bytes], watch: _Watch) -> Iterator[bytes]:
         """Lines from the pipe until it closes; between reads, keep the lease and look for reasons to stop."""
@@ -293,14 +301,6 @@ class _Attempt:
             hint=hint if killed else None,
             retryable=True,
         )
-
-
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    """The return code of a process that has closed its pipe; -9 if it will not leave."""
-    try:
-        return process.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        return -9
 
 
 def _check_memory(group: int, budget: int) -> None:

@@ -7,7 +7,7 @@ from app.queue import RUN_JOB
 from app.settings import get_settings
 from app.storage import get_store
 from workers import hardware
-from workers.celery_app import app, draining
+from workers.celery_app import app, draining, sandbox_level
 from workers.supervisor import Supervisor
 
 
@@ -15,4 +15,7 @@ from workers.supervisor import Supervisor
 def run_job(job_id: str) -> None:
     """Run a job, if nobody else does."""
     device = "cuda" if hardware.gpus() else "cpu"
-    Supervisor(get_settings(), get_database(), get_store(), device=device, draining=draining).run(job_id)
+    supervisor = Supervisor(
+        get_settings(), get_database(), get_store(), sandbox_level(), device=device, draining=draining
+    )
+    supervisor.run(job_id)

@@ -14,8 +14,15 @@ from app.db import worker_queries
 from app.db.engine import get_database
 from app.db.health_queries import database_version
 from app.errors import ModelpressError
-from app.settings import Settings
+from app.settings import SANDBOX_LEVELS, SandboxLevel, Settings
 from app.spec.documented import Documented
+
+_SANDBOX_DETAILS: dict[SandboxLevel, str] = {
+    "namespaces": "jobs run in namespaces of their own, without network",
+    "landlock": "jobs run under Landlock and seccomp, without network",
+    "process": "WARNING: a job's process may read what its worker may read, and reach the network. Install bubblewrap or "
+    "use a kernel with Landlock, and set MODELPRESS_SANDBOX=landlock",
+}
 
 
 class Check(Documented):
@@ -43,6 +50,7 @@ def check_readiness(settings: Settings) -> Readiness:
         "storage": _guarded(lambda: _storage(settings)),
         "broker": _guarded(lambda: _broker(settings), required=False),
         "workers": _guarded(_workers, required=False),
+        "sandbox": _guarded(lambda: _sandbox(settings), required=False),
     }
     if any(not check.ok and check.required for check in checks.values()):
         return Readiness(status="unavailable", checks=checks)
@@ -97,7 +105,7 @@ def _broker(settings: Settings) -> Check:
 
 
 def _workers() -> Check:
-    """Without a worker jobs are accepted and wait. The weakest sandbox among them is the one to know of."""
+    """Without a worker jobs are accepted and wait."""
     with get_database().read() as session:
         workers = worker_queries.list_fresh(session)
     queues = sorted({queue for worker in workers for queue in worker.queues.split(",")})
@@ -105,3 +113,17 @@ def _workers() -> Check:
     if not workers:
         return Check(ok=False, detail="no worker has been seen lately; jobs wait for one", facts=facts)
     return Check(ok=True, detail=f"{len(workers)} seen lately", facts=facts)
+
+
+def _sandbox(settings: Settings) -> Check:
+    """The weakest among the workers is the one to know of: a stranger's job may run there."""
+    with get_database().read() as session:
+        levels = {worker.sandbox for worker in worker_queries.list_fresh(session)}
+    weakest = next((level for level in reversed(SANDBOX_LEVELS) if level in levels), None)
+    if weakest is None:
+        return Check(ok=True, detail="no worker has been seen lately")
+    facts = {"weakest": weakest, "minimum": settings.sandbox}
+    if SANDBOX_LEVELS.index(weakest) > SANDBOX_LEVELS.index(settings.sandbox):
+        wanted = f"MODELPRESS_SANDBOX={settings.sandbox} here asks for more"
+        return Check(ok=False, detail=f"a worker runs jobs at level {weakest}; {wanted}", facts=facts)
+    return Check(ok=True, detail=_SANDBOX_DETAILS[weakest], facts=facts)

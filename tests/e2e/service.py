@@ -67,12 +67,16 @@ class Service:
     logs: Path
     workers: list[WorkerProcess] = field(default_factory=list)
 
-    def start_worker(self) -> WorkerProcess:
-        """Start a worker; it is ready when it announces itself."""
+    def start_worker(self, **environment: str) -> WorkerProcess:
+        """Start a worker with more in its environment; it is ready when it announces itself."""
         known = len(self.ready_workers())
         with (self.logs / f"worker-{len(self.workers)}.log").open("wb") as log:
             process = subprocess.Popen(
-                worker_command(self.settings), stdout=log, stderr=log, start_new_session=True
+                worker_command(self.settings),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=os.environ | environment,
             )
         self.workers.append(WorkerProcess(process))
         wait_until(lambda: len(self.ready_workers()) > known, seconds=60)

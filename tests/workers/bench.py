@@ -36,6 +36,8 @@ class Bench:
             get_settings(),
             self.database,
             get_store(),
+            # Scripts and what they leave are outside of the job's directory.
+            "process",
             job_command=(sys.executable, "-I", str(SCRIPTED_JOB), str(path)),
         )
         return replace(made, **changes)

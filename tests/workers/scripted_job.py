@@ -43,6 +43,11 @@ for action, *arguments in json.loads(Path(script).read_text()):
         emit(**arguments[0])
     elif action == "raw":
         os.write(pipe, arguments[0].encode())
+    elif action == "link_result":
+        # What the export stage left becomes a link to somewhere else.
+        weights = stages / f"{arguments[0]:02d}-{job['fence']}" / "model" / "weights.bin"
+        weights.unlink()
+        weights.symlink_to(arguments[1])
     elif action == "sleep":
         time.sleep(arguments[0])
     elif action == "environment":

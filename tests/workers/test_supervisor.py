@@ -14,6 +14,7 @@ from waiting import wait_until
 from app.db import job_claims, job_moves, job_queries
 from app.settings import get_settings
 from app.storage import get_store
+from workers.scratch import Scratch
 
 ALL = len(STAGES)
 FINISHED = ("emit", {"type": "finished", "verdict": "accepted"})
@@ -210,6 +211,27 @@ def test_anything_but_an_event_on_the_pipe_fails_the_job(fast_bench: Bench, line
     job_id = fast_bench.submit()
     assert fast_bench.supervisor(("raw", line), ("sleep", 600)).run(job_id) == "failed"
     assert fast_bench.job(job_id).error["code"] == "protocol"
+
+
+def test_a_link_among_the_results_is_not_followed(fast_bench: Bench) -> None:
+    """The worker may read what the job's process may not: its database, other tenants' models."""
+    secret = fast_bench.directory / "secret"
+    secret.write_text("secret")
+    job_id = fast_bench.submit()
+    script = [("stages", ALL), ("link_result", STAGES.index("export"), str(secret)), FINISHED]
+    assert fast_bench.supervisor(*script).run(job_id) == "failed"
+    assert fast_bench.job(job_id).error["code"] == "result_refused"
+    assert all(get_store().path_of(blob.sha256).read_text() != "secret" for blob in get_store().iter_blobs())
+
+
+def test_a_long_log_is_not_read_whole(fast_bench: Bench) -> None:
+    scratch = Scratch(get_settings(), "job_x")
+    scratch.directory.mkdir(parents=True)
+    with scratch.log_file(1).open("wb") as log:
+        log.truncate(2**40)
+        log.seek(2**40)
+        log.write(b"\nlast words")
+    assert scratch.log_tail(1).endswith("last words")
 
 
 def test_the_process_sees_no_credential(fast_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

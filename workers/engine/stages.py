@@ -134,8 +134,8 @@ def _import(source: Path, target: Path, context: StageContext) -> None:
         shard = context.spec.export.max_shard_bytes
         convert_gguf(gguf[0], target, max_shard_bytes=shard, progress=context.progress)
     else:
-        # Links, not copies: the store's files are read-only, and a step writes to a directory of its own.
-        shutil.copytree(source, target, copy_function=os.link)
+        # Nothing is copied, and no hard link made: that would be a name by which the store's file can be written.
+        target.symlink_to(source)
 
 
 def _baseline(context: StageContext) -> Metrics:

@@ -10,7 +10,8 @@ from fastapi.testclient import TestClient
 
 from app.db import worker_queries
 from app.db.engine import get_database
-from app.settings import Settings
+from app.services.health import check_readiness
+from app.settings import Settings, get_settings
 
 
 def test_a_service_without_its_dependencies_is_alive(
@@ -29,7 +30,7 @@ def test_without_broker_and_workers_it_is_degraded_and_says_so(client: TestClien
     checks = answer.json()["checks"]
     assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
     assert {name: check["ok"] for name, check in checks.items()} == {
-        "database": True, "storage": True, "broker": False, "workers": False,
+        "database": True, "storage": True, "broker": False, "workers": False, "sandbox": True,
     }  # fmt: skip
     assert checks["database"]["facts"]["schema_version"]
     assert checks["storage"]["facts"]["free_bytes"] > 0
@@ -55,3 +56,24 @@ def test_a_full_disk_makes_it_unavailable(
     answer = client.get("/v1/health/ready")
     assert answer.status_code == 503
     assert "nearly full" in answer.json()["checks"]["storage"]["detail"]
+
+
+def test_the_weakest_sandbox_is_shown_and_must_not_be_below_the_minimum(
+    override_settings: Callable[..., Settings], request: pytest.FixtureRequest
+) -> None:
+    override_settings(sandbox="landlock")
+    client: TestClient = request.getfixturevalue("client")
+
+    def check(*levels: str) -> dict[str, Any]:
+        with get_database().write() as session:
+            for level in levels:
+                worker_queries.announce(session, f"w-{level}", queues="cpu", hardware={}, sandbox=level)
+        return dict(client.get("/v1/health/ready").json()["checks"]["sandbox"])
+
+    good = check("namespaces", "landlock")
+    assert (good["ok"], good["facts"]) == (True, {"weakest": "landlock", "minimum": "landlock"})
+    bad = check("namespaces", "process")
+    assert not bad["ok"]
+    assert "MODELPRESS_SANDBOX=landlock" in bad["detail"]
+    override_settings(sandbox="process")
+    assert check_readiness(get_settings()).checks["sandbox"].detail.startswith("WARNING")

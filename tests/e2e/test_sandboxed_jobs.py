@@ -1,0 +1,60 @@
+"""Real jobs at every level of the sandbox, and a worker that must not run below the level that is asked for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from service import Service
+
+from app.embedded import worker_command
+from workers import sandbox_levels
+
+pytestmark = pytest.mark.e2e
+
+QUANTIZE = {
+    "steps": [{"technique": "quantize.weights", "bits": 8}],
+    "evaluation": {"tokens": 256, "sequence_length": 64, "latency_rounds": 3},
+}
+NO_BUBBLEWRAP = {"PATH": "/nonexistent"}
+
+
+@pytest.mark.parametrize("any_database", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("level", ["namespaces", "landlock"])
+def test_a_job_runs_at_each_level_and_health_tells_which(
+    start_service: Callable[[str], Service], valkey: Any, level: Any, tmp_path: Path
+) -> None:
+    from tiny_models import tiny_model
+
+    why = sandbox_levels.probe(level, tmp_path / "probe")
+    if why is not None:
+        pytest.skip(f"NOT TESTED, this machine has no sandbox of level {level}: {why}")
+    service = start_service(valkey.url)
+    service.start_worker(**({} if level == "namespaces" else NO_BUBBLEWRAP))
+    checks = service.client.get("/v1/health/ready").json()["checks"]
+    assert checks["sandbox"]["facts"]["weakest"] == level
+    job_id = service.submit(service.upload(tiny_model("LlamaForCausalLM", tmp_path / "tiny")), spec=QUANTIZE)
+    job = service.wait_for(job_id, "succeeded", "failed")
+    assert job["status"] == "succeeded", job["error"]
+
+
+@pytest.mark.parametrize("any_database", ["sqlite"], indirect=True)
+def test_a_worker_below_the_minimum_does_not_start_and_says_why(
+    start_service: Callable[[str], Service], valkey: Any
+) -> None:
+    service = start_service(valkey.url)
+    done = subprocess.run(
+        worker_command(service.settings),
+        env=os.environ | NO_BUBBLEWRAP | {"MODELPRESS_SANDBOX": "namespaces"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "bubblewrap is not installed" in done.stdout + done.stderr
+    assert service.ready_workers() == []
