@@ -1,4 +1,5 @@
-"""The command line: `modelpress serve | worker | sweeper | migrate | submit | status | download | demo | healthy`."""
+"""The command line: `modelpress serve | worker | sweeper | migrate | verify-store | submit | status | download | demo |
+healthy`."""
 
 from __future__ import annotations
 
@@ -90,6 +91,34 @@ def migrate() -> None:
     from app.db.migrate import migrate as run_migrations
 
     run_migrations()
+
+
+@cli.command("verify-store")
+def verify_store(
+    *,
+    digests: Annotated[
+        bool,
+        typer.Option("--digests", help="Read every byte and compare its sha256, not only look for the file."),
+    ] = False,
+) -> None:
+    """Check that the store has every file the database refers to: after a restore. Exits with 1 if not."""
+    from app import serving
+
+    faults, looked_at = 0, 0
+    for fault in serving.find_store_faults(digests=digests):
+        looked_at += 1
+        if fault is not None:
+            faults += 1
+            wanted_by = ", ".join(fault.wanted_by)
+            console.print(
+                f"{fault.what}: {fault.sha256}, wanted by {wanted_by}", highlight=False, soft_wrap=True
+            )
+    if faults:
+        _fail(
+            f"{faults} of {looked_at} files are missing or damaged.",
+            "Copy them from a backup into blobs/<first two digits>/<sha256>, or delete what wants them.",
+        )
+    console.print(f"{looked_at} files, all there" + (" and whole." if digests else "."), highlight=False)
 
 
 @cli.command()

@@ -17,8 +17,10 @@ from app.db.worker_queries import list_fresh
 from app.embedded import embedded_services, worker_command
 from app.errors import InvalidRequest, Unavailable
 from app.logging import configure_logging
+from app.services.store_check import Fault, find_faults
 from app.services.sweeping import sweep_forever
 from app.settings import Settings, get_settings
+from app.storage import get_store
 
 # Downloads and event streams still open when the service is told to stop are cut after this.
 _GRACEFUL_SECONDS = 5
@@ -63,6 +65,11 @@ def require_announced_worker() -> None:
         workers = [worker.id for worker in list_fresh(session)]
     if not any(name.startswith(f"{socket.gethostname()}:") for name in workers):
         raise Unavailable("No worker of this host has announced itself lately.", code="no_worker")
+
+
+def find_store_faults(*, digests: bool) -> Iterator[Fault | None]:
+    """Each file of the store that the database refers to: None where it is well."""
+    return find_faults(get_database(), get_store(), digests=digests)
 
 
 class _AnnouncingServer(uvicorn.Server):

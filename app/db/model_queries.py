@@ -208,3 +208,16 @@ def referenced_blobs(session: Session, digests: Collection[str]) -> set[str]:
     for table in (ModelFile, Dataset, Artifact):
         found.update(session.scalars(select(table.sha256).where(table.sha256.in_(digests))).all())
     return found
+
+
+def blobs_and_who_wants_them(session: Session) -> dict[str, tuple[str, ...]]:
+    """Every blob that a row refers to, with the rows: `mdl_…/path`, `dst_…`, `job_…/path`. In order of digest."""
+    rows = [
+        *session.execute(select(ModelFile.sha256, ModelFile.model_id + "/" + ModelFile.path)),
+        *session.execute(select(Dataset.sha256, Dataset.id)),
+        *session.execute(select(Artifact.sha256, Artifact.job_id + "/" + Artifact.path)),
+    ]
+    wanted: dict[str, tuple[str, ...]] = {}
+    for sha256, who in sorted((row[0], row[1]) for row in rows):
+        wanted[sha256] = (*wanted.get(sha256, ()), who)
+    return wanted
