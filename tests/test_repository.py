@@ -62,7 +62,7 @@ def test_commands_and_links_of_a_page_exist(page: Path) -> None:
     commands = set(get_command(cli).commands)  # type: ignore[attr-defined]
     for target in re.findall(r"(?:^ +|`)make ([a-z]+)", text, re.MULTILINE):
         assert target in make_targets(), f"make {target}"
-    for word in re.findall(r"(?:^ +|`|bin/)modelpress ([a-z]+)", text, re.MULTILINE):
+    for word in re.findall(r"(?:^ +|`|bin/)modelpress ([a-z-]+)", text, re.MULTILINE):
         assert word in commands, f"modelpress {word}"
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         if not link.startswith("http"):

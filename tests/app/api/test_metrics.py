@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import yaml
 from fastapi.testclient import TestClient
 from job_support import claim, finish
 from prometheus_client.parser import text_string_to_metric_families
@@ -12,6 +16,8 @@ from sqlalchemy import update
 
 from app.db.engine import Database
 from app.db.tables import Job
+
+ROOT = Path(__file__).parents[3]
 
 
 def samples(client: TestClient) -> dict[tuple[Any, ...], float]:
@@ -57,3 +63,14 @@ def test_uploads_are_counted_with_their_bytes(any_database: Database, client: Te
     found = samples(client)
     assert found["modelpress_uploads", ("status", "open")] == 1
     assert found["modelpress_upload_bytes", ("status", "open")] == 12
+
+
+def test_alerts_and_dashboard_ask_for_metrics_that_exist(client: TestClient) -> None:
+    families = {family.name for family in text_string_to_metric_families(client.get("/metrics").text)}
+    rules = yaml.safe_load((ROOT / "deploy" / "prometheus-rules.yml").read_text())
+    dashboard = json.loads((ROOT / "deploy" / "grafana-dashboard.json").read_text())
+    asked = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+    asked += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    names = {name for query in asked for name in re.findall(r"\b(?:modelpress|process)_[a-z_]+", query)}
+    assert len(names) > 5
+    assert {re.sub("_(bucket|count|sum|total)$", "", name) for name in names} <= families
