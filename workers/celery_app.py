@@ -19,6 +19,7 @@ from app.logging import configure_logging
 from app.queue import broker_url
 from app.settings import SandboxLevel, get_settings
 from workers import hardware, sandbox, sandbox_levels
+from workers.watchdog import Watchdog
 
 _ANNOUNCE_SECONDS = 10
 _log = structlog.get_logger(__name__)
@@ -108,12 +109,20 @@ def _announce_until_leaving() -> None:
     worker_id = f"{socket.gethostname()}:{os.getpid()}"
     facts = hardware.describe(settings)
     database = get_database()
+    watchdog = Watchdog(settings)
     while True:
         try:
             with database.write() as session:
                 worker_queries.announce(
                     session, worker_id, queues=settings.worker_queues, hardware=facts, sandbox=sandbox_level()
                 )
+                deaf = watchdog.finds_deaf(session)
+                if deaf:
+                    worker_queries.withdraw(session, worker_id)
+            if deaf:
+                _log.error("worker_is_deaf", hint="It ends, and whoever started it should start it again.")
+                # It has no job; its pool follows it. A deaf worker may not hear that it should shut down.
+                os._exit(1)
             if _leaving.wait(_ANNOUNCE_SECONDS):
                 with database.write() as session:
                     worker_queries.withdraw(session, worker_id)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, exists, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.db.engine import db_now
-from app.db.tables import Worker
+from app.db.tables import Job, Worker
 
 FRESH_SECONDS = 45
 """A worker not seen for this long is taken for gone; it announces itself every 10 s."""
@@ -42,3 +42,18 @@ def list_fresh(session: Session) -> Sequence[Worker]:
 def list_serving(session: Session, queue: str) -> list[Worker]:
     """Those of them that take jobs of a queue."""
     return [worker for worker in list_fresh(session) if queue in worker.queues.split(",")]
+
+
+def a_job_waits(
+    session: Session, queues: Sequence[str], *, for_seconds: float, sent_within_seconds: float
+) -> bool:
+    """Whether a job of these queues has been due for so long, although a message about it went out lately."""
+    long_ago = db_now() - for_seconds
+    waiting = exists().where(
+        Job.status == "queued",
+        Job.queue.in_(queues),
+        Job.dispatched_at > db_now() - sent_within_seconds,
+        Job.queued_at < long_ago,
+        or_(Job.run_after.is_(None), Job.run_after < long_ago),
+    )
+    return bool(session.scalar(select(waiting)))

@@ -13,7 +13,7 @@ from service import Service, WorkerProcess
 from sqlalchemy import text
 from waiting import wait_until
 
-from app.queue import enqueue_job
+from app.queue import enqueue_job, get_celery
 
 pytestmark = pytest.mark.e2e
 
@@ -147,6 +147,20 @@ def test_a_worker_told_to_leave_gives_its_job_back(
     worker.process.wait(timeout=10)
     assert time.monotonic() - began < 10
     assert not worker.alive()
+    service.start_worker()
+    job = service.wait_for(job_id, "succeeded", "failed")
+    assert (job["status"], job["attempt"]) == ("succeeded", 1)
+
+
+def test_a_worker_that_hears_no_messages_ends_so_that_another_can_start(
+    start_service: Start, valkey: Any, tiny_llama: Path
+) -> None:
+    service = start_service(valkey.url)
+    deaf, model_id = service.start_worker(), service.upload(tiny_llama)
+    assert get_celery().control.cancel_consumer("cpu", reply=True, timeout=10)
+    job_id = service.submit(model_id, spec=QUANTIZE)
+    wait_until(lambda: deaf.process.poll() is not None, seconds=40)
+    assert deaf.process.returncode == 1
     service.start_worker()
     job = service.wait_for(job_id, "succeeded", "failed")
     assert (job["status"], job["attempt"]) == ("succeeded", 1)
