@@ -53,7 +53,7 @@ def strongest(settings: Settings) -> Found:
     """Try the levels, strongest first. Raises Unavailable when only levels below the configured minimum hold."""
     missing: dict[SandboxLevel, str] = {}
     for level in SANDBOX_LEVELS[: SANDBOX_LEVELS.index(settings.sandbox) + 1]:
-        why_not = None if level == "process" else probe(level, settings.scratch_dir)
+        why_not = None if level == "process" else probe(level, settings.data_dir.absolute())
         if why_not is None:
             return Found(level, missing)
         missing[level] = why_not
@@ -74,9 +74,15 @@ def probe(level: SandboxLevel, directory: Path) -> str | None:
         return "the kernel has no Landlock, or it is switched off"
     if level == "namespaces" and shutil.which(bubblewrap.PROGRAM) is None:
         return "bubblewrap is not installed"
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="probe-", dir=directory) as outside, socket.create_server(("127.0.0.1", 0)) as listener:  # fmt: skip
-        return _tried(level, Path(outside), listener.getsockname()[1])
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(prefix="sandbox-probe-", dir=directory) as outside,
+            socket.create_server(("127.0.0.1", 0)) as listener,
+        ):
+            return _tried(level, Path(outside), listener.getsockname()[1])
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"it cannot be set up ({error})"
 
 
 def _tried(level: SandboxLevel, outside: Path, port: int) -> str | None:
@@ -85,12 +91,9 @@ def _tried(level: SandboxLevel, outside: Path, port: int) -> str | None:
     for file in (secret, scratch / "inputs"):
         file.write_text("secret")
     command = [sys.executable, "-I", "-S", "-c", _PROBE, str(secret), str(port)]
-    try:
-        with log.open("ab") as pipe:
-            inside = sandbox.Sandbox(level=level, scratch=scratch, limits=_PROBE_LIMITS)
-            process = sandbox.spawn(command, inside, pipe=pipe.fileno(), log=log)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"it cannot be set up ({error})"
+    with log.open("ab") as pipe:
+        inside = sandbox.Sandbox(level=level, scratch=scratch, limits=_PROBE_LIMITS)
+        process = sandbox.spawn(command, inside, pipe=pipe.fileno(), log=log)
     code = sandbox.return_code(process, timeout_seconds=_PROBE_SECONDS)
     sandbox.kill_group(process, grace_seconds=0)
     said = " ".join(log.read_text(errors="replace").split())[-300:]

@@ -38,7 +38,7 @@ def test_a_job_runs_at_each_level_and_health_tells_which(
     checks = service.client.get("/v1/health/ready").json()["checks"]
     assert checks["sandbox"]["facts"]["weakest"] == level
     job_id = service.submit(service.upload(tiny_model("LlamaForCausalLM", tmp_path / "tiny")), spec=QUANTIZE)
-    job = service.wait_for(job_id, "succeeded", "failed")
+    job = service.wait_for(job_id, "succeeded", "failed", seconds=280)
     assert job["status"] == "succeeded", job["error"]
 
 
