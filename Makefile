@@ -31,7 +31,7 @@ define tests
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve lint check format test chaos gpu bench clean
+.PHONY: help setup demo serve lint check format test chaos fuzz gpu bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,11 @@ test: lint ## All of check and every test, against real servers that they start 
 
 chaos: $(STAMP) ## Dozens of real jobs while everything they need is killed; minutes, and some root rights for a full disk
 	$(PYTEST) -s -m chaos --timeout=1800 $(ARGS) tests/chaos
+
+# More of them: make fuzz EXAMPLES=100000
+EXAMPLES ?= 5000
+fuzz: $(STAMP) ## Feed new damaged files to every reader of uploads, for minutes
+	MODELPRESS_FUZZ_EXAMPLES=$(EXAMPLES) $(PYTEST) --timeout 0 $(ARGS) tests/app/intake/test_headers_fuzzed.py
 
 gpu: $(STAMP) ## The tests that need an NVIDIA GPU
 	$(PYTEST) -m gpu $(ARGS) tests

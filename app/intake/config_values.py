@@ -8,9 +8,9 @@ from typing import Any
 from app.intake.refusals import refused
 
 
-def config_integer(config: Mapping[str, Any], key: str) -> int:
+def config_integer(config: Mapping[str, Any], key: str, *, at_most: int = 2**31 - 1) -> int:
     """A number above 0. Raises IntakeError."""
     value = config.get(key)
-    if type(value) is not int or not 0 < value < 2**31:
+    if type(value) is not int or not 0 < value <= at_most:
         raise refused("config_invalid", f"config.json has no usable {key}: {str(value)[:50]!r}.")
     return value

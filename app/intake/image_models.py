@@ -11,7 +11,7 @@ from app.intake.refusals import refused
 from app.intake.shapes import check_blocks
 from app.spec.architectures import Architecture
 from app.spec.facts import ModelFacts, TensorFact
-from app.spec.preprocessing import parse_preprocessing
+from app.spec.preprocessing import MAX_CHANNELS, parse_preprocessing
 
 _POSITIONS = "embeddings.position_embeddings"
 _HEADS = ("classifier.weight", "classifier.1.weight")
@@ -24,7 +24,7 @@ def image_values(
     tensors: tuple[TensorFact, ...],
 ) -> dict[str, Any]:
     """Sizes and preprocessing, by the names of the facts. Raises IntakeError."""
-    channels = config_integer(config, "num_channels")
+    channels = config_integer(config, "num_channels", at_most=MAX_CHANNELS)
     try:
         preprocessing = parse_preprocessing(
             preprocessor, model_type=architecture.model_type, channels=channels

@@ -66,7 +66,7 @@ def read_npy_header(read: Callable[[int], bytes], name: str) -> ArrayHeader:
 def _literal(raw: bytes, name: str) -> dict[str, Any]:
     try:
         header = ast.literal_eval(raw.decode("latin-1").strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         header = None
     if not isinstance(header, dict) or set(header) != {"descr", "fortran_order", "shape"}:
         raise refused("images_invalid", f"The header of {name} cannot be read.")

@@ -13,7 +13,7 @@ from app.intake.refusals import refused
 from app.intake.strict_json import read_object
 from app.spec.facts import ModelFacts, TensorFact
 from app.spec.onnx_operators import OLDEST_OPSET, ONNX_NETWORK, ONNX_OPERATORS
-from app.spec.preprocessing import Preprocessing, parse_preprocessing
+from app.spec.preprocessing import MAX_CHANNELS, Preprocessing, parse_preprocessing
 
 _MAX_JSON_BYTES = 2**20
 _PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
@@ -57,6 +57,8 @@ def onnx_facts(files: Mapping[str, Path], name: str) -> ModelFacts:
 def _check_operators(header: OnnxHeader, name: str) -> None:
     if header.opset < OLDEST_OPSET:
         raise _unsupported(f"{name} is of opset {header.opset}; {OLDEST_OPSET} is the oldest that is read.")
+    if any(node.holds_graph and _is_known(node) for node in header.nodes):
+        raise _unsupported(f"{name} has graphs inside its nodes.")
     foreign = sorted({_full_name(node) for node in header.nodes if not _is_known(node)})
     if foreign or header.has_functions:
         what = ", ".join(foreign[:8])[:300] or "functions of its own"
@@ -105,7 +107,7 @@ def _last_product(header: OnnxHeader) -> TensorFact:
 
 def _image(header: OnnxHeader, name: str) -> tuple[int, int, int]:
     match list(header.inputs.values()):
-        case [(None, int(channels), int(height), int(width))]:
+        case [(None, int(channels), int(height), int(width))] if 0 < channels <= MAX_CHANNELS:
             return channels, height, width
         case [(int(), *_)]:
             raise _unsupported(

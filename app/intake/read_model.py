@@ -16,6 +16,15 @@ from app.intake.sniff import Kind, sniff
 from app.intake.zip_reader import zip_names
 from app.spec.facts import ModelFacts
 
+_UPLOAD = "with the tensors named as transformers does, and upload it beside the model's config.json."
+_TORCHSCRIPT_HINT = (
+    "Programs are not run. Where you trust it, `safetensors.torch.save_file(dict(torch.jit.load(file).state_dict()), "
+    f"'model.safetensors')`, {_UPLOAD}"
+)
+_PT2_HINT = (
+    "Programs are not run. Where you trust it, `safetensors.torch.save_file(dict(torch.export.load(file).state_dict), "
+    f"'model.safetensors')`, {_UPLOAD}"
+)
 _MAX_SIDE_FILE_BYTES = 256 * 2**20
 _MAX_SIDE_FILES = 200
 
@@ -70,13 +79,30 @@ def read_single_file(path: Path, name: str, *, write: WriteFile, max_bytes: int)
     archive: ArchiveKind | None = kind if kind in ("zip", "tar", "tar.gz") else None
     if archive is None:
         raise _refusal(kind, name)
-    if archive == "zip" and _is_torch_archive(path):
-        raise refused("unsafe_pickle", f"{name} is a PyTorch file: a zip archive around a pickle.")
+    if archive == "zip":
+        _refuse_torch_archive(path, name)
     return unpack(path, archive, write=write, max_bytes=max_bytes)
 
 
-def _is_torch_archive(path: Path) -> bool:
-    return any(entry == "data.pkl" or entry.endswith("/data.pkl") for entry in zip_names(path))
+def _refuse_torch_archive(path: Path, name: str) -> None:
+    """Programs first: there is a pickle in each of them too."""
+    names = zip_names(path)
+    inside = {entry.partition("/")[2] for entry in names}
+    if (
+        inside & {"models/model.json", "serialized_exported_program.json"}
+        or "serialized_exported_program.json" in names
+    ):
+        raise refused(
+            "unsafe_pickle", f"{name} is a torch.export archive: pickles around a program.", hint=_PT2_HINT
+        )
+    if "constants.pkl" in inside or any(entry.startswith("code/") for entry in inside):
+        raise refused(
+            "unsafe_pickle",
+            f"{name} is TorchScript: a program, which can read and write files.",
+            hint=_TORCHSCRIPT_HINT,
+        )
+    if any(entry == "data.pkl" or entry.endswith("/data.pkl") for entry in names):
+        raise refused("unsafe_pickle", f"{name} is a PyTorch file: a zip archive around a pickle.")
 
 
 def _refusal(kind: Kind, name: str) -> Exception:

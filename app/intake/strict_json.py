@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from app.errors import IntakeError
 
 _MAX_DEPTH = 32
+# A list or an object takes thirty times the bytes in memory that it takes in text.
+_MAX_CONTAINERS = 1_000_000
 
 Refuse = Callable[[str], IntakeError]
 
@@ -31,6 +33,8 @@ def read_object(
 
 def parse_object(raw: bytes, *, refuse: Refuse, refuse_duplicate: Refuse | None = None) -> dict[str, Any]:
     """The JSON object in `raw`; whatever is wrong raises `refuse(what is wrong)`, a key given twice the other."""
+    if raw.count(b"{") + raw.count(b"[") > _MAX_CONTAINERS:
+        raise refuse(f"it has more than {_MAX_CONTAINERS} lists and objects")
     try:
         value = json.loads(
             raw.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_constant

@@ -21,6 +21,7 @@ from app.intake.refusals import refused
 _BLOCK = 512
 _READ_BYTES = 2**20
 _MAX_EXTENDED_BYTES = 64 * 2**10
+_MAX_ALL_EXTENDED_BYTES = 4 * 2**20
 _PAX = re.compile(rb"(\d{1,10}) ([^=\n]+)=")
 _REGULAR = (b"0", b"\0", b"7")
 _LINKS = (b"1", b"2", b"K")
@@ -47,6 +48,7 @@ class _Tar:
         self._stream = stream
         self._limits = limits
         self._left = 0
+        self._extended_bytes = 0
 
     def entries(self) -> Iterator[Entry]:
         """The regular files, in order."""
@@ -87,8 +89,11 @@ class _Tar:
             yield piece
 
     def _extended(self, size: int) -> bytes:
-        if size > _MAX_EXTENDED_BYTES:
-            raise refused("archive_corrupt", f"The tar archive has an extended header of {size} bytes.")
+        self._extended_bytes += size
+        if size > _MAX_EXTENDED_BYTES or self._extended_bytes > _MAX_ALL_EXTENDED_BYTES:
+            raise refused(
+                "archive_corrupt", f"The tar archive has extended headers of {self._extended_bytes} bytes."
+            )
         content = self._read(size)
         self._read(-size % _BLOCK)
         return content
@@ -159,8 +164,9 @@ def _text(raw: bytes) -> str:
 def _pax_records(content: bytes) -> dict[str, str]:
     """`path` and `size` of a pax header; sparse files are refused, whatever else there is changes nothing for us."""
     found: dict[str, str] = {}
+    content = content.rstrip(b"\0")
     at = 0
-    while at < len(content) and content[at:].strip(b"\0"):
+    while at < len(content):
         match = _PAX.match(content, at)
         length = int(match[1]) if match else 0
         if match is None or at + length > len(content) or length <= match.end() - at:

@@ -19,7 +19,8 @@ from typing import IO
 from app.intake.limits import ArchiveLimits, Entry
 from app.intake.refusals import refused
 
-_MAX_DIRECTORY_BYTES = 16 * 2**20
+# zipfile makes some ten times as many of it.
+_MAX_DIRECTORY_BYTES = 4 * 2**20
 # A PyTorch file has an entry for every tensor.
 _MAX_NAMES = 100_000
 _END_BYTES = 22

@@ -19,6 +19,7 @@ Size = tuple[int, int]
 """Height and width."""
 
 MAX_EDGE = 2048
+MAX_CHANNELS = 64
 _RESAMPLING: dict[int, Resampling] = {2: "bilinear", 3: "bicubic"}
 _WARPED_FROM = 384
 _TYPE = re.compile(r"(\w+?)(?:ImageProcessor|FeatureExtractor)(?:Fast|Pil)?")
@@ -136,8 +137,8 @@ def _convnext(config: Mapping[str, Any], size: Any, share: float) -> tuple[Size 
     if edge >= _WARPED_FROM:
         return (edge, edge), None
     share = _number(config, "crop_pct", share)
-    if not 0 < share <= 1:
-        raise ValueError("crop_pct must be above 0 and at most 1")
+    if not edge / MAX_EDGE <= share <= 1:
+        raise ValueError(f"crop_pct must be at most 1, and large enough for an edge of {MAX_EDGE} pixels")
     return _edge(int(edge / share), "size / crop_pct"), (edge, edge)
 
 
@@ -197,4 +198,9 @@ def _is_on(config: Mapping[str, Any], key: str, *, default: bool = True) -> bool
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

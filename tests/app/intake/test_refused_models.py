@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import struct
 import tarfile
@@ -102,6 +103,11 @@ def torch_file() -> bytes:
 BAD: dict[str, tuple[str, Callable[[], bytes]]] = {
     "a pickle alone": ("unsafe_pickle", lambda: b"\x80\x04\x95" + bytes(100)),
     "a PyTorch file": ("unsafe_pickle", torch_file),
+    "TorchScript": ("unsafe_pickle", lambda: zipped({"ts/data.pkl": b"", "ts/code/__torch__.py": b"", "ts/constants.pkl": b""})),
+    "a torch.export archive": (
+        "unsafe_pickle",
+        lambda: zipped({"e/models/model.json": b"{}", "e/data/sample_inputs/model.pt": b"", "e/archive_format": b"pt2"}),
+    ),
     "a folder with pickles alone": ("unsafe_pickle", lambda: without("model.safetensors", **{"pytorch_model.bin": b"x"})),
     "a safetensors file alone": ("config_missing", lambda: llama_files()["model.safetensors"]),
     "an HDF5 file": ("unsupported_format", lambda: b"\x89HDF\r\n\x1a\n" + bytes(100)),
@@ -138,6 +144,16 @@ BAD: dict[str, tuple[str, Callable[[], bytes]]] = {
     "a config with half a surrogate": (
         "config_invalid",
         lambda: zipped(llama_files() | {"config.json": b'{"\\ud800": 1}'}),
+    ),
+    "a config of a million lists": (
+        "config_invalid",
+        lambda: zipped(llama_files() | {"tokenizer_config.json": b'{"a":[' + b"[]," * 1_000_001 + b"[]]}"}),
+    ),
+    "a billion blocks": ("config_mismatch", lambda: with_config(num_hidden_layers=10**9)),
+    "a negative number of blocks": ("config_invalid", lambda: with_config(num_hidden_layers=-1)),
+    "a hidden size that is no number": (
+        "config_invalid",
+        lambda: zipped(llama_files() | {"config.json": llama_files()["config.json"].replace(b"64", b"NaN")}),
     ),
     "no hidden size": ("config_invalid", lambda: with_config(hidden_size=None)),
     "an impossible vocabulary": ("config_invalid", lambda: with_config(vocab_size=10**30)),
@@ -199,6 +215,10 @@ BAD: dict[str, tuple[str, Callable[[], bytes]]] = {
         "archive_corrupt",
         lambda: tarred({}, mode="w:gz", extra=(long_name(32 * 2**20),)),
     ),
+    "a tar with 5 MB of extended headers": (
+        "archive_corrupt",
+        lambda: many_extended_headers(5 * 2**20),
+    ),
     "3000 entries": ("too_many_files", lambda: zipped({f"{i}.txt": b"" for i in range(3000)})),
     "a path that leads out": ("archive_unsafe_path", lambda: zip_member("../evil.json")),
     "a path that leads out in a tar": ("archive_unsafe_path", lambda: tarred({"a/../../evil.json": b"{}"})),
@@ -243,6 +263,14 @@ def long_name(size: int) -> tarfile.TarInfo:
     info = tarfile.TarInfo("././@LongLink")
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, size
     return info
+
+
+def many_extended_headers(size: int) -> bytes:
+    """Headers that say nothing of any use, one after the other, until they have so many bytes."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 60_000
+    one = info.tobuf(tarfile.USTAR_FORMAT) + b"6 a=b\n" * 10_000 + bytes(-60_000 % 512)
+    return gzip.compress(one * (size // 60_000 + 1), mtime=0)
 
 
 def leftovers(settings: Settings) -> list[str]:
