@@ -34,6 +34,8 @@ JOB_COMMAND = (sys.executable, "-I", "-m", "workers.job_process")
 _POLL_SECONDS = 0.5
 _PROGRESS_SECONDS = 1.0
 _MAX_EVENT_BYTES = 1 << 20
+_MAX_EVENTS = 20_000
+"""Of one attempt, progress aside, which is thinned out. Each is a row; a job on 200 layers sends some hundreds."""
 _LEAVE_SECONDS = 30
 """A process that has closed its pipe has so long to end."""
 
@@ -84,6 +86,7 @@ class _Watch:
     next_beat: float
     next_poll: float = 0.0
     next_progress: float = 0.0
+    event_count: int = 0
     began: tuple[float, float] | None = None
     """(time, overall progress) when this attempt first reported: the base of the ETA."""
     end: events.Finished | events.Failed | None = field(default=None)
@@ -229,6 +232,9 @@ class _Attempt:
 
     def _handle(self, event: events.Event, watch: _Watch) -> None:
         """Write down one event of the job's process."""
+        watch.event_count += not isinstance(event, events.Progress)
+        if watch.event_count > _MAX_EVENTS:
+            raise JobFailed(f"The job's process sent more than {_MAX_EVENTS} events.", code="protocol")
         match event:
             case events.StageStarted():
                 self.lease.require(lambda s, claim: job_claims.start_stage(s, claim, event.stage))

@@ -41,6 +41,9 @@ for action, *arguments in json.loads(Path(script).read_text()):
             done += 1
     elif action == "emit":
         emit(**arguments[0])
+    elif action == "flood":
+        for _ in range(arguments[0]):
+            emit(type="log", level="info", message="more")
     elif action == "raw":
         os.write(pipe, arguments[0].encode())
     elif action == "link_result":

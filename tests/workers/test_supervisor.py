@@ -14,6 +14,7 @@ from waiting import wait_until
 from app.db import job_claims, job_moves, job_queries
 from app.settings import get_settings
 from app.storage import get_store
+from workers import supervisor
 from workers.scratch import Scratch
 
 ALL = len(STAGES)
@@ -222,6 +223,14 @@ def test_a_link_among_the_results_is_not_followed(fast_bench: Bench) -> None:
     assert fast_bench.supervisor(*script).run(job_id) == "failed"
     assert fast_bench.job(job_id).error["code"] == "result_refused"
     assert all(get_store().path_of(blob.sha256).read_text() != "secret" for blob in get_store().iter_blobs())
+
+
+def test_a_flood_of_events_fails_the_job(fast_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_MAX_EVENTS", 50)
+    job_id = fast_bench.submit()
+    assert fast_bench.supervisor(("flood", 200), ("sleep", 600)).run(job_id) == "failed"
+    assert fast_bench.job(job_id).error["code"] == "protocol"
+    assert len([kind for kind, _ in fast_bench.events(job_id) if kind == "log"]) <= 50
 
 
 def test_a_long_log_is_not_read_whole(fast_bench: Bench) -> None:
