@@ -87,7 +87,7 @@ gpu: $(STAMP) ## The tests that need an NVIDIA GPU
 	$(PYTEST) -m gpu $(ARGS) tests
 
 # Parts of benchmarks, and those that build or install gigabytes of peers and need a model by name: run them by hand.
-NOT_RUN := $(addprefix benchmarks/,figures.py machine.py growth_plot.py synthetic_llama.py llamacpp_toolchain.py \
+NOT_RUN := $(addprefix benchmarks/,figures.py machine.py growth_plot.py prune_plot.py synthetic_llama.py llamacpp_toolchain.py \
 	onnx_peers.py onnx_vs_peers.py gguf_vs_llamacpp.py quantize_vs_peers.py prune_vs_peers.py \
 	prune_criteria.py quantize_gpu.py distill.py)
 
