@@ -98,7 +98,7 @@ def list_formats() -> list[FormatView]:
             name=name,
             summary=about.summary,
             runtimes=list(about.runtimes),
-            techniques=[t.name for t in map(_technique, STEP_CLASSES) if t.produces == name],
+            techniques=[_technique(s).name for s in STEP_CLASSES if name in {s.produces, *s.also_produces}],
         )
         for name, about in FORMATS.items()
     ]

@@ -9,7 +9,7 @@ from pydantic import ConfigDict
 
 from app.spec.documented import Documented
 
-Format = Literal["safetensors", "compressed-tensors", "onnx", "gguf", "torch-dynamic-int8"]
+Format = Literal["safetensors", "compressed-tensors", "onnx", "gguf", "torch-dynamic-int8", "bitsandbytes"]
 
 
 class Frozen(Documented):
@@ -40,3 +40,10 @@ class Step(Frozen):
     """Trains on `training` text."""
     produces: ClassVar[Format] = "safetensors"
     """Only after a step that leaves plain safetensors can another step follow."""
+    also_produces: ClassVar[frozenset[Format]] = frozenset()
+    """What it writes instead where its parameters ask for that."""
+
+    @property
+    def output_format(self) -> Format:
+        """What it writes with these parameters."""
+        return self.produces

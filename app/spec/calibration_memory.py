@@ -23,6 +23,8 @@ _SOLVING_BYTES = 44
 """Per weight that is solved at once: weights, codes, targets, differences and their like in float32, as measured in a sweep."""
 _FOUND_BYTES = 2
 """Per weight of a site: codes in 8 bits, and packed."""
+_WIDE_CODE_BYTES = 3
+"""More per weight of a site where codes are kept in 32 bits."""
 _ACTIVATIONS = 12
 """Tensors of a window's (tokens, widest input) alive in a block's forward."""
 _LATENT_BYTES = 8
@@ -111,6 +113,16 @@ def calibrated_bytes(
         for index, found in inside.items()
     ]
     return max(peaks, default=0) + embeddings + _RUNTIME_BYTES
+
+
+def wide_code_bytes(tensors: Iterable[TensorFact]) -> int:
+    """What is held beside that where codes are no integers and no halves of bytes either: NF4's."""
+    inside: dict[int | None, list[TensorFact]] = defaultdict(list)
+    for tensor in tensors:
+        if is_compressible(tensor.name, tensor.shape):
+            inside[block_index(tensor.name)].append(tensor)
+    sites = (site.weights for found in inside.values() for site in sites_of(found))
+    return _WIDE_CODE_BYTES * max(sites, default=0)
 
 
 def gradient_bytes(tensors: Iterable[TensorFact], facts: ModelFacts, *, tokens: int, window: int) -> int:

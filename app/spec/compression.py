@@ -136,9 +136,9 @@ class CompressionSpec(Frozen):
     @model_validator(mode="after")
     def _steps_fit_together(self) -> CompressionSpec:
         for number, step in enumerate(self.steps[:-1]):
-            if step.produces != "safetensors":
+            if step.output_format != "safetensors":
                 raise ValueError(
-                    f"steps/{number}: {step.technique} writes {step.produces}, which no other step can read: put it last"
+                    f"steps/{number}: {step.technique} writes {step.output_format}, which no other step can read: put it last"
                 )
         first = self.steps[0]
         if isinstance(first, DistillLogits) and isinstance(first.student, StudentFromPreviousStep):
@@ -175,7 +175,7 @@ class CompressionSpec(Frozen):
     @property
     def output_format(self) -> Format:
         """The format the result is written in."""
-        return self.steps[-1].produces
+        return self.steps[-1].output_format
 
     def dataset_ids(self) -> set[str]:
         """Ids of the uploaded datasets this spec will really read."""

@@ -48,4 +48,8 @@ FORMATS: dict[Format, FormatFacts] = {
         "Codes and scales of PyTorch's dynamic int8 in safetensors, read by a loader of forty lines: see docs/techniques.md",
         ("PyTorch on CPUs, with transformers",),
     ),
+    "bitsandbytes": FormatFacts(
+        "NF4 weights as bitsandbytes serializes them, Hugging Face layout",
+        ("transformers with bitsandbytes", "peft (QLoRA)", "vLLM with bitsandbytes"),
+    ),
 }

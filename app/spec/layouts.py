@@ -27,6 +27,7 @@ _TRANSPOSED = (
     "{name} keeps its weights as (in, out), and packed integers are read with scales along the last dimension: columns"
     " cannot share scales here. Use quantize.weights, whose scales run along the outputs then."
 )
+_NF4_TRANSPOSED = "{name} keeps its weights as (in, out), where bitsandbytes cuts its blocks along the inputs: use quantize.weights with int."
 _ASYMMETRIC_EXPERTS = "Neither transformers nor vLLM reads zero points of experts: leave symmetric true for {name}, e.g. with group_size 32."
 _SOME_EXPERTS = (
     "{pattern!r} leaves experts out, and transformers loads experts only if all of a model are quantized. Name other "
@@ -131,6 +132,8 @@ def _limits_of_weights(
         yield "/technique", _PACKED_CONVOLUTIONS.format(name=name)
     if architecture.inputs_first and not isinstance(step, QuantizeWeights):
         yield "/technique", _TRANSPOSED.format(name=name)
+    elif architecture.inputs_first and step.number_format == "nf4":
+        yield "/number_format", _NF4_TRANSPOSED.format(name=name)
     if architecture.unpack_to_load and step.overrides:
         yield "/overrides", _ALIKE.format(name=name)
     if architecture.unpack_to_load and step.activations != "none":

@@ -11,12 +11,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from app.spec.base import Family, Format, Frozen, Step
+from app.spec.nf4 import BLOCK
 
 GlobPatterns = Annotated[tuple[str, ...], Field(max_length=1000)]
 
 
 Bits = Literal[8, 4, 3, 2]
-NumberFormat = Literal["int", "fp8", "mxfp4", "nvfp4"]
+NumberFormat = Literal["int", "fp8", "mxfp4", "nvfp4", "nf4"]
 Activations = Literal["none", "dynamic", "static"]
 ScaleSearch = Literal["mse", "absmax", "hqq"]
 GroupSize = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
@@ -24,7 +25,9 @@ GroupSize = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
 FP8_BLOCK = 128
 """Rows and columns of the blocks that share a scale with `group_size: "block"`."""
 # What follows from the format, and need not be said: bits, and inputs that share a scale.
-_IMPLIED: dict[NumberFormat, tuple[int, int | None]] = {"fp8": (8, None), "mxfp4": (4, 32), "nvfp4": (4, 16)}
+_IMPLIED: dict[NumberFormat, tuple[int, int | None]] = {
+    "fp8": (8, None), "mxfp4": (4, 32), "nvfp4": (4, 16), "nf4": (4, BLOCK),
+}  # fmt: skip
 # The largest that divides is taken; all have kernels in vLLM.
 _AUTO_SIZES = (128, 64, 32)
 
@@ -50,11 +53,13 @@ class QuantizedWeights(Step):
 
     families: ClassVar[frozenset[Family]] = frozenset(Family)
     produces: ClassVar[Format] = "compressed-tensors"
+    also_produces: ClassVar[frozenset[Format]] = frozenset({"bitsandbytes"})
 
     technique: str
     number_format: NumberFormat = "int"
     """`int`: integers. `fp8`: E4M3, for GPUs from Ada and Hopper on. `mxfp4`: E2M1 in groups of 32 with a power of two as
-    scale. `nvfp4`: E2M1 in groups of 16 with an E4M3 scale, for Blackwell GPUs. The last three imply bits and groups."""
+    scale. `nvfp4`: E2M1 in groups of 16 with an E4M3 scale, for Blackwell GPUs. `nf4`: quantiles of a normal distribution in
+    groups of 64 with a float32 scale, written for bitsandbytes, which QLoRA trains on. The last three imply bits and groups."""
     bits: Bits = 4
     """Bits per weight, scales not counted. 8 is nearly lossless; 4 is the usual trade; 3 and 2 cost quality."""
     group_size: GroupSize | Literal["auto", "tensor", "block"] | None = None
@@ -63,6 +68,8 @@ class QuantizedWeights(Step):
     those that are served fused; `block`: one per 128 x 128 weights."""
     symmetric: bool = True
     """True: zero maps to zero and no zero point is stored. False: one zero point per scale, better at few bits."""
+    double_quantized: bool = False
+    """With nf4: scales in 8 bits, 4.13 bits a weight instead of 4.5 (Dettmers et al. 2023, sec. 3)."""
     activations: Activations = "none"
     """How the layers' inputs are rounded when the result is served, to the weights' format (8 bits for `int`). `none`:
     not. `dynamic`: scales found anew for each token. `static`: one scale per layer, from calibration text."""
@@ -78,7 +85,7 @@ class QuantizedWeights(Step):
     @classmethod
     def _fill_in_what_the_format_implies(cls, given: Any) -> Any:
         chosen = given.get("number_format") if isinstance(given, dict) else None
-        if chosen not in ("fp8", "mxfp4", "nvfp4"):
+        if chosen not in _IMPLIED:
             return given
         bits, group_size = _IMPLIED[chosen]
         return {"bits": bits, "group_size": group_size} | given
@@ -88,9 +95,16 @@ class QuantizedWeights(Step):
         problem = (
             _integer_problem(self) if self.number_format == "int" else _float_problem(self)
         ) or self._activation_problem()
+        if self.double_quantized and self.number_format != "nf4":
+            problem = f"double_quantized: {self.number_format} has no scales of scales; leave it out"
         if problem:
             raise ValueError(problem)
         return self
+
+    @property
+    def output_format(self) -> Format:
+        """compressed-tensors knows no NF4."""
+        return "bitsandbytes" if self.number_format == "nf4" else self.produces
 
     def _activation_problem(self) -> str | None:
         """What is wrong with `activations`, if anything."""
@@ -117,7 +131,9 @@ class QuantizedWeights(Step):
                 symmetric = override.symmetric
         if group_size == "auto":
             raise ValueError("group_size auto is resolved by with_group_size_for")
-        return WeightSettings(self.number_format, bits, group_size, symmetric, self.activations)
+        return WeightSettings(
+            self.number_format, bits, group_size, symmetric, self.activations, self.double_quantized
+        )
 
     def with_group_size_for(self, inputs: Iterable[int]) -> Self:
         """The same with `auto` made definite for layers with so many inputs."""
@@ -146,6 +162,8 @@ def _float_problem(step: QuantizedWeights) -> str | None:
         return f"group_size: {step.number_format} takes {known}"
     if not step.symmetric:
         return f"symmetric: {step.number_format} has no zero points"
+    if step.number_format == "nf4" and step.activations != "none":
+        return "activations: bitsandbytes rounds no inputs of NF4 layers; leave it out"
     return "overrides: they change integers only; use ignore" if step.overrides else None
 
 
@@ -159,6 +177,7 @@ class WeightSettings:
     """Input features that share a scale; None: all of an output channel."""
     symmetric: bool
     activations: Activations
+    double_quantized: bool = False
 
     @property
     def divisor(self) -> int:
@@ -176,7 +195,7 @@ class QuantizeWeights(QuantizedWeights):
     """Store the weights of linear layers in few bits with searched scales.
 
     Round to nearest, no calibration data. Streams tensor by tensor: memory does not grow with the model.
-    Written as compressed-tensors, which transformers and vLLM load.
+    Written as compressed-tensors, which transformers and vLLM load; NF4 for bitsandbytes.
     """
 
     technique: Literal["quantize.weights"] = "quantize.weights"
@@ -246,6 +265,8 @@ class QuantizeCalibrated(QuantizedWeights):
     @model_validator(mode="after")
     def _cache_is_scaled_where_transformers_can_round_it(self) -> Self:
         zero_points = not self.symmetric or any(override.symmetric is False for override in self.overrides)
+        if self.kv_cache != "none" and self.number_format == "nf4":
+            raise ValueError("kv_cache: bitsandbytes' files have no scales of the cache; leave it out")
         if self.kv_cache != "none" and zero_points:
             raise ValueError(
                 "kv_cache: transformers unpacks weights with zero points while it loads them, and then rounds no cache; "

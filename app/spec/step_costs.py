@@ -12,7 +12,7 @@ from functools import singledispatch
 from app.spec.architectures import ARCHITECTURES
 from app.spec.attention_heads import reads_heads
 from app.spec.base import Step
-from app.spec.calibration_memory import calibrated_bytes, gradient_bytes
+from app.spec.calibration_memory import calibrated_bytes, gradient_bytes, wide_code_bytes
 from app.spec.distill import DistillLogits, StudentFromDepthCut
 from app.spec.facts import ModelFacts
 from app.spec.feed_forward import is_reader
@@ -115,7 +115,9 @@ def calibration_memory(
     one_site_at_a_time: bool,
 ) -> int:
     """Bytes beyond the interpreter's while a model is calibrated and its layers are solved."""
-    return calibrated_bytes(
+    in_nf4 = isinstance(step, QuantizeCalibrated) and step.number_format == "nf4"
+    codes = wide_code_bytes(before.tensors) if in_nf4 else 0
+    return codes + calibrated_bytes(
         before.tensors,
         facts,
         tokens=tokens_of(step, facts),

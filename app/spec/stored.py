@@ -1,8 +1,9 @@
-"""The tensors that a quantized weight becomes in each of compressed-tensors' formats, computed from shapes alone."""
+"""The tensors that a quantized weight becomes in compressed-tensors' formats and in bitsandbytes', from shapes alone."""
 
 from __future__ import annotations
 
 from app.spec.facts import TensorFact
+from app.spec.nf4 import nf4_tensors
 from app.spec.quantize import FP8_BLOCK, WeightSettings
 
 _PACKED_WORD_BITS = 32
@@ -13,6 +14,8 @@ Shapes = list[tuple[str, str, tuple[int, ...]]]
 
 def stored_tensors(weight: TensorFact, settings: WeightSettings) -> tuple[TensorFact, ...]:
     """What stands for one weight of (rows, columns) in the file."""
+    if settings.number_format == "nf4":
+        return nf4_tensors(weight, double_quantized=settings.double_quantized)
     if settings.number_format in ("mxfp4", "nvfp4"):
         shapes = _halves(weight, settings)
     elif settings.number_format == "fp8" or settings.activations != "none":

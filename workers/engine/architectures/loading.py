@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from app.spec.architectures import ARCHITECTURES
 from app.spec.base import Family
@@ -46,6 +47,23 @@ def load_model(directory: Path, *, dtype: torch.dtype = torch.float32, device: s
         str(directory), dtype=dtype, local_files_only=True, trust_remote_code=False, device_map=None
     )
     return model.to(device).eval()
+
+
+def model_from_tensors(directory: Path, auto: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+    """The model of a directory in float32 with these tensors for those of its files, and what transformers says of them.
+
+    For files that say of themselves that they are quantized in a way that is undone already. `auto`: see `loader_of`.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
+    del config.quantization_config
+    with torch.device("meta"):
+        model_class = type(auto.from_config(config))
+    model, info = model_class.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+    )
+    return model.eval(), info
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from app.spec.quantize_dynamic import CODES, SCALE
+from workers.engine.architectures.loading import model_from_tensors
 from workers.engine.checkpoint.layout import weight_files
 
 FORMAT: Final = "torch-dynamic-int8"
@@ -55,25 +56,18 @@ def load_dynamic_int8(directory: Path, auto: Any) -> tuple[nn.Module, dict[str, 
     `auto` is the transformers class that would load the original, e.g. AutoModelForCausalLM. Raises KeyError for codes that
     the model has no layer for.
     """
-    import transformers
     from safetensors.torch import load_file
 
-    config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
-    del config.quantization_config
     tensors = {name: t for file in weight_files(directory) for name, t in load_file(file).items()}
     layers = _take_layers(tensors)
-    with torch.device("meta"):
-        model_class = type(auto.from_config(config))
-    model, info = model_class.from_pretrained(
-        None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
-    )
+    model, info = model_from_tensors(directory, auto, tensors)
     # Files of a bare model and of one with a head name the same layer with and without this.
     prefix = f"{model.base_model_prefix}."
     places = {name.removeprefix(prefix): name for name, _ in model.named_modules()}
     for module, (codes, scale) in layers.items():
         name = places[module.removeprefix(prefix)]
         model.set_submodule(name, _dynamic_linear(codes, scale, model.get_submodule(name).bias))
-    return model.eval(), info
+    return model, info
 
 
 def _take_layers(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, float]]:

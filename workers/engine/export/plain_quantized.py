@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from app.spec.facts import TensorFact
-from app.spec.quantize import FP8_BLOCK, Activations
+from app.spec.quantize import FP8_BLOCK, Activations, ScaleSearch
 from workers.engine.checkpoint.layout import TORCH_DTYPES
 from workers.engine.export.stored_layer import Parts, StoredLayer, one_number
 from workers.engine.quantize.float_grids import E4M3_MAX, Fp8Grid
 from workers.engine.quantize.grid import Grid, WeightGrid
-from workers.engine.quantize.layer_fit import LayerFit
+from workers.engine.quantize.layer_fit import LayerFit, fit_blocks
 
 _INT8_MAX = 127.0
 
@@ -79,6 +79,21 @@ class PlainLayer(StoredLayer):
             return Grid(8, symmetric=True)
         # Floating point rounds small numbers as finely as large ones: nothing is won by clipping the largest.
         return Fp8Grid(peak / E4M3_MAX if self.strategy == "tensor" else None)
+
+    def nearest(
+        self,
+        weight: Tensor,
+        grid: WeightGrid,
+        *,
+        importance: Tensor | None = None,
+        search: ScaleSearch = "mse",
+        threads: int = 1,
+    ) -> LayerFit:
+        """See StoredLayer."""
+        if self.strategy != "block":
+            return super().nearest(weight, grid, importance=importance, search=search, threads=threads)
+        dtype, searched = TORCH_DTYPES[self.dtype], search != "absmax"
+        return fit_blocks(weight, grid, size=FP8_BLOCK, dtype=dtype, importance=importance, search=searched)
 
     def parts(self, fit: LayerFit, start: int) -> Parts:
         """What some rows, from `start` on, become."""

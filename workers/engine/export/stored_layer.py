@@ -1,6 +1,7 @@
-"""What a quantized weight becomes in a compressed-tensors checkpoint: its tensors, and its entry in config.json.
+"""What a quantized weight becomes in a checkpoint: its tensors, and its entry in config.json.
 
-One class for each of the formats; tensors and keys are as compressed-tensors 0.20 reads them, and vLLM.
+One class for each of the formats; tensors and keys are as compressed-tensors 0.20 reads them, and vLLM. NF4 alone is
+bitsandbytes': see `nf4_packed`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from app.spec.architectures import block_index
 from app.spec.facts import TensorFact
+from app.spec.quantize import ScaleSearch
 from workers.engine.checkpoint.layout import TORCH_DTYPES
 from workers.engine.quantize.grid import WeightGrid
-from workers.engine.quantize.layer_fit import LayerFit
+from workers.engine.quantize.layer_fit import LayerFit, fit_layer
 
 Parts = dict[str, tuple[int, Tensor]]
 """By a tensor's name: the first of the rows given, and the rows."""
@@ -41,7 +43,7 @@ class StoredLayer(ABC):
 
     @property
     def block_rows(self) -> int:
-        """Rows that share a scale."""
+        """Rows whose scales depend on each other."""
         return 1
 
     @property
@@ -63,6 +65,29 @@ class StoredLayer(ABC):
     def grid(self, peak: float) -> WeightGrid:
         """What its codes may be; `peak` is the largest magnitude of all weights that are served as one with it."""
 
+    def nearest(
+        self,
+        weight: Tensor,
+        grid: WeightGrid,
+        *,
+        importance: Tensor | None = None,
+        search: ScaleSearch = "mse",
+        threads: int = 1,
+    ) -> LayerFit:
+        """Scales searched and the nearest codes of rows (n, columns), float32, from a multiple of `block_rows` on.
+
+        `importance` (columns,) weighs the errors.
+        """
+        return fit_layer(
+            weight,
+            grid,
+            group_size=self.group_size,
+            dtype=TORCH_DTYPES[self.dtype],
+            importance=importance,
+            search=search,
+            threads=threads,
+        )
+
     @abstractmethod
     def facts(self) -> list[TensorFact]:
         """All its tensors."""
@@ -73,7 +98,7 @@ class StoredLayer(ABC):
 
     @abstractmethod
     def scheme(self) -> dict[str, Any]:
-        """Its entry in `config_groups`, without the targets."""
+        """Its entry in `config_groups`, without the targets, or what is like it."""
 
     def input_parts(self, peak: float | None) -> dict[str, Tensor]:  # noqa: ARG002 - for those that round inputs
         """Tensors that say how inputs are rounded, whose largest magnitude was `peak` on calibration text."""
@@ -136,7 +161,7 @@ _KV_CACHE_SCHEME = {
     "strategy": "tensor",
     "dynamic": False,
 }
-_IN_NO_BLOCK = r"(?!.*\b(?:layers?|h)\.\d+\.)"
+OUTSIDE_BLOCKS = r"(?!.*\b(?:layers?|h)\.\d+\.)"
 _FP4_FORMATS = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
 
 
@@ -144,8 +169,8 @@ def _outside_blocks(layers: Sequence[StoredLayer]) -> list[str]:
     """What to ignore of all that is in no block."""
     outside = [layer.module for layer in layers if block_index(f"{layer.module}.weight") is None]
     if not outside:
-        return ["lm_head", rf"re:^{_IN_NO_BLOCK}.*"]
-    return [rf"re:^(?!(?:{'|'.join(map(re.escape, outside))})$){_IN_NO_BLOCK}.*"]
+        return ["lm_head", rf"re:^{OUTSIDE_BLOCKS}.*"]
+    return [rf"re:^(?!(?:{'|'.join(map(re.escape, outside))})$){OUTSIDE_BLOCKS}.*"]
 
 
 def _groups(layers: Sequence[StoredLayer], target: Callable[[str], str]) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def _no_speedup(facts: Facts) -> Iterator[Flag]:
     else:
         told = f"On this worker it takes {ratio:.2f} times as long as the original ({before.what}"
     detail = f"{told}; 95 % interval {low:.2f} to {high:.2f})."
-    if facts.evaluated.verification.result.format == "compressed-tensors":
+    if facts.evaluated.verification.result.format in ("compressed-tensors", "bitsandbytes"):
         detail += " Here the weights are unpacked to float32; a runtime with kernels for them, such as vLLM, may be faster."
     if facts.evaluated.verification.result.format == "gguf":
         detail += (

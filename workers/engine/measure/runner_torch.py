@@ -1,4 +1,4 @@
-"""A model directory run by transformers: plain safetensors, compressed-tensors, GGUF, and PyTorch's dynamic int8."""
+"""A model directory run by transformers: plain safetensors, compressed-tensors, GGUF, NF4, and PyTorch's dynamic int8."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from torch import Tensor
 from app.spec.base import Family, Format
 from app.spec.gguf_layout import GGUF_FILE
 from workers.engine.architectures.loading import family_of, loader_of
-from workers.engine.export.dynamic_int8 import FORMAT, is_declared, load_dynamic_int8
+from workers.engine.export import dynamic_int8, nf4_reader
+from workers.engine.export.dynamic_int8 import load_dynamic_int8
 from workers.engine.export.gguf.reader import read_configuration
 from workers.engine.images.pixels import pixel_values, preprocessing_of
 from workers.engine.measure.results import Loading, RunnerFacts
 
 
 class TorchRunner:
-    """One model in float32, loaded by `from_pretrained` and nothing of ours; but for dynamic int8, which transformers cannot load."""
+    """One model in float32, loaded by `from_pretrained` and nothing of ours; but for what transformers cannot load by itself.
+
+    That is dynamic int8, and NF4 without bitsandbytes.
+    """
 
     def __init__(self, directory: Path, *, device: str, threads: int) -> None:
         """Load the model. What the loader made up or dropped is in `facts.loading`."""
@@ -34,7 +38,7 @@ class TorchRunner:
         declared = None if is_gguf else _declared(directory)
         kind = _format(declared, is_gguf=is_gguf)
         # PyTorch has these kernels for CPUs alone.
-        self._device = device = "cpu" if kind == FORMAT else device
+        self._device = device = "cpu" if kind == dynamic_int8.FORMAT else device
         self._model, loading = _load_gguf(directory) if is_gguf else _load(directory, declared)
         self._model.to(device).eval()
         self._cache: Any = None
@@ -116,8 +120,10 @@ def _declared(directory: Path) -> dict[str, Any] | None:
 def _format(declared: dict[str, Any] | None, *, is_gguf: bool) -> Format:
     if is_gguf:
         return "gguf"
-    if is_declared(declared):
-        return FORMAT
+    if dynamic_int8.is_declared(declared):
+        return dynamic_int8.FORMAT
+    if nf4_reader.is_declared(declared):
+        return nf4_reader.FORMAT
     return "safetensors" if declared is None else "compressed-tensors"
 
 
@@ -131,8 +137,9 @@ def _load(directory: Path, declared: dict[str, Any] | None) -> tuple[Any, Loadin
 
     if declared is None:
         return _from_pretrained(directory)
-    if is_declared(declared):
-        model, info = load_dynamic_int8(directory, loader_of(directory))
+    if dynamic_int8.is_declared(declared) or nf4_reader.is_declared(declared):
+        load = load_dynamic_int8 if dynamic_int8.is_declared(declared) else nf4_reader.load_nf4
+        model, info = load(directory, loader_of(directory))
         return model, _loading(info)
     # Left compressed, every layer would be unpacked by its first call anyway: do it where it is not timed.
     # transformers 5.23 does that while loading for one scheme alone, and then rounds neither inputs nor the cache.
@@ -191,10 +198,12 @@ def _runtime(device: str, threads: int, kind: Format, declared: dict[str, Any] |
 
     where = f"{threads} threads" if device == "cpu" else torch.cuda.get_device_name(device)
     name = f"transformers {transformers.__version__}, torch {torch.__version__}, float32, {where}"
-    if kind == FORMAT:
+    if kind == dynamic_int8.FORMAT:
         return f"{name}, linear layers in dynamic int8 ({torch.backends.quantized.engine})"
     if kind == "safetensors":
         return name
+    if kind == nf4_reader.FORMAT:
+        return f"{name}, NF4 unpacked while loading without bitsandbytes"
     rounded = {"inputs": _rounds_inputs, "keys and values": _rounds_cache}
     found = [what for what, is_rounded in rounded.items() if declared and is_rounded(declared)]
     simulated = f", the rounding of {' and of '.join(found)} simulated" if found else ""

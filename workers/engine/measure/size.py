@@ -26,13 +26,15 @@ _PACKED = "weight_packed"
 _AUXILIARY = (
     "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale",
     "input_scale", "input_global_scale",
+    ".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map", ".bitsandbytes__nf4",
 )  # fmt: skip
+_NF4_ZERO = 7
 _SLAB_BYTES = 32 * 2**20
 # The first that matches: attention.output.dense is attention's, output.dense alone the feed-forward's.
 _COMPONENTS = tuple(
     (part, re.compile(words))
     for part, words in (
-        ("scales", r"_scale$|_zero_point$|_shape$|_g_idx$|_scales$"),
+        ("scales", r"_scale$|_zero_point$|_shape$|_g_idx$|_scales$|absmax$|quant_map$|__nf4$"),
         ("norms", r"norm|LayerNorm|layer_norm"),
         ("embeddings", r"embed|wte|wpe|token_embd"),
         ("output head", r"lm_head|classifier|pooler|cls\.|^output\.weight"),
@@ -115,13 +117,19 @@ def _count_parameters(checkpoint: Checkpoint) -> tuple[int, int]:
         if name.endswith(_AUXILIARY):
             continue
         elements = entry.fact.elements
-        if name.endswith(_PACKED):
+        if _is_nf4(checkpoint, name):
+            elements *= 2
+        elif name.endswith(_PACKED):
             rows, columns = _logical_shape(checkpoint, name)
             elements = rows * columns
         parameters += elements
         if name.endswith(_PACKED) or entry.dtype.itemsize == 1:
             low_bit += elements
     return parameters, low_bit
+
+
+def _is_nf4(checkpoint: Checkpoint, name: str) -> bool:
+    return f"{name}.quant_map" in checkpoint.tensors
 
 
 def _logical_shape(checkpoint: Checkpoint, packed: str) -> tuple[int, int]:
@@ -139,7 +147,9 @@ def _count_zeros(checkpoint: Checkpoint) -> Iterator[int]:
             continue
         for slab in row_slabs(entry, _SLAB_BYTES):
             rows = checkpoint.read_rows(name, slab.start, slab.stop)
-            if name.endswith(_PACKED):
+            if _is_nf4(checkpoint, name):
+                yield sum(int(torch.count_nonzero(half == _NF4_ZERO)) for half in (rows & 15, rows >> 4))
+            elif name.endswith(_PACKED):
                 yield _packed_zeros(checkpoint, slab, rows)
             else:
                 values = (

@@ -30,7 +30,6 @@ from workers.engine.quantize.channel_factors import (
     expected_loss,
     smoothing_factor,
 )
-from workers.engine.quantize.layer_solver import nearest_fit
 
 # Of what the block adds to its input. Folding costs roundings of 16-bit weights, far less than this; a module that
 # feeds more than it is known to feed costs far more.
@@ -169,7 +168,7 @@ def _restorable(
 
         def restore(weight: Tensor, moment: Tensor, layer: StoredLayer = layer) -> Tensor:
             grid = layer.grid(float(weight.abs().max()))
-            return nearest_fit(weight, layer, grid, moment.diagonal(), threads=threads).restored()
+            return layer.nearest(weight, grid, importance=moment.diagonal(), threads=threads).restored()
 
         yield block.module.get_parameter(f"{name}.weight").float(), restore
 

@@ -1,14 +1,16 @@
-"""Grids of floating-point numbers for weights: E4M3 (8 bits), and E2M1 (4 bits) in the groups of MXFP4 and NVFP4.
+"""Grids of numbers that are not evenly spaced: E4M3 (8 bits), E2M1 (4 bits) in the groups of MXFP4 and NVFP4, and NF4.
 
 A code is the number itself, w ≈ s·q. Numbers half-way between two go to the one with an even mantissa, as hardware
 rounds. MXFP4's scale is a power of two (E8M0); NVFP4's is an E4M3 number over a float32 that the whole weight shares.
 Sources: OCP 8-bit Floating Point Specification 1.0, sec. 5; OCP Microscaling Formats 1.0, sec. 5.3 and 6.3; NVIDIA,
-"Pretraining Large Language Models with NVFP4" (2025), sec. 2.
+"Pretraining Large Language Models with NVFP4" (2025), sec. 2; Dettmers et al. 2023, "QLoRA: Efficient Finetuning of
+Quantized LLMs", sec. 3.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,8 +26,17 @@ _EXPONENTS = (-126, 127)
 # The spacing of numbers doubles at powers of two: one octave of scales shows all there is to gain. Within 1 % of the
 # error of 300 candidates on Gaussian rows of 576; the largest weight at 448 has 8 % more.
 _E4M3_SCHEDULE = Schedule(evenly(1.0, 2.1, 16), (), (-0.036, -0.018, 0.018, 0.036), refits=1)
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""Quantiles of a normal distribution over the largest, eight above zero and seven below, as bitsandbytes has them."""
 _POWERS_OF_TWO = Schedule((0.5, 1.0, 2.0), (), (), refits=0)
 # Up to 1.5, where the largest weight becomes 4 instead of 6: there is no number between the two.
+# Within 0.3 % of the error of 300 candidates on Gaussian groups and on three layers of SmolLM2, and 15 % below absmax's.
+_NF4_SCHEDULE = Schedule(evenly(0.7, 1.4, 15), (), (-0.025, 0.025), refits=1)
 _E2M1_SCHEDULE = Schedule(evenly(0.7, 1.6, 13), (), (-0.04, -0.02, 0.02, 0.04), refits=1)
 
 
@@ -116,6 +127,44 @@ class Nvfp4Grid(_FloatGrid):
         """What is stored of a scale: E4M3, of its shape."""
         local = (scale.abs() * self.global_scale).clamp_(_E4M3_SMALLEST, E4M3_MAX)
         return local.to(torch.float8_e4m3fn)
+
+
+@dataclass(frozen=True)
+class Nf4Grid(_FloatGrid):
+    """NF4: 16 numbers from −1 to 1, under a float32 scale."""
+
+    largest = 1.0
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The smallest that holds all codes."""
+        return torch.float32
+
+    @property
+    def schedule(self) -> Schedule:
+        """The candidates worth trying."""
+        return _NF4_SCHEDULE
+
+    def nearest_(self, exact: Tensor) -> Tensor:
+        """Round w/s to the nearest of the numbers, in place."""
+        levels, _ = _nf4_levels(exact.device)
+        return exact.copy_(levels[self.places(exact)])
+
+    def places(self, exact: Tensor) -> Tensor:
+        """The places of the nearest numbers in ascending order: of any shape, int32."""
+        _, bounds = _nf4_levels(exact.device)
+        return torch.bucketize(exact, bounds, out_int32=True)
+
+    def stored(self, scale: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG002 - the same in any checkpoint
+        """The magnitude as it is; never zero."""
+        return divisor(scale.abs())
+
+
+@cache
+def _nf4_levels(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The numbers (16,) and what lies half-way between them (15,)."""
+    levels = torch.tensor(NF4_LEVELS, device=device)
+    return levels, (levels[1:] + levels[:-1]) / 2
 
 
 def global_scale(peak: float) -> float:

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from app.spec.quantize import QuantizeCalibrated
-from workers.engine.checkpoint.layout import TORCH_DTYPES
 from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.freed_memory import release_freed_memory
 from workers.engine.quantize.compensation import Factor, compensated, damped, factored_in_place
 from workers.engine.quantize.grid import WeightGrid
 from workers.engine.quantize.held_zeros import is_pruned
-from workers.engine.quantize.layer_fit import LayerFit, fit_blocks, fit_layer, joined
+from workers.engine.quantize.layer_fit import LayerFit, joined
 from workers.engine.quantize.refinement import descended, refined
 from workers.engine.quantize.weights_at_once import weights_at_once
 
@@ -79,7 +78,7 @@ class LayerSolver:
         self, batch: _Batch, weights: dict[str, Tensor], importance: Tensor, factor: Factor | None
     ) -> LayerFit:
         weight = batch.weight(weights)
-        fit = nearest_fit(weight, batch.layer, batch.grid, importance, threads=self.threads)
+        fit = batch.layer.nearest(weight, batch.grid, importance=importance, threads=self.threads)
         if factor is not None:
             fit = compensated(weight, factor, replace(fit, held=batch.held(weights)), threads=self.threads)
         return _settled(fit)
@@ -95,7 +94,7 @@ class LayerSolver:
         weight = batch.weight(weights)
         fit = replace(fit, codes=fit.codes.float(), held=batch.held(weights))
         if batch.layer.block_rows > 1:
-            # Rows that share scales cannot each have them refitted.
+            # Scales that rows share cannot be refitted for each.
             for _ in range(rounds):
                 fit = descended(weight, fit, second_moment, order, threads=self.threads)
             return _settled(fit)
@@ -120,17 +119,6 @@ def _by_layer(
             found[name].append(fit.of_rows(slice(start, stop)))
             start = stop
     return {name: joined(parts) for name, parts in found.items()}
-
-
-def nearest_fit(
-    weight: Tensor, layer: StoredLayer, grid: WeightGrid, importance: Tensor, *, threads: int
-) -> LayerFit:
-    """Scales searched with the importance of each input (columns,), and the nearest codes; few rows or all."""
-    dtype = TORCH_DTYPES[layer.dtype]
-    if layer.block_rows > 1:
-        return fit_blocks(weight, grid, size=layer.block_rows, dtype=dtype, importance=importance)
-    size = layer.group_size
-    return fit_layer(weight, grid, group_size=size, dtype=dtype, importance=importance, threads=threads)
 
 
 def _batches(

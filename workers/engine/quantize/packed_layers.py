@@ -1,4 +1,4 @@
-"""What all techniques that write compressed-tensors share: which layer becomes what, the config, and what they report."""
+"""What all techniques share that write compressed-tensors or NF4: which layer becomes what, the config, and what they report."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from workers.engine.checkpoint import DTYPE_NAMES, Checkpoint
 from workers.engine.checkpoint.layout import TensorEntry
 from workers.engine.checkpoint.selection import Selection, module_name
 from workers.engine.export.fp4_packed import Fp4Layer
+from workers.engine.export.nf4_packed import Nf4Layer, declaration
 from workers.engine.export.pack_quantized import PackedLayer
 from workers.engine.export.plain_quantized import PlainLayer
 from workers.engine.export.stored_layer import StoredLayer, quantization_config
@@ -74,6 +75,8 @@ def planned_layer(entry: TensorEntry, settings: WeightSettings) -> StoredLayer:
     if settings.number_format in ("mxfp4", "nvfp4"):
         divisor = settings.divisor
         return Fp4Layer(module, rows, columns, dtype, bits, divisor, settings.number_format, activations)
+    if settings.number_format == "nf4":
+        return Nf4Layer(module, rows, columns, dtype, bits, settings.divisor, settings.double_quantized)
     if settings.number_format == "fp8":
         strategy = size if isinstance(size, str) else "channel"
         group = settings.divisor if strategy == "block" else None
@@ -91,10 +94,13 @@ def config_with_quantization(
     *,
     scales_cache: bool = False,
 ) -> dict[str, Any]:
-    """The model's config.json with the entry that loaders of compressed-tensors go by."""
+    """The model's config.json with the entry that loaders of compressed-tensors or bitsandbytes go by."""
     architecture = architecture_in(checkpoint.config)
     by_pattern = architecture.family is Family.ENCODER
     left = [_in_memory(module_name(layer.name), architecture) for layer in selection.untouched]
+    in_nf4 = {name: layer for name, layer in layers.items() if isinstance(layer, Nf4Layer)}
+    if in_nf4:
+        return checkpoint.config | {"quantization_config": declaration(in_nf4, left)}
     declared = quantization_config(
         list(layers.values()),
         left,

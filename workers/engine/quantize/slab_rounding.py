@@ -12,7 +12,6 @@ from workers.engine.checkpoint import CheckpointWriter, Slab
 from workers.engine.checkpoint.selection import non_finite
 from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.quantize.grid import WeightGrid
-from workers.engine.quantize.layer_fit import fit_blocks, fit_layer
 from workers.engine.quantize.packed_layers import WeightError
 
 
@@ -30,12 +29,7 @@ def round_slab(
     """
     weight = rows.float()
     norm = _finite_norm(weight, slab.entry.name)
-    if layer.block_rows > 1:
-        search = scale_search != "absmax"
-        fit = fit_blocks(weight, grid, size=layer.block_rows, dtype=rows.dtype, search=search)
-    else:
-        size = layer.group_size
-        fit = fit_layer(weight, grid, group_size=size, dtype=rows.dtype, search=scale_search)
+    fit = layer.nearest(weight, grid, search=scale_search)
     for name, (start, content) in layer.parts(fit, slab.start).items():
         writer.write_rows(name, start, content)
     if slab.start == 0:
