@@ -33,7 +33,7 @@ RUN groupadd --gid 10001 modelpress \
     && install -d -o modelpress -g modelpress /var/lib/modelpress
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    MODELPRESS_DATA_DIR=/var/lib/modelpress MODELPRESS_HOST=0.0.0.0
+    MODELPRESS_DATA_DIR=/var/lib/modelpress MODELPRESS_HOST=0.0.0.0 MODELPRESS_ANONYMOUS=false
 WORKDIR /var/lib/modelpress
 VOLUME /var/lib/modelpress
 USER 10001:10001

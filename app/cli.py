@@ -1,4 +1,4 @@
-"""The command line: `modelpress serve | worker | sweeper | migrate | verify-store | submit | status | download | demo |
+"""The command line: `modelpress serve | worker | sweeper | migrate | verify-store | keys | submit | status | download | demo |
 healthy`."""
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from app import key_commands
 from app.client import TERMINAL, Client, ClientError, Json
 from app.errors import ModelpressError
 from app.settings import get_settings
@@ -27,9 +28,14 @@ cli = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+cli.add_typer(key_commands.cli, name="keys")
 
 Url = Annotated[
     str, typer.Option("--url", envvar="MODELPRESS_URL", help="Where the service is.", show_default=True)
+]
+Key = Annotated[
+    str,
+    typer.Option("--key", envvar="MODELPRESS_API_KEY", help="API key; a service on this machine needs none."),
 ]
 _LOCAL = "http://127.0.0.1:8000"
 
@@ -143,12 +149,13 @@ def submit(
     spec: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A spec as JSON.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where to put the result; implies --wait.")] = None,
     url: Url = _LOCAL,
+    key: Key = "",
     *,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job until it ends.")] = False,
 ) -> None:
     """Upload a model and start a job on it. A command that was broken off goes on where it was."""
     wish = _wish(recipe, spec)
-    with Client(url) as client:
+    with Client(url, key=key) as client:
         uploaded = upload_model(client, model)
         job = client.post("/v1/jobs", {"model": uploaded["id"], "name": model.name, **wish})
         console.print(f"model {uploaded['id']}, job {job['id']}", highlight=False)
@@ -157,9 +164,11 @@ def submit(
 
 
 @cli.command()
-def status(job: Annotated[str, typer.Argument(help="Id of the job.")], url: Url = _LOCAL) -> None:
+def status(
+    job: Annotated[str, typer.Argument(help="Id of the job.")], url: Url = _LOCAL, key: Key = ""
+) -> None:
     """Show a job, and what it gained and lost once it has ended."""
-    with Client(url) as client:
+    with Client(url, key=key) as client:
         found = client.get(f"/v1/jobs/{job}")
         eta = "" if found["eta_seconds"] is None else f", {found['eta_seconds']:.0f} s left"
         line = f"{found['id']}  {found['status']}  {100 * found['progress']:.0f} %{eta}"
@@ -173,9 +182,10 @@ def download(
     job: Annotated[str, typer.Argument(help="Id of the job.")],
     directory: Annotated[Path, typer.Argument(file_okay=False, help="Where to put the result's files.")],
     url: Url = _LOCAL,
+    key: Key = "",
 ) -> None:
     """Download a job's result, each file checked against its sha256."""
-    with Client(url) as client:
+    with Client(url, key=key) as client:
         client.get(f"/v1/jobs/{job}/result")  # says why there is none, if there is none
         for path in save_result(client, client.get(f"/v1/jobs/{job}"), directory, label="download"):
             console.print(str(path), highlight=False)

@@ -78,8 +78,9 @@ class JobEvent:
 class Client:
     """Calls on one service. A context manager."""
 
-    def __init__(self, url: str, *, transport: httpx.BaseTransport | None = None) -> None:
-        self._http = httpx.Client(base_url=url, timeout=_SECONDS, transport=transport)
+    def __init__(self, url: str, *, key: str = "", transport: httpx.BaseTransport | None = None) -> None:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=_SECONDS, transport=transport)
         self.url = url.rstrip("/")
         self._reached = False
 

@@ -4,6 +4,8 @@ ModelpressError
 ├── InvalidRequest            422  the request, or a spec, asks for what cannot be
 │   └── UnsupportedForModel   422  a valid spec that does not fit this model
 ├── IntakeError               422  an uploaded file was refused; nothing of it was kept
+├── Unauthenticated           401  no key, or one that is not valid any more
+├── Forbidden                 403  the key is good and does not allow this
 ├── NotFound                  404
 ├── Conflict                  409  the resource is not in a state that allows this
 ├── PayloadTooLarge           413
@@ -68,6 +70,22 @@ class IntakeError(ModelpressError):
     status = 422
     default_code = "file_refused"
     title = "File refused"
+
+
+class Unauthenticated(ModelpressError):
+    """Nobody knows who is asking: no key came with the call, or one that is unknown, expired or revoked."""
+
+    status = 401
+    default_code = "unauthenticated"
+    title = "Not authenticated"
+
+
+class Forbidden(ModelpressError):
+    """It is known who is asking, and they may not do this."""
+
+    status = 403
+    default_code = "forbidden"
+    title = "Not allowed"
 
 
 class NotFound(ModelpressError):

@@ -7,11 +7,19 @@ import time
 from typing import Literal
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
-Kind = Literal["upl", "mdl", "dst", "job", "art"]
+Kind = Literal["upl", "mdl", "dst", "job", "art", "key"]
 
 
 def new_id(kind: Kind) -> str:
     """A fresh id such as `job_01jd3…`."""
     number = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
-    digits = (_ALPHABET[(number >> shift) & 31] for shift in range(125, -1, -5))
-    return f"{kind}_{''.join(digits)}"
+    return f"{kind}_{_base32(number, 26)}"
+
+
+def new_secret() -> str:
+    """256 random bits as 52 letters and digits."""
+    return _base32(secrets.randbits(256), 52)
+
+
+def _base32(number: int, digits: int) -> str:
+    return "".join(_ALPHABET[(number >> 5 * place) & 31] for place in reversed(range(digits)))

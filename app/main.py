@@ -19,11 +19,13 @@ from app.api import (
     docs,
     health,
     jobs,
+    keys,
     metrics,
     models,
     plans,
     uploads,
 )
+from app.api.authentication import Authentication
 from app.api.middleware import BodyLimit, RequestContext
 from app.api.problems import add_problem_handlers, problem_responses
 from app.logging import configure_logging
@@ -36,6 +38,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     configure_logging(settings)
     app = FastAPI(title="Modelpress", docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, settings=settings)
+    app.add_middleware(Authentication, settings=settings)
     app.add_middleware(RequestContext)
     add_problem_handlers(app)
     app.include_router(_v1())
@@ -46,7 +49,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 def _v1() -> APIRouter:
     router = APIRouter(prefix="/v1", responses=problem_responses(422, 503))
-    for module in (uploads, models, datasets, compress, jobs, artifacts, catalogue, plans, health):
+    for module in (uploads, models, datasets, compress, jobs, artifacts, catalogue, plans, keys, health):
         router.include_router(module.router)
     return router
 

@@ -17,9 +17,10 @@ from app.db.worker_queries import list_fresh
 from app.embedded import embedded_services, worker_command
 from app.errors import InvalidRequest, Unavailable
 from app.logging import configure_logging
+from app.services.keys import server_secret
 from app.services.store_check import Fault, find_faults
 from app.services.sweeping import sweep_forever
-from app.settings import Settings, get_settings
+from app.settings import Settings, get_settings, is_loopback
 from app.storage import get_store
 
 # Downloads and event streams still open when the service is told to stop are cut after this.
@@ -28,6 +29,7 @@ _GRACEFUL_SECONDS = 5
 
 def serve(host: str, port: int, *, api_only: bool, announce: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM, then stop everything in order. `announce` is given the URL once it answers."""
+    _refuse_strangers(host, get_settings())
     with _listen(host, port) as listener, _sigterm_unwinds(), contextlib.ExitStack() as stack:
         if api_only:
             _require_broker(get_settings())
@@ -116,6 +118,20 @@ def _sigterm_unwinds() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _refuse_strangers(host: str, settings: Settings) -> None:
+    """Raise InvalidRequest unless whoever can reach the service needs a key, or can only be on this machine."""
+    if is_loopback(host):
+        return
+    if settings.anonymous:
+        raise InvalidRequest(
+            f"On {host} everybody who reaches this machine could use the service without a key.",
+            code="anonymous_in_public",
+            hint="Set MODELPRESS_ANONYMOUS=false and MODELPRESS_SECRET_KEY (openssl rand -hex 32), then make the "
+            "first key: modelpress keys create first --role administrator. Or listen on 127.0.0.1.",
+        )
+    server_secret(settings.model_copy(update={"host": host}))
 
 
 def _require_broker(settings: Settings) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 2**20
@@ -47,6 +48,11 @@ class Settings(BaseSettings):
     port: int = 8000
     public_url: str = ""
     """Base of the URLs in answers, e.g. https://modelpress.example.org. Empty: relative URLs."""
+
+    anonymous: bool = True
+    """Whether calls without a key are answered, as an administrator's. Only where nobody but this machine can call."""
+    secret_key: SecretStr = SecretStr("")
+    """Digests of API keys are made with it: 32 characters or more. Empty: a file inside `data_dir`, on loopback alone."""
 
     max_upload_bytes: int = 200 * GIB
     max_raw_body_bytes: int = 512 * MIB
@@ -90,6 +96,13 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "console"] = "json"
 
+    @field_validator("secret_key")
+    @classmethod
+    def _long_enough(cls, key: SecretStr) -> SecretStr:
+        if 0 < len(key) < 32:
+            raise ValueError("needs 32 characters or more; make one with: openssl rand -hex 32")
+        return key
+
     def resolved_database_url(self) -> str:
         """The database URL, with psycopg 3 as PostgreSQL's driver."""
         if not self.database_url:
@@ -107,6 +120,14 @@ class Settings(BaseSettings):
     def scratch_dir(self) -> Path:
         """Where jobs work; one directory each, removed when the job has ended."""
         return self.data_dir.absolute() / "scratch"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens on `host`, or calls from there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @lru_cache(maxsize=1)

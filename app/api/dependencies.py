@@ -11,6 +11,7 @@ from typing import Annotated, Generic, TypeVar
 from fastapi import Depends, Query, Request
 from sqlalchemy.orm import Session
 
+from app.access import Principal
 from app.db.engine import get_database
 from app.settings import Settings, get_settings
 from app.spec.documented import Documented
@@ -19,6 +20,12 @@ from app.spec.documented import Documented
 # always get a thread to finish, however many others wait for it.
 _MAX_READERS = 14
 _MAX_WRITERS = 12
+
+
+async def caller(request: Request) -> Principal:
+    """Whoever makes the call, as `app.api.authentication` has found out."""
+    principal: Principal = request.state.principal
+    return principal
 
 
 def read_session() -> Iterator[Session]:
@@ -36,6 +43,7 @@ def write_session(request: Request) -> Iterator[Session]:
 
 ReadSession = Annotated[Session, Depends(read_session, scope="function", max_concurrency=_MAX_READERS)]
 WriteSession = Annotated[Session, Depends(write_session, scope="function", max_concurrency=_MAX_WRITERS)]
+Caller = Annotated[Principal, Depends(caller)]
 CurrentSettings = Annotated[Settings, Depends(get_settings)]
 
 Limit = Annotated[int, Query(ge=1, le=200, description="How many to return at most.")]

@@ -11,7 +11,9 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 
-from app.api.problems import Problem
+from app.access import Role
+from app.api.authentication import is_open, required_role
+from app.api.problems import Problem, problem_responses
 
 router = APIRouter(include_in_schema=False)
 
@@ -28,8 +30,16 @@ _PATH_EXAMPLES = {
     "dataset_id": f"dst_{_EXAMPLE_ID}",
     "artifact_id": f"art_{_EXAMPLE_ID}",
     "upload_id": f"upl_{_EXAMPLE_ID}",
+    "key_id": f"key_{_EXAMPLE_ID}",
     "number": 1,
     "path": "config.json",
+}
+
+_KEY_SCHEME = {
+    "type": "http",
+    "scheme": "bearer",
+    "bearerFormat": "mp_<id>_<secret>",
+    "description": "An API key, as `modelpress keys create` or `POST /v1/keys` showed it.",
 }
 
 DESCRIPTION = """
@@ -58,6 +68,8 @@ contain, and `POST /v1/plans` tells what a job would take before you start it.
 * Ids carry their kind (`job_…`, `mdl_…`) and sort by time. Lists come newest first, in pages: `limit`, `after`.
 * Every error is `application/problem+json` (RFC 9457) with a stable `code`, a `detail` that says what happened, a
   `hint` that says what to do, and for a spec the JSON pointer of each fault.
+* Calls carry a key: `Authorization: Bearer mp_…` (**Authorize** puts it in on this page). A service on your own machine
+  answers without one, unless it was told not to.
 * POST takes `Idempotency-Key`: send the call again with the same key, and nothing is done twice.
 
 On `/docs` the ids in the examples are those of your newest model, dataset and job, once there are some, and of the last
@@ -73,6 +85,7 @@ TAGS = [
     {"name": "artifacts", "description": "The files jobs leave, with ranges, validators and digests."},
     {"name": "datasets", "description": "Your own text to calibrate, train and evaluate on."},
     {"name": "catalogue", "description": "What can be done, with which presets, into which formats, by which workers."},
+    {"name": "keys", "description": "Who may call the service, for administrators."},
     {"name": "ops", "description": "Health and metrics, for those who run the service."},
 ]  # fmt: skip
 
@@ -121,9 +134,12 @@ def _document(app: FastAPI) -> dict[str, Any]:
     schemas = document["components"]["schemas"]
     schemas["Problem"] = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas |= schemas["Problem"].pop("$defs")
-    for path in document["paths"].values():
-        for operation in path.values():
+    document["components"]["securitySchemes"] = {"key": _KEY_SCHEME}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
             _finish(operation)
+            if not is_open(path):
+                _secure(operation, required_role(method.upper(), path))
     return _with_plain_names(document)
 
 
@@ -137,6 +153,13 @@ def _finish(operation: dict[str, Any]) -> None:
             parameter["example"] = parameter["schema"]["examples"][0]
     if not operation.get("parameters") and "requestBody" not in operation:
         operation["responses"].pop("422", None)
+
+
+def _secure(operation: dict[str, Any], role: Role) -> None:
+    """Say that a key is needed, and whose."""
+    operation["security"] = [{"key": []}]
+    operation["description"] += f"\n\nNeeds the role `{role}`."
+    operation["responses"] |= {str(status): about for status, about in problem_responses(401, 403).items()}
 
 
 def _with_plain_names(document: dict[str, Any]) -> dict[str, Any]:

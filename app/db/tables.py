@@ -212,6 +212,26 @@ class IdempotencyKey(Base):
     created_at: Mapped[float] = mapped_column(default=db_now())
 
 
+class ApiKey(Base):
+    """A key that was handed out. The key itself is not here: who reads this table can call nothing."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    """For people: whom or what it was made for."""
+    role: Mapped[str]
+    digest: Mapped[str]
+    """HMAC-SHA256 of the whole key under the service's secret, in hex."""
+    created_at: Mapped[float] = mapped_column(default=db_now())
+    created_by: Mapped[str]
+    """The key or the command line that made it."""
+    expires_at: Mapped[float | None]
+    revoked_at: Mapped[float | None]
+    last_used_at: Mapped[float | None]
+    """To the minute."""
+
+
 class Worker(Base):
     """A worker that has announced itself; gone when it has not been seen for a while."""
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from app.settings import Settings
+
 ENVIRONMENT = {
     name: value
     for name, value in os.environ.items()
@@ -94,6 +96,41 @@ def test_parts_of_a_deployment_want_a_broker(run: Run, words: list[str]) -> None
     done = run(*words)
     assert done.returncode == 1
     assert "REDIS_URL is not set" in done.stderr
+
+
+def test_the_first_key_is_made_on_the_server_and_opens_the_api(
+    run: Run, override_settings: Callable[..., Settings], request: pytest.FixtureRequest
+) -> None:
+    settings = override_settings(anonymous=False)
+    server_url = request.getfixturevalue("server_url")
+    here = {"MODELPRESS_DATA_DIR": str(settings.data_dir)}
+    key = run("keys", "create", "first", "--role", "administrator", **here).stdout.strip()
+    assert "needs an API key" in run("status", "job_1", "--url", server_url).stderr
+    assert "no job job_1" in run("status", "job_1", "--url", server_url, MODELPRESS_API_KEY=key).stderr
+    assert "no job job_1" in run("status", "job_1", "--url", server_url, "--key", key).stderr
+    listed = run("keys", "list", **here).stdout
+    key_id = f"key_{key.split('_')[1]}"
+    assert key_id in listed
+    assert key.split("_")[2] not in listed
+    assert run("keys", "revoke", key_id, **here).returncode == 0
+    assert "was revoked" in run("status", "job_1", "--url", server_url, "--key", key).stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, "MODELPRESS_ANONYMOUS=false"),
+        ({"MODELPRESS_ANONYMOUS": "false"}, "MODELPRESS_SECRET_KEY is not set"),
+        ({"MODELPRESS_ANONYMOUS": "false", "MODELPRESS_SECRET_KEY": "short"}, "needs 32 characters or more"),
+    ],
+)
+def test_a_service_for_other_machines_does_not_start_without_keys(
+    run: Run, environment: dict[str, str], said: str
+) -> None:
+    done = run("serve", "--host", "0.0.0.0", "--port", "0", **environment)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_migrate_may_be_repeated(run: Run, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from app.db.engine import Database
 NEED_MORE = {"put_model_content", "compress", "create_model"}
 # In the order in which a person meets them; reading calls come between making and deleting.
 MAKING = ("create_upload", "put_upload_part", "complete_upload", "create_dataset", "put_dataset_content")
-JOBS = ("create_plan", "create_job", "cancel_job", "retry_job")
-DELETING = ("delete_dataset", "delete_job", "delete_model", "create_upload", "delete_upload")
+JOBS = ("create_key", "create_plan", "create_job", "cancel_job", "retry_job")
+DELETING = ("revoke_key", "delete_dataset", "delete_job", "delete_model", "create_upload", "delete_upload")
 Call = tuple[str, str, dict[str, Any]]
 Document = dict[str, Any]
 
@@ -35,7 +35,8 @@ def ids(client: TestClient, database: Database) -> dict[str, str]:
     job = client.post("/v1/jobs", json={"model": model["id"], "recipe": "int8"}).json()
     files = {"model.safetensors": ("model", b"1"), "report.json": ("report", b"{}")}
     (artifact, _) = finish(database, claim(database, job["id"]), files)
-    made = (model["id"], job["id"], artifact)
+    key = client.post("/v1/keys", json={"name": "k", "role": "reader"}).json()
+    made = (model["id"], job["id"], artifact, key["id"])
     return {example_of(real): real for real in made}
 
 

@@ -1,0 +1,119 @@
+"""Who is asking, found out before a byte of the body is read, and whether they may.
+
+The one place that decides it, for every path, those that exist and those that do not: what is not listed here as open
+needs a key, and what is not listed as reading needs one that may write.
+"""
+
+from __future__ import annotations
+
+import re
+
+import structlog
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.access import ANONYMOUS, Principal, Role
+from app.api.problems import render
+from app.db.engine import get_database
+from app.errors import Forbidden, ModelpressError, Unauthenticated
+from app.services import keys
+from app.settings import Settings, get_settings, is_loopback
+
+_OPEN = re.compile(r"/(docs|redoc|openapi\.json|favicon\.ico|static/.*|v1/health/(live|ready))?")
+_ROLES = (
+    (re.compile(r"\S+ /v1/keys(/.*)?"), Role.ADMINISTRATOR),
+    (re.compile(r"(GET|HEAD|OPTIONS) .*|POST /v1/plans"), Role.READER),
+)
+# With the sessions of routes (app.api.dependencies) as many as the pool has connections. They have threads of their
+# own: a call that waits for its key to be looked up takes none from those that hold a session.
+_MAX_LOOKUPS = 4
+
+
+def is_open(path: str) -> bool:
+    """Whether everybody may see it: the documentation, and what health checks ask."""
+    return _OPEN.fullmatch(path) is not None
+
+
+def required_role(method: str, path: str) -> Role:
+    """The least role that may make a call."""
+    call = f"{method} {path}"
+    return next((role for pattern, role in _ROLES if pattern.fullmatch(call)), Role.SUBMITTER)
+
+
+class Authentication:
+    """Put the caller into `request.state.principal`, or answer 401 or 403."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self._anonymous = settings.anonymous
+        self._lookups = CapacityLimiter(_MAX_LOOKUPS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Wrap one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if not is_open(path):
+            try:
+                principal = await self._caller(scope)
+                _require(principal, required_role(scope["method"], path))
+            except ModelpressError as error:
+                # The unread body would be taken for the next request.
+                headers = _challenge(error) | {"Connection": "close"}
+                await render(error, headers)(scope, receive, send)
+                return
+            scope.setdefault("state", {})["principal"] = principal
+            structlog.contextvars.bind_contextvars(principal=principal.name)
+        await self.app(scope, receive, send)
+
+    async def _caller(self, scope: Scope) -> Principal:
+        given = Headers(scope=scope).get("authorization")
+        if given is None:
+            return self._without_key(scope)
+        scheme, _, token = given.partition(" ")
+        if scheme.lower() != "bearer":
+            raise Unauthenticated(
+                "The Authorization header holds no API key.",
+                code="key_unknown",
+                hint="Send `Authorization: Bearer mp_…`.",
+            )
+        return await run_sync(
+            keys.authenticate, get_database(), get_settings(), token.strip(), limiter=self._lookups
+        )
+
+    def _without_key(self, scope: Scope) -> Principal:
+        if not self._anonymous:
+            raise Unauthenticated(
+                "This call needs an API key.",
+                hint="Send `Authorization: Bearer mp_…`. An administrator has keys; the first one is made on the server: "
+                "modelpress keys create first --role administrator.",
+            )
+        # Who calls over a unix socket has no address.
+        host = (scope.get("client") or ("localhost",))[0]
+        if re.match(r"[\d:]", host) and not is_loopback(host):
+            raise Unauthenticated(
+                "Without a key this service answers its own machine alone.",
+                hint="Set MODELPRESS_ANONYMOUS=false and make keys with `modelpress keys create`.",
+            )
+        return ANONYMOUS
+
+
+def _require(principal: Principal, role: Role) -> None:
+    if not principal.role.includes(role):
+        raise Forbidden(
+            f"This call needs the role {role}; {principal.name} is {principal.role}.",
+            hint="Use another key, or ask an administrator for one.",
+        )
+
+
+def _challenge(error: ModelpressError) -> dict[str, str]:
+    """What RFC 6750 wants beside 401 and 403."""
+    if isinstance(error, Unauthenticated):
+        invalid = ', error="invalid_token"' if error.code != Unauthenticated.default_code else ""
+        return {"WWW-Authenticate": f'Bearer realm="modelpress"{invalid}'}
+    if isinstance(error, Forbidden):
+        return {"WWW-Authenticate": 'Bearer realm="modelpress", error="insufficient_scope"'}
+    return {}
