@@ -34,13 +34,16 @@ from app.spec.head import NO_OWN_HEAD, own_head
 from app.spec.layouts import inputs_of, limits_of_layout
 from app.spec.onnx_operators import architecture_named
 from app.spec.prune import PruneCalibrated, PruneDepth, PruneHeads, PruneMagnitude, PruneWidth
+from app.spec.prune_training import PruneTraining
 from app.spec.quantize import QuantizedWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
 from app.spec.quantize_onnx import QuantizeOnnx
 
 _NAMED_LAYERS = 3
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_OfLayers = QuantizedWeights | PruneMagnitude | PruneCalibrated | QuantizeOnnx | QuantizeDynamic
+_OfLayers = (
+    QuantizedWeights | PruneMagnitude | PruneCalibrated | PruneTraining | QuantizeOnnx | QuantizeDynamic
+)
 """Steps that take `ignore`."""
 _FOR_IMAGES = "For images there are quantize.onnx, and for vision transformers quantize.weights and quantize.calibrated."
 
@@ -127,6 +130,8 @@ def _check_particulars(
             yield from _check_removal(step, shape, facts, where)
         case DistillLogits():
             yield from _check_distillation(step, facts, students, where)
+        case PruneTraining():
+            yield from _check_length(step.sequence_length, facts.max_positions, where)
 
 
 def _after(step: Step, shape: _Shape, facts: ModelFacts, students: dict[str, ModelFacts]) -> _Shape:
@@ -352,8 +357,11 @@ def _check_distillation(
         yield from _check_training_grid(step.for_grid, facts, f"{where}/for_grid")
     if step.cached_logits is not None and facts.family is not Family.CAUSAL_LM:
         yield Fault(f"{where}/cached_logits", "Only language models have next tokens; leave it out.")
-    limit = min(model.max_positions for model in models)
-    if step.sequence_length > limit:
+    yield from _check_length(step.sequence_length, min(model.max_positions for model in models), where)
+
+
+def _check_length(tokens: int, limit: int, where: str) -> Iterator[Fault]:
+    if tokens > limit:
         yield Fault(f"{where}/sequence_length", f"The model takes {limit} tokens at most.")
 
 

@@ -13,6 +13,7 @@ from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneCalibrated, PruneDepth, PruneHeads, PruneMagnitude, PruneWidth
 from app.spec.prune_channels import PruneChannels
+from app.spec.prune_training import PruneTraining
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -28,6 +29,7 @@ AnyStep = Annotated[
     | PruneDepth
     | PruneWidth
     | PruneHeads
+    | PruneTraining
     | PruneChannels
     | DistillLogits
     | OptimizeOnnx,
@@ -45,6 +47,7 @@ STEP_CLASSES: tuple[type[Step], ...] = (
     PruneDepth,
     PruneWidth,
     PruneHeads,
+    PruneTraining,
     PruneChannels,
     DistillLogits,
     OptimizeOnnx,
@@ -125,7 +128,7 @@ class CompressionSpec(Frozen):
     calibration: TextSource = TextSource()
     """Text, or images, that techniques run the model over, e.g. to find out which blocks matter."""
     training: TextSource = TextSource()
-    """Text that distillation trains on. For results worth having, your own."""
+    """Text that distillation and `prune.training` train on. For results worth having, your own."""
     evaluation: Evaluation = Evaluation()
     export: Export = Export()
     acceptance: Acceptance = Acceptance()
@@ -169,7 +172,7 @@ class CompressionSpec(Frozen):
                 raise ValueError(
                     f"steps/{number}: lora_rank would fill the zeros of the step before it: leave it out, and they are held"
                 )
-            is_sparse |= isinstance(step, PruneMagnitude | PruneCalibrated)
+            is_sparse |= isinstance(step, PruneMagnitude | PruneCalibrated | PruneTraining)
         return self
 
     @property

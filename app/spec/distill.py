@@ -6,7 +6,8 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from app.spec.base import Frozen, Step
+from app.spec.base import Frozen
+from app.spec.text_training import TextTraining
 
 
 class StudentFromDepthCut(Frozen):
@@ -54,7 +55,7 @@ class TrainingGrid(Frozen):
     """Inputs that share a scale. Null: one scale per output channel."""
 
 
-class DistillLogits(Step):
+class DistillLogits(TextTraining):
     """Train a smaller student to give the original model's outputs (Hinton et al. 2015). The teacher is the original.
 
     Loss: `(1 − hard_label_weight) · T² · KL(teacher ‖ student)` at temperature T, plus `hard_label_weight` times the
@@ -63,14 +64,8 @@ class DistillLogits(Step):
     Held-out text decides when to stop; the best state is kept.
     """
 
-    needs_training: ClassVar[bool] = True
-
     technique: Literal["distill.logits"] = "distill.logits"
     student: Student = StudentFromDepthCut()
-    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
-    """Softens both distributions; 1 compares them as they are, which measured best for language models."""
-    hard_label_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Weight of the cross-entropy on the true next token, between 0 and 1. Encoders ignore it."""
     hidden_weight: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Weight of what hidden states differ by, block by block: ‖student − teacher‖² / ‖teacher‖². Where widths differ, a
     projection is learned with it and thrown away."""
@@ -88,31 +83,8 @@ class DistillLogits(Step):
     """Train thin matrices of this rank beside the linear layers of the blocks (LoRA, Hu et al. 2022) and add them to the
     weights at the end: gradients and optimizer state of those alone. They bear a larger learning_rate. Null: train all
     weights. Not after pruning to zeros, which they would fill."""
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
-    """Peak rate of AdamW; warmed up over 5 % of the steps, then cosine to a tenth."""
-    max_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 200
-    """Optimizer steps at most."""
     max_seconds: Annotated[float, Field(gt=0)] | None = None
     """Stop training after this many seconds, whatever step it is at. Null: no limit of its own."""
-    batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
-    """Sequences computed at once. In little time on a CPU 2 teach a language model more; encoders want 16."""
-    gradient_accumulation: Annotated[int, Field(ge=1, le=4096)] = 1
-    """Batches whose gradients one optimizer step adds up: as many times the batch, in the memory of one."""
-    gradient_checkpointing: bool = False
-    """Keep only what enters each block, and compute the rest again for the gradient: a third more time, far less memory."""
-    sequence_length: Annotated[int, Field(ge=16, le=131_072)] = 128
-    """Tokens per sequence."""
-    evaluate_every: Annotated[int, Field(ge=1)] = 20
-    """Steps between looks at the held-out loss."""
-    patience: Annotated[int, Field(ge=1)] = 3
-    """Looks without a better held-out loss before training stops."""
-    held_out_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.1
-    """Share of the training text, from its end, that is never trained on."""
-
-    @property
-    def sequences(self) -> int:
-        """Sequences that all steps see together, each as often as it is seen."""
-        return self.max_steps * self.gradient_accumulation * self.batch_size
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:

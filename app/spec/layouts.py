@@ -19,6 +19,7 @@ from app.spec.onnx_operators import ONNX_NETWORK
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneHeads, PruneWidth
 from app.spec.prune_channels import PruneChannels
+from app.spec.prune_training import PruneTraining
 from app.spec.quantize import QuantizeCalibrated, QuantizedWeights, QuantizeWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -36,6 +37,10 @@ _SOME_EXPERTS = (
 _OTHER_EXPERTS = (
     "{pattern!r} has settings of its own for experts, and transformers reads all experts of a model alike. Name other "
     "layers, e.g. *.self_attn.*"
+)
+_TRAINED_EXPERTS = (
+    "{pattern!r} leaves experts out, and those of a block are trained in one tensor, all or none pruned. Name other layers, "
+    "e.g. *.self_attn.*"
 )
 _ONNX_EXPERTS = "In an ONNX graph every token would run through every expert of {name}: use quantize.weights or quantize.calibrated."
 _ALIKE = "{name} is unpacked while it is loaded, which transformers does in one way for all layers and without rounding inputs."
@@ -95,7 +100,7 @@ def limits_of_layout(
         yield from _limits_of_weights(step, architecture, layers)
     if isinstance(step, QuantizeCalibrated) and step.kv_cache != "none" and not can_scale_cache(architecture):
         yield "/kv_cache", _CACHE.format(name=name)
-    yield from _limits_of_removal(step, architecture)
+    yield from _limits_of_pruning(step, architecture, layers)
     if isinstance(step, QuantizeOnnx) and architecture.takes_images:
         yield from _limits_of_images(step, name)
     if architecture.expert_layers is not None:
@@ -106,13 +111,18 @@ def limits_of_layout(
         yield from (("/technique", why.format(name=name)) for why in whys)
 
 
-def _limits_of_removal(step: Step, architecture: Architecture) -> Iterator[tuple[str, str]]:
+def _limits_of_pruning(
+    step: Step, architecture: Architecture, layers: Iterable[TensorFact]
+) -> Iterator[tuple[str, str]]:
     """Where there is nothing that a step removes, or it is not known how it would be left out."""
     name = architecture.name
     if isinstance(step, PruneWidth) and feed_forward_of(architecture) is None:
         yield "/technique", _WITHOUT_WIDTH.format(name=name)
     if isinstance(step, PruneHeads) and not has_removable_heads(architecture):
         yield "/technique", _WITHOUT_HEADS.format(name=name)
+    if isinstance(step, PruneTraining):
+        experts = [t.name.removesuffix(".weight") for t in layers if is_expert(t.name)]
+        yield from _matching(_ignored(step), experts, _TRAINED_EXPERTS)
     if isinstance(step, PruneChannels):
         yield "/technique", _GRAPHS_ALONE.format(name=name)
 
@@ -152,10 +162,13 @@ def _limits_of_experts(
     if step.activations != "none":
         yield "/activations", _EXPERT_INPUTS.format(name=name)
     experts = [t.name.removesuffix(".weight") for t in layers if is_expert(t.name)]
-    ignored = [(f"/ignore/{n}", pattern) for n, pattern in enumerate(step.ignore)]
     other = [(f"/overrides/{n}", override.layers) for n, override in enumerate(step.overrides)]
-    yield from _matching(ignored, experts, _SOME_EXPERTS)
+    yield from _matching(_ignored(step), experts, _SOME_EXPERTS)
     yield from _matching(other, experts, _OTHER_EXPERTS)
+
+
+def _ignored(step: QuantizedWeights | PruneTraining) -> list[tuple[str, str]]:
+    return [(f"/ignore/{n}", pattern) for n, pattern in enumerate(step.ignore)]
 
 
 def _matching(patterns: list[tuple[str, str]], modules: list[str], why: str) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 from app.spec.base import Frozen
 from app.spec.compression import CompressionSpec, Evaluation
-from app.spec.distill import DistillLogits
 from app.spec.facts import ModelFacts
 from app.spec.image_costs import IMAGES_AT_ONCE, image_activations, image_bytes, image_flops
 from app.spec.sizes import Shape, after_step
@@ -27,6 +26,7 @@ from app.spec.step_costs import (
     step_seconds,
     streaming_seconds,
 )
+from app.spec.text_training import TextTraining
 
 _MIB = 2**20
 
@@ -115,7 +115,7 @@ def nearest_spec(
 ) -> CompressionSpec | None:
     """The spec with the fewest changes that fits its budget, or None when only a larger budget helps.
 
-    Gives up, in this order: batch size of the distillation, its sequence length, the evaluation's window, and the
+    Gives up, in this order: batch size of training, its sequence length, the evaluation's window, and the
     comparison as a whole. What is done to the model stays as it was asked for.
     """
     changed = spec
@@ -193,24 +193,24 @@ def _measuring_images(
 
 
 def _smaller_batches(spec: CompressionSpec) -> Iterator[CompressionSpec]:
-    return _halved_in_distillation(spec, "batch_size", 1)
+    return _halved_in_training(spec, "batch_size", 1)
 
 
 def _shorter_sequences(spec: CompressionSpec) -> Iterator[CompressionSpec]:
-    return _halved_in_distillation(spec, "sequence_length", 64)
+    return _halved_in_training(spec, "sequence_length", 64)
 
 
-def _halved_in_distillation(spec: CompressionSpec, field: str, least: int) -> Iterator[CompressionSpec]:
-    while any(isinstance(s, DistillLogits) and getattr(s, field) // 2 >= least for s in spec.steps):
+def _halved_in_training(spec: CompressionSpec, field: str, least: int) -> Iterator[CompressionSpec]:
+    while any(isinstance(s, TextTraining) and getattr(s, field) // 2 >= least for s in spec.steps):
         steps = tuple(
-            step.model_copy(update=_halved(step, field, least)) if isinstance(step, DistillLogits) else step
+            step.model_copy(update=_halved(step, field, least)) if isinstance(step, TextTraining) else step
             for step in spec.steps
         )
         spec = spec.model_copy(update={"steps": steps})
         yield spec
 
 
-def _halved(step: DistillLogits, field: str, least: int) -> dict[str, int]:
+def _halved(step: TextTraining, field: str, least: int) -> dict[str, int]:
     halved = {field: max(least, getattr(step, field) // 2)}
     if field == "batch_size" and step.batch_size > 1:
         # As many sequences a step as were asked for, only not at once.

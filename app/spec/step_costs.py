@@ -21,9 +21,11 @@ from app.spec.image_costs import calibration_activations, image_activations, ima
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import SENSITIVITY_SPARSITIES, PruneCalibrated, PruneDepth, PruneHeads, PruneWidth
 from app.spec.prune_channels import PruneChannels
+from app.spec.prune_training import LearnedGates, PruneTraining
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_onnx import QuantizeOnnx
 from app.spec.sizes import Shape, compressible
+from app.spec.text_training import TextTraining
 
 _MIB = 2**20
 
@@ -37,6 +39,10 @@ TRAINING_BYTES_PER_PARAMETER = 16
 """Float32 weight, gradient, and Adam's two moments."""
 TRAINING_LOGITS_COPIES = 5
 """Teacher, student, both log-softmaxes, and the gradient."""
+SCHEDULED_GATE_BYTES = 13
+"""Of a weight that is gated on a schedule: mask, score, and the product that is kept for the way back, beside its gradient."""
+LEARNED_GATE_BYTES = 40
+"""Log-odds of a gate, their gradient and moments; of one that is drawn, six floats kept for the way back."""
 ACTIVATION_FLOATS_PER_HIDDEN = 34
 """Floats kept for the backward pass per token, block and hidden unit (Korthikanti et al. 2022, sec. 4)."""
 ONNX_COPIES = 7
@@ -61,6 +67,8 @@ TUNING_WINDOWS_PER_STEP = 2
 """Windows of calibration text whose gradients one step of training a block adds up."""
 GGUF_SECONDS_PER_WEIGHT = {True: 1e-6, False: 2e-7}
 """The same for the block formats of GGUF, with compensation and refinement or without."""
+GATED_WEIGHT_SECONDS = {"magnitude": 1e-9, "movement": 3e-9, "l0": 3e-8}
+"""Of a batch that is trained with gates on every weight."""
 PROCESS_SECONDS = 4.0
 """Start of a process with torch."""
 ONNX_SECONDS_PER_PARAMETER = 2e-7
@@ -204,16 +212,30 @@ def _(step: QuantizeGguf, on: Surroundings) -> int:
 
 @step_memory.register
 def _(step: DistillLogits, on: Surroundings) -> int:
+    activations, logits = _activation_bytes(step, on)
+    student = _trained_bytes(step, on)
+    if step.cached_logits is not None:
+        return logits + max(loaded_bytes(on.original), student + activations)
+    return loaded_bytes(on.original) + student + activations + logits
+
+
+@step_memory.register
+def _(step: PruneTraining, on: Surroundings) -> int:
+    gated = sum(t.elements for t in compressible(on.before))
+    teacher = loaded_bytes(on.original) if step.asks_teacher(on.facts.family) else 0
+    student = TRAINING_BYTES_PER_PARAMETER * on.before.dense_parameters
+    per_gate = LEARNED_GATE_BYTES if isinstance(step.method, LearnedGates) else SCHEDULED_GATE_BYTES
+    return teacher + student + per_gate * gated + sum(_activation_bytes(step, on))
+
+
+def _activation_bytes(step: TextTraining, on: Surroundings) -> tuple[int, int]:
+    """Of a batch while a student is trained: inside its blocks, and logits."""
     tokens = step.batch_size * step.sequence_length
     activations = 4 * tokens * on.facts.hidden_size * ACTIVATION_FLOATS_PER_HIDDEN * on.after.blocks
     if step.gradient_checkpointing:
         # What enters each block, and one block as a whole.
         activations = activations // on.after.blocks + 4 * tokens * on.facts.hidden_size * on.after.blocks
-    logits = TRAINING_LOGITS_COPIES * 4 * tokens * outputs_per_token(on.facts)
-    student = _trained_bytes(step, on)
-    if step.cached_logits is not None:
-        return logits + max(loaded_bytes(on.original), student + activations)
-    return loaded_bytes(on.original) + student + activations + logits
+    return activations, TRAINING_LOGITS_COPIES * 4 * tokens * outputs_per_token(on.facts)
 
 
 def _trained_bytes(step: DistillLogits, on: Surroundings) -> int:
@@ -252,6 +274,12 @@ def _(step: DistillLogits, on: Surroundings) -> int:
         return snapshots + student
     per_token = step.cached_logits * (4 if on.facts.vocab_size <= 2**16 else 6)
     return snapshots + student + per_token * step.sequences * step.sequence_length
+
+
+@step_disk.register
+def _(_step: PruneTraining, on: Surroundings) -> int:
+    # As above; gates are trained too, or have masks and scores.
+    return 2 * 2 * 16 * on.before.dense_parameters
 
 
 def step_seconds(step: Step, on: Surroundings) -> float:
@@ -335,6 +363,16 @@ def _(step: DistillLogits, on: Surroundings) -> float:
     products += 2 * on.original.dense_parameters
     training = on.facts.active_share() * products * tokens / FLOPS_PER_SECOND
     return _choosing_seconds(step, on) + min(training, step.max_seconds or training)
+
+
+@working_seconds.register
+def _(step: PruneTraining, on: Surroundings) -> float:
+    teacher = 2 if step.asks_teacher(on.facts.family) else 0
+    products = (8 if step.gradient_checkpointing else 6) + teacher
+    tokens = step.sequences * step.sequence_length
+    gating = GATED_WEIGHT_SECONDS[step.method.name] * step.max_steps * step.gradient_accumulation
+    flops = on.facts.active_share() * products * on.before.dense_parameters * tokens
+    return flops / FLOPS_PER_SECOND + gating * on.before.dense_parameters
 
 
 def _choosing_seconds(step: DistillLogits, on: Surroundings) -> float:

@@ -70,6 +70,20 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
             "student": {"source": "depth_cut", "drop_ratio": 0.25},
         }
     },
+    "prune.training": {
+        "gradual": {
+            "max_steps": 4, "sequence_length": 16, "batch_size": 2, "evaluate_every": 2,
+            "method": {"name": "magnitude", "schedule": {"shape": "list", "points": [[1, 0.3], [3, 0.5]]}},
+        },
+        "movement": {
+            "max_steps": 3, "sequence_length": 16, "batch_size": 2, "hard_label_weight": 1.0,
+            "method": {"name": "movement", "scope": "global", "schedule": {"shape": "cubic", "begin": 1, "end": 3, "every": 1}},
+        },
+        "l0": {
+            "max_steps": 3, "sequence_length": 16, "batch_size": 2,
+            "method": {"name": "l0", "penalty": 100, "gate_learning_rate": 6.0},
+        },
+    },
     "optimize.onnx": {"int8": {}},
 }  # fmt: skip
 # Techniques that some architectures of their families are refused to.
@@ -90,12 +104,14 @@ ALIKE = (
 # Seconds a run: the slow set alone has every architecture that is not built as another is.
 EXPENSIVE: dict[str, tuple[str, ...]] = {
     "distill.logits": ("LlamaForCausalLM", "BertModel", "RobertaForSequenceClassification"),
+    "prune.training": ("LlamaForCausalLM", "BertModel"),
     "optimize.onnx": ("LlamaForCausalLM", "DistilBertForSequenceClassification"),
     "quantize.onnx": ("LlamaForCausalLM", "DistilBertForSequenceClassification"),
 }
 # Where even one more run of each representative is too many for the fast set.
 REPEATABLE: dict[str, tuple[str, ...]] = {
     "distill.logits": ("BertModel",),
+    "prune.training": ("BertModel",),
     "optimize.onnx": ("DistilBertForSequenceClassification",),
     "quantize.onnx": ("DistilBertForSequenceClassification",),
 }

@@ -298,6 +298,29 @@ def _promises_of_zeros(run: Run) -> None:
     assert all(torch.equal(tensors[name], before[name]) for name in others)
 
 
+def _promises_of_prune_training(run: Run) -> None:
+    """As many zeros as the last cut asked for, or as many as gates closed; all weights are trained."""
+    tensors, before = tensors_of(run.target), tensors_of(run.source)
+    assert {n: (t.shape, t.dtype) for n, t in tensors.items()} == {
+        n: (t.shape, t.dtype) for n, t in before.items()
+    }
+    pruned = [layer for layer in run.outcome.layers if layer.action == "pruned"]
+    assert [layer for layer in run.outcome.layers if is_router(layer.name)] == [
+        layer for layer in run.outcome.layers if layer.action == "trained"
+    ]
+    for layer in pruned:
+        share = (tensors[layer.name] == 0).double().mean().item()
+        assert layer.sparsity == pytest.approx(share, abs=1e-6)
+        assert not torch.equal(
+            tensors[layer.name][tensors[layer.name] != 0], before[layer.name][tensors[layer.name] != 0]
+        )
+    weights = sum(layer.parameters for layer in pruned)
+    sparsity = sum(layer.sparsity * layer.parameters for layer in pruned) / weights
+    assert run.outcome.metrics["sparsity"] == pytest.approx(sparsity, abs=1e-4)
+    points = run.case.step.points
+    assert sparsity == pytest.approx(points[-1][1], abs=1e-3) if points else sparsity > 0.05
+
+
 def _promises_of_fewer_blocks(run: Run, blocks: int) -> None:
     facts, before = facts_of(run.target), facts_of(run.source)
     indices = {block_index(tensor.name) for tensor in facts.tensors} - {None}
@@ -428,6 +451,7 @@ _PROMISES: dict[str, Callable[[Run], None]] = {
     "quantize.dynamic": _promises_of_quantize_dynamic,
     "prune.magnitude": _promises_of_zeros,
     "prune.calibrated": _promises_of_zeros,
+    "prune.training": _promises_of_prune_training,
     "prune.depth": _promises_of_prune_depth,
     "prune.width": _promises_of_prune_width,
     "prune.heads": _promises_of_prune_heads,

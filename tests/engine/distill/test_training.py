@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from app.errors import JobFailed
 from app.spec.distill import DistillLogits
+from workers.engine.distill.record import Training
 from workers.engine.distill.snapshots import Snapshots
 from workers.engine.distill.texts import Batch
-from workers.engine.distill.training import Training, learning_rate_factor, train
+from workers.engine.distill.training import NoPruning, learning_rate_factor, train
 from workers.engine.technique import Progress
 
 
@@ -246,3 +247,29 @@ def test_statistics_of_batch_norms_belong_to_the_best_state(snapshots: Snapshots
     _train(objective, snapshots, patience=1)
     assert torch.equal(objective.norm.running_mean, torch.zeros(4))
     assert int(objective.norm.num_batches_tracked) == 0
+
+
+class _Settled(NoPruning):
+    """Prunes until step 10."""
+
+    settled = 10
+
+
+def test_the_best_state_is_one_since_pruning_ended(snapshots: Snapshots) -> None:
+    losses = {1: 0.1, 2: 0.2, 3: 3.0, 4: 1.0, 5: 2.0, 6: 2.5}
+    objective = _ToZero(losses.__getitem__)
+    settings = DistillLogits(max_steps=40, evaluate_every=5, learning_rate=0.05, patience=2)
+    training = train(
+        objective, _batches(), settings, zeros={}, snapshots=snapshots, progress=lambda *_: None, pruning=_Settled()
+    )  # fmt: skip
+    assert (training.best, training.steps) == (1.0, 25)
+    assert not training.improved
+
+
+def test_a_training_that_is_never_finite_since_pruning_ended_fails(snapshots: Snapshots) -> None:
+    objective = _ToZero(lambda look: 1.0 if look == 1 else math.nan)
+    settings = DistillLogits(max_steps=40, evaluate_every=5, learning_rate=0.05, patience=2)
+    with pytest.raises(JobFailed, match="diverged"):
+        train(
+            objective, _batches(), settings, zeros={}, snapshots=snapshots, progress=lambda *_: None, pruning=_Settled()
+        )  # fmt: skip

@@ -12,28 +12,30 @@ Left out: attention maps; dropout (off throughout).
 
 from __future__ import annotations
 
-import hashlib
-import math
 from pathlib import Path
 
 import torch
 
 from app.errors import InvalidRequest
 from app.spec.architectures import block_index, is_compressible, with_block_index
-from app.spec.base import Family
 from app.spec.distill import DistillLogits
 from app.spec.report import LayerOutcome
 from workers.engine.architectures.block_removal import number_of_blocks
 from workers.engine.architectures.loading import load_tokenizer
 from workers.engine.calibration.block_journal import open_journal
 from workers.engine.checkpoint import Checkpoint
-from workers.engine.checkpoint.layout import weight_files
 from workers.engine.distill.objectives import objective_for
-from workers.engine.distill.preparation import PREPARING, classroom, student_directory
+from workers.engine.distill.preparation import (
+    PREPARING,
+    classroom,
+    journal_key,
+    student_directory,
+    training_text,
+)
+from workers.engine.distill.record import Training
 from workers.engine.distill.snapshots import Snapshots
 from workers.engine.distill.students import check_fit, write_student, zeros_to_hold
-from workers.engine.distill.texts import TrainingText, document_text, stream_text
-from workers.engine.distill.training import Training, train
+from workers.engine.distill.training import train
 from workers.engine.technique import StepContext, StepOutcome, implements
 
 _TRAINING = 0.95
@@ -47,9 +49,9 @@ def distill_logits(spec: DistillLogits, context: StepContext) -> StepOutcome:
     too short or low-rank adapters would fill pruned weights.
     """
     torch.manual_seed(context.seed)
-    text = _training_text(spec, context)
+    text = training_text(spec, context)
     with (
-        open_journal(context.journal, context.target.parent, _journal_key(spec, context)) as journal,
+        open_journal(context.journal, context.target.parent, journal_key(spec, context)) as journal,
         student_directory(spec, context, text, journal.directory) as (directory, dropped),
     ):
         tokenizers = [load_tokenizer(place) for place in (directory, context.original)]
@@ -88,36 +90,14 @@ def distill_logits(spec: DistillLogits, context: StepContext) -> StepOutcome:
     context.progress(1.0, "done")
     return StepOutcome(
         layers=_all_layers(context.original, outcomes, dropped),
-        metrics=_metrics(training)
+        metrics=training.metrics()
         | {
             "blocks_removed": " ".join(map(str, dropped)),
             "cache_bytes_per_token": room.cache.bytes_per_token if room.cache else None,
         },
-        curves={"training_loss": _finite(training.losses), "held_out_loss": _finite(training.held_out)},
+        curves=training.curves(),
         warnings=_warnings(training),
     )
-
-
-def _journal_key(spec: DistillLogits, context: StepContext) -> str:
-    """The same for the same training: what its snapshots were begun for."""
-    files = [
-        (file.name, (stat := file.stat()).st_size, stat.st_mtime_ns)
-        for directory in dict.fromkeys((context.source, context.original, context.student))
-        if directory is not None
-        for file in weight_files(directory)
-    ]
-    text = context.training_text.read_bytes() if context.training_text else b""
-    digest = hashlib.sha256(text)
-    digest.update(f"{spec.model_dump_json()} {files} {context.device} {context.seed}".encode())
-    return digest.hexdigest()
-
-
-def _training_text(spec: DistillLogits, context: StepContext) -> TrainingText:
-    if context.training_text is None:
-        raise ValueError("distill.logits needs training text")
-    make = stream_text if context.facts.family is Family.CAUSAL_LM else document_text
-    tokenizer = load_tokenizer(context.original)
-    return make(spec, context.training_text, tokenizer, context.facts, seed=context.seed)
 
 
 def _all_layers(
@@ -139,21 +119,6 @@ def _all_layers(
             outcome = outcomes[with_block_index(fact.name, kept.index(index))]
             layers.append(outcome.model_copy(update={"name": fact.name}))
     return tuple(layers)
-
-
-def _metrics(training: Training) -> dict[str, float | int | str | None]:
-    return {
-        "held_out_loss_before": training.held_out[0][1],
-        "held_out_loss_after": training.best,
-        "steps": training.steps,
-        "tokens_per_second": training.amount / training.seconds,
-        "stopped_by": training.stopped_by,
-    }
-
-
-def _finite(series: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """A curve without the points where training diverged, which JSON cannot carry."""
-    return tuple(point for point in series if math.isfinite(point[1]))
 
 
 def _warnings(training: Training) -> tuple[str, ...]:

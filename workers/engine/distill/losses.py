@@ -56,6 +56,14 @@ class TeacherStates:
         return capped((self.hidden[span] * self.head.scale @ W.T).float(), self.head.softcap)
 
 
+class Unasked:
+    """A teacher that has no say, since the true next token alone counts."""
+
+    def logits(self, span: slice, student: Tensor, temperature: float) -> Tensor:  # noqa: ARG002
+        """The student's own."""
+        return student
+
+
 def soft_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
     """T²·KL(teacher ‖ student) of softened distributions, mean over rows: two (rows, classes) -> ().
 

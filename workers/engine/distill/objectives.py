@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from app.errors import InvalidRequest, UnsupportedForModel
 from app.spec.base import Family
-from app.spec.distill import DistillLogits
 from app.spec.facts import ModelFacts
+from app.spec.text_training import TextTraining
 from workers.engine.distill.losses import (
     Blend,
     Head,
     Teacher,
     TeacherStates,
+    Unasked,
     direction_loss,
     similarity_loss,
     soft_loss,
@@ -58,8 +59,8 @@ class Classroom:
 
     student: Any
     teacher: Any
-    """None where what it says was written down."""
-    spec: DistillLogits
+    """None where what it says was written down, or does not count."""
+    spec: TextTraining
     held_out: tuple[Batch, ...]
     device: str
     dtype: torch.dtype
@@ -142,6 +143,8 @@ class NextToken(_Objective):
     def _taught(self, batch: Batch) -> Teacher:
         if self.room.cache is not None:
             return self.room.cache.read(batch.numbers, self.room.device)
+        if self.room.teacher is None:
+            return Unasked()
         return states_of(self.room.teacher, batch)
 
     def _loss(self, batch: Batch, taught: Teacher) -> Tensor:
@@ -204,9 +207,14 @@ class Embeddings(_Objective):
 def objective_for(room: Classroom, facts: ModelFacts, original: Path) -> _Objective:
     """What a model of this kind is taught. Raises UnsupportedForModel when its outputs are not the teacher's."""
     if facts.family is Family.CAUSAL_LM:
-        ours = room.student.get_output_embeddings().weight.shape[0]
-        theirs = head_of(room.teacher).weight.shape[0] if room.cache is None else room.cache.vocabulary
-        _check_equal("rows in their output layers", [ours, theirs])
+        counts = [
+            model.get_output_embeddings().weight.shape[0]
+            for model in (room.student, room.teacher)
+            if model is not None
+        ]
+        _check_equal(
+            "rows in their output layers", [*counts, room.cache.vocabulary] if room.cache else counts
+        )
         return NextToken(room)
     if facts.architecture.endswith("ForSequenceClassification"):
         _check_equal("classes", [model.config.num_labels for model in (room.student, room.teacher)])
@@ -215,7 +223,7 @@ def objective_for(room: Classroom, facts: ModelFacts, original: Path) -> _Object
 
 
 def _check_equal(what: str, counts: list[int]) -> None:
-    if counts[0] != counts[1]:
+    if len(set(counts)) > 1:
         raise UnsupportedForModel(
             f"The student has {counts[0]} {what}, the teacher {counts[1]}.",
             hint="Choose a student whose outputs mean the same as the teacher's.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Collection, Iterator
@@ -12,11 +13,14 @@ from typing import Any
 import torch
 
 from app.spec.architectures import architecture_in, is_compressible
+from app.spec.base import Family
 from app.spec.compatibility import blocks_cut
 from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromModel, StudentFromTeacher
+from app.spec.text_training import TextTraining
 from workers.engine.architectures.block_removal import number_of_blocks, remove_blocks
-from workers.engine.architectures.loading import load_model
+from workers.engine.architectures.loading import load_model, load_tokenizer
 from workers.engine.checkpoint import TORCH_DTYPES, Checkpoint
+from workers.engine.checkpoint.layout import weight_files
 from workers.engine.distill.blocks import blocks_of, recompute_activations
 from workers.engine.distill.cut import least_missed, without
 from workers.engine.distill.hidden_states import HiddenStates, evenly_matched, kept_blocks, stands_for
@@ -32,12 +36,35 @@ from workers.engine.distill.objectives import (
 from workers.engine.distill.on_grid import OnGrid
 from workers.engine.distill.relations import Relations
 from workers.engine.distill.teacher_cache import Likeliest, TeacherCache, likeliest
-from workers.engine.distill.texts import TrainingText
+from workers.engine.distill.texts import TrainingText, document_text, stream_text
 from workers.engine.technique import StepContext
 
 PREPARING = 0.1
 """Share of the step's progress."""
 _CUTTING = 0.05
+
+
+def journal_key(spec: TextTraining, context: StepContext) -> str:
+    """The same for the same training: what its snapshots were begun for."""
+    files = [
+        (file.name, (stat := file.stat()).st_size, stat.st_mtime_ns)
+        for directory in dict.fromkeys((context.source, context.original, context.student))
+        if directory is not None
+        for file in weight_files(directory)
+    ]
+    text = context.training_text.read_bytes() if context.training_text else b""
+    digest = hashlib.sha256(text)
+    digest.update(f"{spec.model_dump_json()} {files} {context.device} {context.seed}".encode())
+    return digest.hexdigest()
+
+
+def training_text(spec: TextTraining, context: StepContext) -> TrainingText:
+    """What a step trains on, in the form that the model is taught from."""
+    if context.training_text is None:
+        raise ValueError("this step needs training text")
+    make = stream_text if context.facts.family is Family.CAUSAL_LM else document_text
+    tokenizer = load_tokenizer(context.original)
+    return make(spec, context.training_text, tokenizer, context.facts, seed=context.seed)
 
 
 @contextmanager
@@ -75,7 +102,7 @@ def _blocks_to_cut(
     checkpoint = Checkpoint.open(context.original)
     blocks = number_of_blocks(checkpoint.config)
     first = 1 if architecture_in(checkpoint.config).keeps_first_block else 0
-    dtype = _compute_dtype(context.device)
+    dtype = compute_dtype(context.device)
     teacher = load_model(context.original, dtype=dtype, device=context.device)
     room = Classroom(
         teacher, teacher, spec, text.sample(StudentFromDepthCut.LOOK_TOKENS), context.device, dtype
@@ -101,7 +128,7 @@ def classroom(
     journal: Path,
 ) -> Classroom:
     """Load the student from `directory`, and the teacher or what it said of the text, kept in `journal`."""
-    dtype = _compute_dtype(context.device)
+    dtype = compute_dtype(context.device)
     teacher, cache = load_model(context.original, dtype=dtype, device=context.device), None
     if spec.cached_logits is not None:
         cache = _cached(teacher, spec.cached_logits, spec, context, text, journal)
@@ -159,7 +186,7 @@ def _matches(spec: DistillLogits, student: Any, teacher: Any) -> Iterator[tuple[
         yield spec.relation_weight, Relations(student, teacher)
 
 
-def _compute_dtype(device: str) -> torch.dtype:
+def compute_dtype(device: str) -> torch.dtype:
     """bfloat16 where the processor multiplies it natively; emulated it is slower than fp32."""
     if device == "cpu":
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32  # noqa: SLF001

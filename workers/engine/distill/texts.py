@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from app.errors import InvalidRequest
-from app.spec.distill import DistillLogits
 from app.spec.facts import ModelFacts
+from app.spec.text_training import TextTraining
 from workers.engine.calibration.text import cut_windows, read_documents, special_tokens
 from workers.engine.calibration.windows import longest_window
 
@@ -90,7 +90,7 @@ def padded(sequences: Sequence[Tensor], padding: int, numbers: Sequence[int] = (
 
 
 def stream_text(
-    spec: DistillLogits, path: Path, tokenizer: Any, facts: ModelFacts, *, seed: int
+    spec: TextTraining, path: Path, tokenizer: Any, facts: ModelFacts, *, seed: int
 ) -> TrainingText:
     """Windows of one long stream, for language models. Raises InvalidRequest when the text is too short."""
     before, after = special_tokens(tokenizer)
@@ -106,7 +106,7 @@ def stream_text(
 
 
 def document_text(
-    spec: DistillLogits, path: Path, tokenizer: Any, facts: ModelFacts, *, seed: int
+    spec: TextTraining, path: Path, tokenizer: Any, facts: ModelFacts, *, seed: int
 ) -> TrainingText:
     """Documents, each a sequence of its own (long ones are cut up), for encoders and classifiers.
 
@@ -139,7 +139,7 @@ def document_text(
 
 
 def _text(
-    head: list[Tensor], tail: list[Tensor], spec: DistillLogits, tokenizer: Any, seed: int
+    head: list[Tensor], tail: list[Tensor], spec: TextTraining, tokenizer: Any, seed: int
 ) -> TrainingText:
     padding = tokenizer.pad_token_id or 0
     size = min(spec.batch_size, len(head))

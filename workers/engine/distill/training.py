@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -18,10 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from app.errors import JobFailed
+from workers.engine.distill.record import Training
 from workers.engine.distill.snapshots import Snapshots
 from workers.engine.technique import Progress
 
 WARM_UP = 0.05
+# What a gate's gradient is compared with: its penalty is shared by all weights, a hundred million of them.
+_GATE_EPSILON = 1e-16
 FINAL_RATE = 0.1
 _CLIP_NORM = 1.0
 
@@ -81,35 +84,50 @@ class Schedule(Protocol):
         """Looks without a better loss before training stops."""
 
 
-@dataclass
-class Training:
-    """How it went. The parameters hold the best state when `train` returns."""
-
-    steps: int = 0
-    amount: int = 0
-    """Tokens or images that were learned from."""
-    seconds: float = 0.0
-    stopped_by: str = "max_steps"
-    losses: list[tuple[float, float]] = field(default_factory=list)
-    held_out: list[tuple[float, float]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any] | None) -> Training:
-        """The training of a snapshot's record; without one, a new training."""
-        if record is None:
-            return cls()
-        curves = {key: [tuple(point) for point in record[key]] for key in ("losses", "held_out")}
-        return cls(**{key: record[key] for key in asdict(cls())} | curves)
+class Pruning(Protocol):
+    """What prunes while the loop trains."""
 
     @property
-    def best(self) -> float:
-        """The lowest held-out loss, training or not."""
-        return min(loss for _, loss in self.held_out if not math.isnan(loss))
+    def settled(self) -> int:
+        """The step from which on nothing more is pruned by schedule: the best state is one after it."""
 
     @property
-    def improved(self) -> bool:
-        """Whether any look was better than the one before training."""
-        return self.best < self.held_out[0][1]
+    def gate_rate(self) -> float:
+        """Learning rate of the gates, at the peak."""
+
+    def gates(self) -> dict[str, nn.Parameter]:
+        """What is trained beside the objective's parameters, to prune them."""
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What else changes: masks and scores."""
+
+    def before_step(self, step: int) -> None:
+        """Called before the step of that number, from 1; nothing else may decide what it does."""
+
+    def penalty(self) -> Tensor:
+        """What is added to the loss, on training and on held-out data."""
+
+
+class NoPruning:
+    """Parameters are trained, and that is all."""
+
+    settled = 0
+    gate_rate = 0.0
+
+    def gates(self) -> dict[str, nn.Parameter]:
+        """None."""
+        return {}
+
+    def statistics(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    def before_step(self, step: int) -> None:
+        """Do nothing."""
+
+    def penalty(self) -> Tensor:
+        """Zero."""
+        return torch.zeros(())
 
 
 def learning_rate_factor(share: float) -> float:
@@ -129,12 +147,14 @@ def train(  # noqa: PLR0913 - what is trained, how, and what becomes of it
     zeros: Mapping[str, Tensor],
     snapshots: Snapshots,
     progress: Progress,
+    pruning: Pruning | None = None,
 ) -> Training:
     """Train until the steps or the seconds are used up or held-out loss no longer falls; leave the best state.
 
     `zeros` holds a mask for each parameter whose zeros must stay: True where it may change.
+    Raises JobFailed when there is no state to leave: outputs were not finite before training, or never since pruning.
     """
-    run = _Run(objective, spec, batches_a_step, snapshots, progress)
+    run = _Run(objective, spec, batches_a_step, snapshots, progress, pruning or NoPruning())
     training = run.training
     batches = islice(batches, training.steps * batches_a_step, None)
     if not training.held_out:
@@ -148,6 +168,12 @@ def train(  # noqa: PLR0913 - what is trained, how, and what becomes of it
     training.stopped_by = reason
     if training.held_out[-1][0] != training.steps:
         run.look()
+    if not math.isfinite(training.best):
+        raise JobFailed(
+            "Training diverged: the held-out loss is not finite any more.",
+            code="training_diverged",
+            hint="Ask for a smaller learning_rate.",
+        )
     snapshots.restore_best(run.state)
     training.seconds = run.clock.elapsed
     return training
@@ -163,25 +189,33 @@ class _Run(Generic[B]):
         batches_a_step: int,
         snapshots: Snapshots,
         progress: Progress,
+        pruning: Pruning,
     ) -> None:
         self.objective, self.spec, self.snapshots, self.progress = objective, spec, snapshots, progress
-        self.batches_a_step = batches_a_step
+        self.batches_a_step, self.pruning = batches_a_step, pruning
+        gates = pruning.gates()
         self.parameters = objective.parameters()
-        self.state: dict[str, Tensor] = {**self.parameters, **objective.statistics()}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=spec.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
-        self.training = Training.of(snapshots.restore(self.state, self.optimizer))
+        groups: list[dict[str, Any]] = [
+            {"params": list(self.parameters.values()), "rate": spec.learning_rate}
+        ]
+        if gates:
+            groups.append({"params": list(gates.values()), "rate": pruning.gate_rate, "eps": _GATE_EPSILON})
+        self.state: dict[str, Tensor] = {
+            **self.parameters, **gates, **objective.statistics(), **pruning.statistics()
+        }  # fmt: skip
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.training = Training.of(snapshots.restore(self.state, self.optimizer), settled=pruning.settled)
         self.clock = _Clock(spec, self.training.seconds)
 
     def step(self, batches: Iterator[B]) -> None:
         """Add up the gradients of as many batches as a step has, and move once."""
-        training, spec = self.training, self.spec
+        training = self.training
+        self.pruning.before_step(training.steps + 1)
         for group in self.optimizer.param_groups:
-            group["lr"] = spec.learning_rate * learning_rate_factor(self.clock.share(training.steps + 1))
+            group["lr"] = group["rate"] * learning_rate_factor(self.clock.share(training.steps + 1))
         total = 0.0
         for batch in islice(batches, self.batches_a_step):
-            loss = self.objective.loss(batch) / self.batches_a_step
+            loss = (self.objective.loss(batch) + self.pruning.penalty()) / self.batches_a_step
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
             training.amount += batch.amount
@@ -206,7 +240,9 @@ class _Run(Generic[B]):
                 code="student_is_broken",
                 hint="Look at the step before, or at the uploaded student: its weights hold NaN or infinity.",
             )
-        is_best = not training.held_out or loss < training.best
+        loss += float(self.pruning.penalty().detach())
+        # What is still to be pruned stands for nothing but itself: the last state of it is kept.
+        is_best = training.steps < training.settled or not training.counted or loss < training.best
         training.held_out.append((float(training.steps), loss))
         if is_best:
             self.snapshots.keep_best(training.steps, self.state)
@@ -265,6 +301,6 @@ def _reason_to_stop(training: Training, spec: Schedule, clock: _Clock) -> str | 
     # One step at least: a student that was never trained says nothing about the settings.
     if training.steps > 0 and clock.is_up():
         return "max_seconds"
-    losses = [loss for _, loss in training.held_out]
-    looks_since_best = len(losses) - 1 - losses.index(training.best)
-    return "patience" if looks_since_best >= spec.patience else None
+    losses = training.counted
+    looks_without = len(losses) - 1 - losses.index(training.best) if training.best in losses else len(losses)
+    return "patience" if looks_without >= spec.patience else None

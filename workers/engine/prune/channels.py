@@ -21,8 +21,9 @@ from torch import Tensor
 from app.spec.prune_channels import PruneChannels
 from app.spec.report import LayerOutcome
 from workers.engine.checkpoint.side_files import copy_side_files
+from workers.engine.distill.record import Training
 from workers.engine.distill.snapshots import Snapshots
-from workers.engine.distill.training import Training, train
+from workers.engine.distill.training import train
 from workers.engine.export.onnx import MODEL_FILE
 from workers.engine.onnx_network import Network, read_network, write_network
 from workers.engine.onnx_network.reading import check_same
