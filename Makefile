@@ -76,7 +76,7 @@ test: lint ## All of check and every test, against real servers that they start 
 	$(call tests,not chaos and not gpu)
 
 chaos: $(STAMP) ## Dozens of real jobs while everything they need is killed; minutes, and some root rights for a full disk
-	$(PYTEST) -s -m chaos --timeout=1800 $(ARGS) tests/chaos
+	$(PYTEST) -s -m chaos --timeout=3600 $(ARGS) tests/chaos
 
 # More of them: make fuzz EXAMPLES=100000
 EXAMPLES ?= 5000

@@ -108,7 +108,7 @@ def _wait_for_all(deployment: Deployment, accepted: Accepted) -> None:
     deployment.wait_for_api()
     with httpx.Client(base_url=deployment.url, timeout=30) as client:
         for job_id in accepted.jobs:
-            wait_until(lambda: _status(client, job_id) in TERMINAL, seconds=600)  # noqa: B023 - called at once
+            wait_until(lambda: _status(client, job_id) in TERMINAL, seconds=1800)  # noqa: B023 - called at once
 
 
 def _status(client: httpx.Client, job_id: str) -> str | None:
