@@ -24,11 +24,14 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Principal:
-    """Whoever makes a call: the id of a key, or `anonymous`."""
+    """Whoever makes a call, by the id of their key, or `anonymous`."""
 
     name: str
     role: Role
+    tenant: str
+    """Whose everything is that they see and make."""
 
 
-ANONYMOUS = Principal("anonymous", Role.ADMINISTRATOR)
+DEFAULT_TENANT = "default"
+ANONYMOUS = Principal("anonymous", Role.ADMINISTRATOR, DEFAULT_TENANT)
 """Whoever calls a development service without a key."""

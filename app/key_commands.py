@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from app.access import Role
+from app.access import DEFAULT_TENANT, Role
 from app.settings import get_settings
 from app.terminal import console, errors
 
@@ -21,6 +21,9 @@ def create(
     name: Annotated[str, typer.Argument(help="Whom or what it is for.")],
     role: Annotated[Role, typer.Option(help="What it may do.")] = Role.SUBMITTER,
     days: Annotated[float | None, typer.Option(min=0, help="When it ends.  [default: never]")] = None,
+    tenant: Annotated[
+        str, typer.Option(help="Whose models and jobs it opens; one that is not there yet is made.")
+    ] = DEFAULT_TENANT,
 ) -> None:
     """Make a key and print it, once. Brings the database to the newest version first."""
     from app.db.engine import get_database
@@ -32,14 +35,18 @@ def create(
     database = get_database()
     migrate()
     with database.write() as session:
+        keys.ensure_tenant(session, tenant)
+    with database.for_tenant(tenant).write() as session:
         made = keys.create_key(session, settings, name=name, role=role, days=days, created_by="command line")
-    errors.print(f"{made.row.id} ({role}). Keep the key: it is never shown again.", highlight=False)
+    errors.print(
+        f"{made.row.id} ({role} of {tenant}). Keep the key: it is never shown again.", highlight=False
+    )
     console.print(made.token, highlight=False, soft_wrap=True)
 
 
 @cli.command("list")
 def list_() -> None:
-    """List the newest keys, without their secrets."""
+    """List the newest keys of all tenants, without their secrets."""
     from app.db.engine import get_database
     from app.services import keys
 
@@ -47,7 +54,7 @@ def list_() -> None:
         found, _ = keys.list_keys(session, limit=_PAGE, after=None)
     for key in found:
         ended = "revoked" if key.revoked_at else f"expires {_day(key.expires_at)}"
-        line = f"{key.id}  {key.role:<13}  {ended:<18}  used {_day(key.last_used_at)}  {key.name}"
+        line = f"{key.id}  {key.tenant_id}  {key.role:<13}  {ended:<18}  used {_day(key.last_used_at)}  {key.name}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -66,7 +66,7 @@ class Authentication:
                 await render(error, headers)(scope, receive, send)
                 return
             scope.setdefault("state", {})["principal"] = principal
-            structlog.contextvars.bind_contextvars(principal=principal.name)
+            structlog.contextvars.bind_contextvars(principal=principal.name, tenant=principal.tenant)
         await self.app(scope, receive, send)
 
     async def _caller(self, scope: Scope) -> Principal:

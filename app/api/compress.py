@@ -11,17 +11,15 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
-from app.api.dependencies import CurrentSettings
+from app.api.dependencies import CurrentStores
 from app.api.idempotency import IdempotentRoute
 from app.api.jobs import JobRequest
-from app.api.models import stores_of
 from app.api.problems import problem_responses
-from app.db.engine import get_database
 from app.services import jobs, models
 from app.services.job_view import JobView
 from app.services.jobs import Submission
+from app.services.models import Stores
 from app.services.planning import find_recipe
-from app.settings import Settings
 
 router = APIRouter(prefix="/compress", tags=["compress"], route_class=IdempotentRoute)
 
@@ -42,7 +40,7 @@ _NO_MODEL = "mdl_0"
     },
 )
 async def compress(
-    settings: CurrentSettings,
+    stores: CurrentStores,
     response: Response,
     file: Annotated[
         UploadFile, File(description="A zip or tar of a Hugging Face directory, or a GGUF file.")
@@ -64,12 +62,12 @@ async def compress(
     if body.recipe is not None:
         find_recipe(body.recipe)
     state = await models.create_from_body(
-        stores_of(settings), _chunks(file), file_name=file.filename or "model", sha256=None
+        stores, _chunks(file), file_name=file.filename or "model", sha256=None
     )
     try:
-        job = await run_in_threadpool(_submit, settings, body, state.model.id)
+        job = await run_in_threadpool(_submit, stores, body, state.model.id)
     except BaseException:
-        await run_in_threadpool(_drop_model, settings, state.model.id)
+        await run_in_threadpool(_drop_model, stores, state.model.id)
         raise
     response.headers["Location"] = job.urls.self
     return job
@@ -95,12 +93,12 @@ async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
         yield chunk
 
 
-def _submit(settings: Settings, body: JobRequest, model_id: str) -> JobView:
+def _submit(stores: Stores, body: JobRequest, model_id: str) -> JobView:
     wish = body.model_copy(update={"model": model_id}).wish()
-    with get_database().write() as session:
-        return jobs.submit_job(session, settings, Submission(wish, body.name, dict(body.labels)))
+    with stores.database.write() as session:
+        return jobs.submit_job(session, stores.settings, Submission(wish, body.name, dict(body.labels)))
 
 
-def _drop_model(settings: Settings, model_id: str) -> None:
-    with get_database().write() as session:
-        models.delete_model(session, stores_of(settings), model_id)
+def _drop_model(stores: Stores, model_id: str) -> None:
+    with stores.database.write() as session:
+        models.delete_model(session, stores, model_id)

@@ -9,9 +9,9 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import ConfigDict, Field
 
 from app.api.bodies import RAW_TEXT, ContentDigest, FileName, chunks_of, parse_digest
-from app.api.dependencies import After, CurrentSettings, Limit, Page, ReadSession, WriteSession
+from app.api.dependencies import After, CurrentStores, Limit, Page, ReadSession, WriteSession
 from app.api.idempotency import IdempotentRoute
-from app.api.models import DisplayName, UploadId, stores_of
+from app.api.models import DisplayName, UploadId
 from app.api.problems import problem_responses
 from app.db import tables
 from app.services import datasets
@@ -63,9 +63,9 @@ class Dataset(Documented):
     summary="Make a dataset of an upload",
     responses=problem_responses(404, 409, 422, 507),
 )
-def create_dataset(body: CreateDataset, settings: CurrentSettings, response: Response) -> Dataset:
+def create_dataset(body: CreateDataset, stores: CurrentStores, response: Response) -> Dataset:
     """Check the text or the images and keep them. The upload is used up, whether it is accepted or refused."""
-    return _created(datasets.create_from_upload(stores_of(settings), body.upload, body.name), response)
+    return _created(datasets.create_from_upload(stores, body.upload, body.name), response)
 
 
 @router.put(
@@ -79,7 +79,7 @@ def create_dataset(body: CreateDataset, settings: CurrentSettings, response: Res
 async def put_dataset_content(
     request: Request,
     response: Response,
-    settings: CurrentSettings,
+    stores: CurrentStores,
     name: Annotated[
         FileName,
         Query(
@@ -95,7 +95,7 @@ async def put_dataset_content(
     channels, height, width) as they are before any preprocessing, and, if they have any, `labels` (or `y`), integers from 0.
     """
     dataset = await datasets.create_from_body(
-        stores_of(settings), chunks_of(request), file_name=name, sha256=parse_digest(content_digest)
+        stores, chunks_of(request), file_name=name, sha256=parse_digest(content_digest)
     )
     return _created(dataset, response)
 
@@ -122,9 +122,9 @@ def get_dataset(dataset_id: DatasetId, session: ReadSession) -> Dataset:
     summary="Delete a dataset",
     responses=problem_responses(404, 409),
 )
-def delete_dataset(dataset_id: DatasetId, session: WriteSession, settings: CurrentSettings) -> None:
+def delete_dataset(dataset_id: DatasetId, session: WriteSession, stores: CurrentStores) -> None:
     """Delete a dataset. Refused while a job that has not ended uses it."""
-    datasets.delete_dataset(session, stores_of(settings), dataset_id)
+    datasets.delete_dataset(session, stores, dataset_id)
 
 
 def _shown(dataset: tables.Dataset) -> Dataset:

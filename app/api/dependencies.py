@@ -1,4 +1,4 @@
-"""What routes are given: settings and database sessions.
+"""What routes are given: settings, who is calling, and database sessions that see the caller's tenant alone.
 
 A `WriteSession` is committed before the response is sent, so no client hears of a change that was then lost.
 """
@@ -12,9 +12,11 @@ from fastapi import Depends, Query, Request
 from sqlalchemy.orm import Session
 
 from app.access import Principal
-from app.db.engine import get_database
+from app.db.engine import Database, get_database
+from app.services.models import Stores
 from app.settings import Settings, get_settings
 from app.spec.documented import Documented
+from app.storage import get_staging, get_store
 
 # Together fewer than the pool's 30 connections and the 40 threads: a request that holds the database's lock can
 # always get a thread to finish, however many others wait for it.
@@ -28,15 +30,29 @@ async def caller(request: Request) -> Principal:
     return principal
 
 
-def read_session() -> Iterator[Session]:
+def database_of(request: Request) -> Database:
+    """The database as the caller's tenant sees it. No route has another."""
+    principal: Principal = request.state.principal
+    return get_database().for_tenant(principal.tenant)
+
+
+async def tenant_database(request: Request) -> Database:
+    """`database_of` as a dependency, without a hop to a thread."""
+    return database_of(request)
+
+
+TenantDatabase = Annotated[Database, Depends(tenant_database)]
+
+
+def read_session(database: TenantDatabase) -> Iterator[Session]:
     """A session for queries, closed before the response is sent."""
-    with get_database().read() as session:
+    with database.read() as session:
         yield session
 
 
-def write_session(request: Request) -> Iterator[Session]:
+def write_session(request: Request, database: TenantDatabase) -> Iterator[Session]:
     """A session that is committed when the route ends well and rolled back when it raises."""
-    with get_database().write() as session:
+    with database.write() as session:
         request.state.write_session = session
         yield session
 
@@ -45,6 +61,14 @@ ReadSession = Annotated[Session, Depends(read_session, scope="function", max_con
 WriteSession = Annotated[Session, Depends(write_session, scope="function", max_concurrency=_MAX_WRITERS)]
 Caller = Annotated[Principal, Depends(caller)]
 CurrentSettings = Annotated[Settings, Depends(get_settings)]
+
+
+async def stores(database: TenantDatabase, settings: CurrentSettings) -> Stores:
+    """Where the caller's rows and bytes go."""
+    return Stores(database, get_staging(), get_store(), settings)
+
+
+CurrentStores = Annotated[Stores, Depends(stores)]
 
 Limit = Annotated[int, Query(ge=1, le=200, description="How many to return at most.")]
 After = Annotated[

@@ -11,7 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
-from app.db.engine import get_database
+from app.db.engine import Database
 from app.errors import NotFound
 from app.services import jobs
 from app.services.job_view import EventView
@@ -27,20 +27,20 @@ def wants_event_stream(request: Request) -> bool:
     return "text/event-stream" in request.headers.get("accept", "")
 
 
-def event_stream(job_id: str, *, after: int) -> StreamingResponse:
+def event_stream(database: Database, job_id: str, *, after: int) -> StreamingResponse:
     """Events above `after`, then what happens, until the job has ended or is deleted."""
     return StreamingResponse(
-        _follow(job_id, after),
+        _follow(database, job_id, after),
         media_type="text/event-stream",
         # nginx would hold events back until its buffer is full.
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
     )
 
 
-async def _follow(job_id: str, after: int) -> AsyncIterator[bytes]:
+async def _follow(database: Database, job_id: str, after: int) -> AsyncIterator[bytes]:
     spoke = time.monotonic()
     while True:
-        events, has_more, ended = await run_in_threadpool(_read, job_id, after)
+        events, has_more, ended = await run_in_threadpool(_read, database, job_id, after)
         for event in events:
             yield _encoded(event)
             after, spoke = event.number, time.monotonic()
@@ -53,9 +53,9 @@ async def _follow(job_id: str, after: int) -> AsyncIterator[bytes]:
             await asyncio.sleep(_POLL_SECONDS)
 
 
-def _read(job_id: str, after: int) -> tuple[list[EventView], bool, bool]:
+def _read(database: Database, job_id: str, after: int) -> tuple[list[EventView], bool, bool]:
     """One look, with a session of its own: a stream lives for hours, a transaction must not."""
-    with get_database().read() as session:
+    with database.read() as session:
         try:
             return jobs.read_events(session, job_id, after=after, limit=_BATCH)
         except NotFound:

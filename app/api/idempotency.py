@@ -16,8 +16,9 @@ from fastapi.routing import APIRoute
 from sqlalchemy.orm import Session
 from starlette.datastructures import UploadFile
 
+from app.api.dependencies import database_of
 from app.db import idempotency_queries
-from app.db.engine import get_database
+from app.db.engine import Database
 from app.db.idempotency_queries import Answer
 from app.errors import Conflict, InvalidRequest
 
@@ -74,7 +75,7 @@ class IdempotentRoute(APIRoute):
 
 async def _once(key: str, request: Request, handle: Handler) -> Response:
     digest = await _digest(request)
-    first = await run_in_threadpool(_begin, key, digest)
+    first = await run_in_threadpool(_begin, database_of(request), key, digest)
     if first is not None:
         return Response(first.body, first.status_code, {**first.headers, "Idempotency-Replayed": "true"})
     try:
@@ -88,9 +89,9 @@ async def _once(key: str, request: Request, handle: Handler) -> Response:
     return response
 
 
-def _begin(key: str, digest: str) -> Answer | None:
+def _begin(database: Database, key: str, digest: str) -> Answer | None:
     """Take the key, or return the answer it was given. Raises InvalidRequest or Conflict."""
-    with get_database().write() as session:
+    with database.write() as session:
         idempotency_queries.delete_old_keys(session, older_than_seconds=_KEPT_SECONDS)
         taken = idempotency_queries.take_key(session, key, digest, stale_seconds=_ABANDONED_AFTER_SECONDS)
         if taken:
@@ -117,7 +118,7 @@ def _keep(request: Request, key: str, answer: Answer) -> None:
     if session is not None:
         idempotency_queries.keep_answer(session, key, answer)
         return
-    with get_database().write() as own:
+    with database_of(request).write() as own:
         idempotency_queries.keep_answer(own, key, answer)
 
 
@@ -126,7 +127,7 @@ def _forget(request: Request, key: str) -> None:
     if session is not None:
         # It is still open and may hold SQLite's only write lock, for which the next line would wait in vain.
         session.rollback()
-    with get_database().write() as session:
+    with database_of(request).write() as session:
         idempotency_queries.forget_key(session, key)
 
 

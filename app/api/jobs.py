@@ -9,7 +9,7 @@ from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from pydantic.config import JsonDict
 
-from app.api.dependencies import After, CurrentSettings, Limit, Page, ReadSession, WriteSession
+from app.api.dependencies import After, CurrentSettings, Limit, Page, ReadSession, WriteSession, database_of
 from app.api.events import event_stream, wants_event_stream
 from app.api.idempotency import IdempotentRoute
 from app.api.problems import problem_responses
@@ -168,7 +168,9 @@ def list_job_events(
     """
     if wants_event_stream(request):
         jobs.require_job(session, job_id)
-        return event_stream(job_id, after=after if last_event_id is None else last_event_id)
+        return event_stream(
+            database_of(request), job_id, after=after if last_event_id is None else last_event_id
+        )
     events, has_more, _ = jobs.read_events(session, job_id, after=after, limit=limit)
     return Page(items=events, has_more=has_more)
 

@@ -11,20 +11,18 @@ from fastapi.responses import FileResponse
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from app.api.bodies import RAW_BODY, ContentDigest, FileName, chunks_of, parse_digest
-from app.api.dependencies import After, CurrentSettings, Limit, Page, ReadSession, WriteSession
+from app.api.dependencies import After, CurrentStores, Limit, Page, ReadSession, WriteSession
 from app.api.idempotency import IdempotentRoute
 from app.api.problems import problem_responses
 from app.api.streams import BlobResponse
-from app.db.engine import get_database
 from app.db.tables import Artifact
 from app.services import models
-from app.services.models import ModelState, Stores
-from app.settings import Settings
+from app.services.models import ModelState
 from app.spec.base import Family
 from app.spec.documented import Documented
 from app.spec.facts import ModelFacts
 from app.spec.preprocessing import Preprocessing
-from app.storage import get_staging, get_store
+from app.storage import get_store
 
 router = APIRouter(prefix="/models", tags=["models"], route_class=IdempotentRoute)
 
@@ -149,12 +147,11 @@ class Model(Documented):
     summary="Make a model of uploads, or import one",
     responses=problem_responses(404, 409, 413, 422, 503, 507),
 )
-def create_model(body: CreateModel, settings: CurrentSettings, response: Response) -> Model:
+def create_model(body: CreateModel, stores: CurrentStores, response: Response) -> Model:
     """Check what was uploaded (or fetch what the URI names), read its headers, and keep it.
 
     Uploads are used up, whether the model is accepted or refused: a refusal leaves nothing behind.
     """
-    stores = stores_of(settings)
     if body.upload is not None:
         state = models.create_from_upload(stores, body.upload, body.name)
     elif body.files is not None:
@@ -175,7 +172,7 @@ def create_model(body: CreateModel, settings: CurrentSettings, response: Respons
 async def put_model_content(
     request: Request,
     response: Response,
-    settings: CurrentSettings,
+    stores: CurrentStores,
     name: Annotated[
         FileName, Query(description="The file's name, e.g. `my-model.zip`.", examples=["my-model.zip"])
     ],
@@ -186,7 +183,7 @@ async def put_model_content(
     For files of up to 512 MiB (the administrator may have set another limit); larger ones go up in parts.
     """
     state = await models.create_from_body(
-        stores_of(settings), chunks_of(request), file_name=name, sha256=parse_digest(content_digest)
+        stores, chunks_of(request), file_name=name, sha256=parse_digest(content_digest)
     )
     return _created(state, response)
 
@@ -211,9 +208,9 @@ def get_model(model_id: ModelId, session: ReadSession) -> Model:
     summary="Delete a model",
     responses=problem_responses(404, 409),
 )
-def delete_model(model_id: ModelId, session: WriteSession, settings: CurrentSettings) -> None:
+def delete_model(model_id: ModelId, session: WriteSession, stores: CurrentStores) -> None:
     """Delete a model and those of its files that nothing else needs. Refused while a job that has not ended uses it."""
-    models.delete_model(session, stores_of(settings), model_id)
+    models.delete_model(session, stores, model_id)
 
 
 @router.head(
@@ -237,11 +234,6 @@ def get_model_file(model_id: ModelId, path: str, session: ReadSession) -> BlobRe
     # Only carries the file's facts to the response; it is never added to the session.
     shown = Artifact(path=file.path, media_type=media_type, sha256=file.sha256, bytes=file.bytes)
     return BlobResponse(shown, get_store().path_of(file.sha256))
-
-
-def stores_of(settings: Settings) -> Stores:
-    """Where rows and bytes go in this process."""
-    return Stores(get_database(), get_staging(), get_store(), settings)
 
 
 def model_view(state: ModelState) -> Model:

@@ -9,10 +9,9 @@ from fastapi import APIRouter, Path, Request, Response
 from pydantic import ConfigDict, Field, StringConstraints
 
 from app.api.bodies import RAW_PART, ContentDigest, FileName, chunks_of, declared_length, parse_digest
-from app.api.dependencies import CurrentSettings, ReadSession, WriteSession
+from app.api.dependencies import CurrentSettings, ReadSession, TenantDatabase, WriteSession
 from app.api.idempotency import IdempotentRoute
 from app.api.problems import problem_responses
-from app.db.engine import get_database
 from app.db.tables import UploadPart
 from app.services import uploads
 from app.services.uploads import UploadState
@@ -118,14 +117,18 @@ def create_upload(
     openapi_extra=RAW_PART,
 )
 async def put_upload_part(
-    upload_id: UploadId, number: PartNumber, request: Request, content_digest: ContentDigest = None
+    upload_id: UploadId,
+    number: PartNumber,
+    request: Request,
+    database: TenantDatabase,
+    content_digest: ContentDigest = None,
 ) -> Part:
     """Send one part as the raw body. Sending it again is harmless; sending other bytes for it is refused.
 
     A part counts once it has arrived whole. When a connection breaks, send the part again.
     """
     part = await uploads.receive_part(
-        get_database(),
+        database,
         get_staging(),
         part=(upload_id, number),
         declared=(declared_length(request), parse_digest(content_digest)),
@@ -151,12 +154,12 @@ def get_upload(upload_id: UploadId, session: ReadSession) -> Upload:
     summary="Complete an upload",
     responses=problem_responses(404, 409, 422, 507),
 )
-def complete_upload(upload_id: UploadId, settings: CurrentSettings) -> Upload:
+def complete_upload(upload_id: UploadId, database: TenantDatabase, settings: CurrentSettings) -> Upload:
     """Check that every part is there and that the whole has the sha256 you announced, if you did.
 
     The answer carries the sha256 of what arrived. With a wrong one the upload is removed.
     """
-    return _shown(uploads.complete_upload(get_database(), get_staging(), settings, upload_id))
+    return _shown(uploads.complete_upload(database, get_staging(), settings, upload_id))
 
 
 @router.delete(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.types import Float
 
+from app.db import tenancy
 from app.errors import Unavailable
 from app.settings import get_settings
 
@@ -40,17 +42,33 @@ def _postgresql_now(_element: db_now, _compiler: Any, **_kw: Any) -> str:
 
 
 class Database:
-    """Sessions on one engine. `read` never blocks a writer; `write` commits on leaving, or rolls back."""
+    """Sessions on one engine. `read` never blocks a writer; `write` commits on leaving, or rolls back.
+
+    Its sessions see the rows of every tenant; those of `for_tenant` see one tenant's alone.
+    """
 
     def __init__(self, url: str, *, lease_seconds: float = 60) -> None:
-        self.engine = create_engine(
+        self.engine: Engine = create_engine(
             url, json_serializer=lambda v: json.dumps(v, separators=(",", ":")), **_engine_options(url)
         )
         if url.startswith("sqlite"):
             _prepare_sqlite(self.engine)
         else:
             _prepare_postgresql(self.engine, lease_seconds)
-        self._writing = self.engine.execution_options(writing=True)
+            tenancy.prepare_postgresql(self.engine)
+        self.writing_engine: Engine = self.engine.execution_options(writing=True)
+        self._of_service = self
+
+    def for_tenant(self, tenant: str) -> Database:
+        """The same database as one tenant sees it; `app.db.tenancy` says how."""
+        bound = copy.copy(self)
+        bound.engine = tenancy.bound_to(self.engine, tenant)
+        bound.writing_engine = tenancy.bound_to(self.writing_engine, tenant)
+        return bound
+
+    def for_service(self) -> Database:
+        """The same database as the service itself sees it, whoever's this one is."""
+        return self._of_service
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -61,7 +79,7 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A session that commits when the block ends well; what was handed to `after_commit` runs then."""
-        with _translated(), Session(self._writing, expire_on_commit=False) as session:
+        with _translated(), Session(self.writing_engine, expire_on_commit=False) as session:
             with session.begin():
                 yield session
             for action in session.info.pop(_AFTER_COMMIT, []):

@@ -1,11 +1,11 @@
-"""Every statement on idempotency keys."""
+"""Every statement on idempotency keys. A key is one tenant's: sessions here are a tenant's."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningInsert
 
@@ -42,7 +42,7 @@ def take_key(session: Session, key: str, request_sha256: str, *, stale_seconds: 
 
 def read_key(session: Session, key: str) -> tuple[str, Answer | None]:
     """The digest of the request a key was used for, and its answer once there is one."""
-    row = session.get(IdempotencyKey, key)
+    row = session.scalars(select(IdempotencyKey).where(IdempotencyKey.key == key)).one_or_none()
     if row is None:
         # Forgotten between two statements: to the caller it is a call that is still being worked on.
         return "", None

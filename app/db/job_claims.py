@@ -172,11 +172,13 @@ def succeed(session: Session, claim: Claim, *, verdict: str, artifacts: Iterable
         update(Job)
         .where(*_held(claim), Job.cancel_requested == false())
         .values(status="succeeded", verdict=verdict, progress=1.0, eta_seconds=0.0, **_ended())
-        .returning(Job.id)
+        .returning(Job.tenant_id)
     ).one_or_none()
     if ended is None:
         return False
-    session.add_all(artifacts)
+    for artifact in artifacts:
+        artifact.tenant_id = ended.tenant_id
+        session.add(artifact)
     add_events(session, claim.job_id, [("status", {"status": "succeeded", "verdict": verdict})])
     return True
 

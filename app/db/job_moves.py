@@ -44,7 +44,7 @@ def create_job(session: Session, job: Job, stages: Sequence[str]) -> None:
     session.execute(
         insert(JobStage),
         [
-            {"job_id": job.id, "number": number, "name": name, "metrics": {}}
+            {"tenant_id": job.tenant_id, "job_id": job.id, "number": number, "name": name, "metrics": {}}
             for number, name in enumerate(stages)
         ],
     )

@@ -98,17 +98,23 @@ def add_events(session: Session, job_id: str, events: Sequence[tuple[str, dict[s
     """Append events; the counter on the job's row makes their numbers dense and ordered under concurrency."""
     if not events:
         return
-    last = session.execute(
+    job = session.execute(
         update(Job)
         .where(Job.id == job_id)
         .values(event_count=Job.event_count + len(events))
-        .returning(Job.event_count)
-    ).scalar_one()
-    first = last - len(events) + 1
+        .returning(Job.event_count, Job.tenant_id)
+    ).one()
+    first = job.event_count - len(events) + 1
     session.execute(
         insert(JobEvent),
         [
-            {"job_id": job_id, "number": first + offset, "type": kind, "data": data}
+            {
+                "tenant_id": job.tenant_id,
+                "job_id": job_id,
+                "number": first + offset,
+                "type": kind,
+                "data": data,
+            }
             for offset, (kind, data) in enumerate(events)
         ],
     )

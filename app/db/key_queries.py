@@ -1,4 +1,4 @@
-"""Every statement on API keys."""
+"""Every statement on tenants and their API keys."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.db.engine import db_now
-from app.db.tables import ApiKey
+from app.db.tables import ApiKey, Tenant
 
 _LAST_USE_SECONDS = 60
 """How exact `last_used_at` is: a busy key costs one write a minute."""
@@ -19,11 +19,18 @@ _LAST_USE_SECONDS = 60
 class KeyState:
     """What decides whether a key is good."""
 
+    tenant: str
     role: str
     digest: str
     revoked: bool
     expired: bool
     used_lately: bool
+
+
+def ensure_tenant(session: Session, tenant: str) -> None:
+    """Insert a tenant, unless it is there."""
+    if session.get(Tenant, tenant) is None:
+        session.add(Tenant(id=tenant))
 
 
 def add_key(session: Session, key: ApiKey, *, expires_in_seconds: float | None) -> ApiKey:
@@ -39,6 +46,7 @@ def read_key_state(session: Session, key_id: str) -> KeyState | None:
     """What is known of a key, by the database's clock."""
     row = session.execute(
         select(
+            ApiKey.tenant_id,
             ApiKey.role,
             ApiKey.digest,
             ApiKey.revoked_at.is_not(None).label("revoked"),

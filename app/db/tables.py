@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, MetaData
+from sqlalchemy import JSON, BigInteger, Double, ForeignKey, ForeignKeyConstraint, Index, MetaData
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from app.db.engine import db_now
+from app.db.tenancy import TenantRow, tenant_of_statement
 
 
 class Base(DeclarativeBase):
@@ -29,10 +30,26 @@ class Base(DeclarativeBase):
     }
 
 
-class Upload(Base):
+def _of_a_tenant() -> ForeignKeyConstraint:
+    """Of tables whose rows belong to a tenant by themselves; those below them belong to it through their parents."""
+    return ForeignKeyConstraint(["tenant_id"], ["tenants.id"])
+
+
+class Tenant(Base):
+    """Whoever shares nothing with the others but the machines."""
+
+    __tablename__ = "tenants"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    """A short name, e.g. `acme`."""
+    created_at: Mapped[float] = mapped_column(default=db_now())
+
+
+class Upload(TenantRow, Base):
     """A file on its way in, part by part; its bytes lie in staging until it is completed."""
 
     __tablename__ = "uploads"
+    __table_args__ = (_of_a_tenant(), Index("ix_uploads_tenant_id_id", "tenant_id", "id"))
 
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str]
@@ -45,7 +62,7 @@ class Upload(Base):
     expires_at: Mapped[float]
 
 
-class UploadPart(Base):
+class UploadPart(TenantRow, Base):
     """A part that has arrived whole."""
 
     __tablename__ = "upload_parts"
@@ -57,10 +74,11 @@ class UploadPart(Base):
     """Of its bytes, where the client sent it and so had it checked."""
 
 
-class Model(Base):
+class Model(TenantRow, Base):
     """A model that may be compressed: its files are in the store, its facts read from their headers."""
 
     __tablename__ = "models"
+    __table_args__ = (_of_a_tenant(), Index("ix_models_tenant_id_id", "tenant_id", "id"))
 
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str]
@@ -80,7 +98,7 @@ class Model(Base):
     created_at: Mapped[float] = mapped_column(default=db_now())
 
 
-class ModelFile(Base):
+class ModelFile(TenantRow, Base):
     """One file of a model."""
 
     __tablename__ = "model_files"
@@ -91,10 +109,11 @@ class ModelFile(Base):
     bytes: Mapped[int]
 
 
-class Dataset(Base):
+class Dataset(TenantRow, Base):
     """Text or images to calibrate, train or evaluate on: one file in the store."""
 
     __tablename__ = "datasets"
+    __table_args__ = (_of_a_tenant(), Index("ix_datasets_tenant_id_id", "tenant_id", "id"))
 
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str]
@@ -106,11 +125,13 @@ class Dataset(Base):
     created_at: Mapped[float] = mapped_column(default=db_now())
 
 
-class Job(Base):
+class Job(TenantRow, Base):
     """A compression job. Its row is the queue's truth and outbox; a message on the broker is a hint."""
 
     __tablename__ = "jobs"
     __table_args__ = (
+        _of_a_tenant(),
+        Index("ix_jobs_tenant_id_id", "tenant_id", "id"),
         Index("ix_jobs_status_lease_until", "status", "lease_until"),
         Index("ix_jobs_status_dispatched_at", "status", "dispatched_at"),
     )
@@ -152,7 +173,7 @@ class Job(Base):
     ended_at: Mapped[float | None]
 
 
-class JobStage(Base):
+class JobStage(TenantRow, Base):
     """One stage of a job."""
 
     __tablename__ = "job_stages"
@@ -170,7 +191,7 @@ class JobStage(Base):
     ended_at: Mapped[float | None]
 
 
-class JobEvent(Base):
+class JobEvent(TenantRow, Base):
     """Something that happened to a job. Numbers are dense per job: 1, 2, 3 …"""
 
     __tablename__ = "job_events"
@@ -182,7 +203,7 @@ class JobEvent(Base):
     created_at: Mapped[float] = mapped_column(default=db_now())
 
 
-class Artifact(Base):
+class Artifact(TenantRow, Base):
     """A file a job left: part of the result, or a report."""
 
     __tablename__ = "artifacts"
@@ -198,11 +219,12 @@ class Artifact(Base):
     created_at: Mapped[float] = mapped_column(default=db_now())
 
 
-class IdempotencyKey(Base):
+class IdempotencyKey(TenantRow, Base):
     """A mutating call that carried an Idempotency-Key, and what it was answered."""
 
     __tablename__ = "idempotency_keys"
 
+    tenant_id: Mapped[str] = mapped_column(primary_key=True, default=tenant_of_statement)
     key: Mapped[str] = mapped_column(primary_key=True)
     request_sha256: Mapped[str]
     status_code: Mapped[int | None]
@@ -212,10 +234,11 @@ class IdempotencyKey(Base):
     created_at: Mapped[float] = mapped_column(default=db_now())
 
 
-class ApiKey(Base):
+class ApiKey(TenantRow, Base):
     """A key that was handed out. The key itself is not here: who reads this table can call nothing."""
 
     __tablename__ = "api_keys"
+    __table_args__ = (_of_a_tenant(), Index("ix_api_keys_tenant_id_id", "tenant_id", "id"))
 
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str]

@@ -25,6 +25,7 @@ from app.errors import InvalidRequest, NotFound, Unauthenticated, Unavailable
 from app.ids import new_id, new_secret
 from app.settings import Settings, is_loopback
 
+TENANT_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _KEY = re.compile(r"mp_([0-9a-z]{26})_[0-9a-z]{52}")
 _UNKNOWN_DIGEST = "0" * 64
 
@@ -37,10 +38,21 @@ class NewKey:
     token: str
 
 
+def ensure_tenant(session: Session, tenant: str) -> None:
+    """Make a tenant unless it is there. Raises InvalidRequest for what can be no name of one."""
+    if not TENANT_NAME.fullmatch(tenant):
+        raise InvalidRequest(
+            f"{tenant[:100]!r} cannot be the name of a tenant.",
+            code="tenant_name",
+            hint="Use up to 63 lower-case letters, digits and hyphens, e.g. `acme`.",
+        )
+    key_queries.ensure_tenant(session, tenant)
+
+
 def create_key(
     session: Session, settings: Settings, *, name: str, role: Role, days: float | None, created_by: str
 ) -> NewKey:
-    """Make a key that expires after `days`; None: never. Raises what `server_secret` raises."""
+    """Make a key for the session's tenant that expires after `days`; None: never. Raises what `server_secret` raises."""
     key_id, secret = new_id("key"), new_secret()
     token = f"mp_{key_id.removeprefix('key_')}_{secret}"
     row = ApiKey(
@@ -55,7 +67,7 @@ def create_key(
 
 
 def authenticate(database: Database, settings: Settings, token: str) -> Principal:
-    """Whose key this is. Raises Unauthenticated when it is none of ours, has expired or was revoked."""
+    """Whose key this is, of any tenant. Raises Unauthenticated when it is none of ours, has expired or was revoked."""
     found = _KEY.fullmatch(token)
     if found is None:
         raise _not_ours()
@@ -75,7 +87,7 @@ def authenticate(database: Database, settings: Settings, token: str) -> Principa
         )
     if not state.used_lately:
         _mark_used(database, key_id)
-    return Principal(key_id, Role(state.role))
+    return Principal(key_id, Role(state.role), state.tenant)
 
 
 def get_key(session: Session, key_id: str) -> ApiKey:

@@ -44,10 +44,9 @@ class LocalStore:
         """Keep a file whose sha256 the caller has computed; on the same disk it is linked, not copied.
 
         The file becomes read only. Its bytes and its name are synced before this returns. Raises StorageFull.
+        A blob that is there already takes as much work as a new one: the time tells no tenant what others keep.
         """
         place = self._place(sha256)
-        if self._touch(place):
-            return
         with full_disk_translated():
             place.parent.mkdir(parents=True, exist_ok=True)
             incoming = self._incoming_name()
@@ -56,7 +55,8 @@ class LocalStore:
                 incoming.chmod(0o444)
                 _sync_file(incoming)
                 # Unlike a rename of the original, this leaves the caller's file there if the transaction fails.
-                incoming.rename(place)
+                if not self._touch(place):
+                    incoming.rename(place)
             finally:
                 incoming.unlink(missing_ok=True)
             self._touch(place)

@@ -13,12 +13,13 @@ _BATCH = 500
 
 
 def remove_unreferenced(database: Database, store: ArtifactStore, digests: Collection[str]) -> int:
-    """Delete those of these blobs that no row refers to. Returns how many. Call it outside any transaction.
+    """Delete those of these blobs that no row of any tenant refers to. Returns how many. Call it outside any transaction.
 
     Safe beside others who put the same blob: they hold the same lock (`model_queries.hold_blobs`) from before they
     put it until the row that refers to it is committed.
     """
-    with database.write() as session:
+    # Another tenant's model may be made of the same blob.
+    with database.for_service().write() as session:
         model_queries.hold_blobs(session)
         orphans = set(digests) - model_queries.referenced_blobs(session, digests)
         return sum(store.delete(sha256) for sha256 in sorted(orphans))

@@ -1,4 +1,4 @@
-"""Models and datasets in the database, for tests of the API that need no bytes behind them."""
+"""Models and datasets in the database, for tests of the API that need no bytes behind them; and keys."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 from job_support import make_facts, make_image_facts
+from key_support import SECRET, MakeKey
 
+from app.access import DEFAULT_TENANT, Role
 from app.db.engine import get_database
 from app.db.tables import Dataset, Model
 from app.ids import new_id
-from app.settings import Settings
+from app.services import keys
+from app.settings import Settings, get_settings
 from app.spec.base import Family
 
 
@@ -20,7 +23,7 @@ from app.spec.base import Family
 def add_model(settings: Settings) -> Callable[..., str]:
     """Call with changes to the facts for the id of a model that is in the database alone."""
 
-    def add(family: Family = Family.CAUSAL_LM, **changes: Any) -> str:
+    def add(family: Family = Family.CAUSAL_LM, *, tenant: str = DEFAULT_TENANT, **changes: Any) -> str:
         make = make_image_facts if family is Family.IMAGE_CLASSIFIER else partial(make_facts, family)
         facts = make(**changes)
         model = Model(
@@ -36,7 +39,7 @@ def add_model(settings: Settings) -> Callable[..., str]:
             facts=facts.model_dump(mode="json"),
             source="upload",
         )
-        with get_database().write() as session:
+        with get_database().for_tenant(tenant).write() as session:
             session.add(model)
         return model.id
 
@@ -47,12 +50,36 @@ def add_model(settings: Settings) -> Callable[..., str]:
 def add_dataset(settings: Settings) -> Callable[..., str]:
     """Call for the id of a dataset that is in the database alone; with facts of images, it is one of those."""
 
-    def add(**images: Any) -> str:
+    def add(*, tenant: str = DEFAULT_TENANT, **images: Any) -> str:
         dataset = Dataset(
             id=new_id("dst"), name="data", format="txt", bytes=3, sha256="1" * 64, images=images or None
         )
-        with get_database().write() as session:
+        with get_database().for_tenant(tenant).write() as session:
             session.add(dataset)
         return dataset.id
 
     return add
+
+
+@pytest.fixture
+def guarded(override_settings: Callable[..., Settings]) -> None:
+    """A service that answers nobody without a key."""
+    override_settings(anonymous=False, secret_key=SECRET)
+
+
+@pytest.fixture
+def make_key(guarded: None) -> MakeKey:
+    """Call for a key; its tenant is made if need be. Use before `any_database`, which goes on from these settings."""
+
+    def make(
+        role: Role = Role.ADMINISTRATOR, *, tenant: str = DEFAULT_TENANT, days: float | None = None
+    ) -> str:
+        with get_database().write() as session:
+            keys.ensure_tenant(session, tenant)
+        with get_database().for_tenant(tenant).write() as session:
+            made = keys.create_key(
+                session, get_settings(), name="test", role=role, days=days, created_by="test"
+            )
+        return made.token
+
+    return make

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from app.access import DEFAULT_TENANT
 from app.db import job_moves, job_queries, model_queries
 from app.db.engine import Database
 from app.db.tables import Job, Model, ModelFile
@@ -42,11 +43,11 @@ class Bench:
         )
         return replace(made, **changes)
 
-    def submit(self, **resources: Any) -> str:
+    def submit(self, tenant: str = DEFAULT_TENANT, **resources: Any) -> str:
         """Queue a job on a model of one small file."""
         spec = RECIPES["int8"].spec.model_dump(mode="json")
         spec["resources"] |= resources
-        with self.database.write() as session:
+        with self.database.for_tenant(tenant).write() as session:
             blob = get_store().put_stream([b"a model"])
             model_id = new_id("mdl")
             model = Model(

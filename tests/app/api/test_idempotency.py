@@ -10,6 +10,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
+from app.access import DEFAULT_TENANT
 from app.db import idempotency_queries, job_moves
 from app.db.engine import Database, get_database
 from app.errors import Unavailable
@@ -53,7 +54,7 @@ def test_the_same_key_on_another_path_is_refused(client: TestClient, add_model: 
 def test_a_call_still_in_flight_is_a_conflict(client: TestClient, add_model: Callable[..., str]) -> None:
     model = add_model()
     post(client, "k", model)
-    with get_database().write() as session:
+    with get_database().for_tenant(DEFAULT_TENANT).write() as session:
         digest, _ = idempotency_queries.read_key(session, "k")
         idempotency_queries.take_key(session, "k2", digest, stale_seconds=60)
     answer = post(client, "k2", model)
@@ -65,7 +66,7 @@ def test_a_key_whose_process_died_can_be_used_again(
 ) -> None:
     model = add_model()
     post(client, "k", model)
-    with any_database.write() as session:
+    with any_database.for_tenant(DEFAULT_TENANT).write() as session:
         digest, _ = idempotency_queries.read_key(session, "k")
         idempotency_queries.take_key(session, "k2", digest, stale_seconds=60)
     monkeypatch.setattr("app.api.idempotency._ABANDONED_AFTER_SECONDS", -1.0)

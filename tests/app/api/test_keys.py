@@ -5,63 +5,28 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 from job_support import claim, finish
+from key_support import SECRET, MakeKey, bearer, operations
 from sqlalchemy import event, update
 
 from app.access import Role
 from app.db.engine import Database, get_database
 from app.db.tables import ApiKey, Base
 from app.services import keys
-from app.settings import Settings, get_settings
+from app.settings import Settings
 
-SECRET = "s" * 32
 OPEN = {"get_liveness", "get_readiness"}
 ADMINISTRATORS = {"create_key", "list_keys", "get_key", "revoke_key"}
 WRITING_THAT_READERS_MAY = {"create_plan"}
-MakeKey = Callable[..., str]
-
-
-@pytest.fixture
-def guarded(override_settings: Callable[..., Settings]) -> None:
-    """A service that answers nobody without a key."""
-    override_settings(anonymous=False, secret_key=SECRET)
-
-
-@pytest.fixture
-def make_key(guarded: None) -> MakeKey:
-    """Call with a role for a key."""
-
-    def make(role: Role = Role.ADMINISTRATOR, days: float | None = None) -> str:
-        with get_database().write() as session:
-            made = keys.create_key(
-                session, get_settings(), name="test", role=role, days=days, created_by="test"
-            )
-        return made.token
-
-    return make
-
-
-def bearer(token: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {token}"}
 
 
 def key_id(token: str) -> str:
     return f"key_{token.split('_')[1]}"
-
-
-def operations(client: TestClient) -> Iterator[tuple[str, str, str]]:
-    """(operation id, method, path with the example's ids) of everything in the OpenAPI document."""
-    for path, methods in client.get("/openapi.json").json()["paths"].items():
-        for method, operation in methods.items():
-            filled = path
-            for parameter in operation.get("parameters", ()):
-                filled = filled.replace(f"{{{parameter['name']}}}", str(parameter.get("example")))
-            yield operation["operationId"], method.upper(), filled
 
 
 def test_without_a_key_nothing_answers_but_health_and_docs(guarded: None, client: TestClient) -> None:

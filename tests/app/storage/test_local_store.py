@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from app.access import DEFAULT_TENANT
 from app.db import model_queries
 from app.db.engine import Database
 from app.db.tables import Dataset
@@ -46,6 +47,20 @@ def test_a_file_that_was_put_is_there_under_its_digest(store: LocalStore, file: 
     assert store.path_of(DIGEST).relative_to(file.parent).as_posix() == f"blobs/{DIGEST[:2]}/{DIGEST}"
     assert stat.S_IMODE(store.path_of(DIGEST).stat().st_mode) == 0o444
     assert file.exists()
+
+
+def test_putting_again_is_as_much_work_so_that_its_time_tells_nobody_of_anothers_file(
+    store: LocalStore, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("link", "fsync"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: calls.append(name) or real(*a))
+    store.put_file(file, DIGEST)
+    first = list(calls)
+    store.put_file(file, DIGEST)
+    assert calls == first * 2
+    assert {"link", "fsync"} <= set(first)
 
 
 def test_putting_again_changes_nothing_but_the_time(store: LocalStore, file: Path) -> None:
@@ -127,7 +142,7 @@ def test_only_blobs_without_references_are_removed(
 ) -> None:
     other = store.put_stream(iter([b"other"])).sha256
     store.put_file(file, DIGEST)
-    with any_database.write() as session:
+    with any_database.for_tenant(DEFAULT_TENANT).write() as session:
         model_queries.add_dataset(session, dataset(DIGEST))
     assert remove_unreferenced(any_database, store, {DIGEST, other}) == 1
     assert [blob.sha256 for blob in store.iter_blobs()] == [DIGEST]
@@ -141,7 +156,7 @@ def test_a_blob_put_while_another_reference_goes_is_kept(
     holding = threading.Event()
 
     def publish() -> None:
-        with any_database.write() as session:
+        with any_database.for_tenant(DEFAULT_TENANT).write() as session:
             model_queries.hold_blobs(session)
             holding.set()
             store.put_file(file, DIGEST)
