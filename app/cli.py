@@ -1,5 +1,5 @@
-"""The command line: `modelpress serve | worker | sweeper | migrate | verify-store | keys | submit | status | download | demo |
-healthy`."""
+"""The command line: `modelpress serve | worker | sweeper | migrate | verify-store | keys | tenants | submit | status | download |
+demo | healthy`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from app import key_commands
+from app import key_commands, tenant_commands
 from app.client import TERMINAL, Client, ClientError, Json
 from app.errors import ModelpressError
 from app.settings import get_settings
@@ -29,6 +29,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
 )
 cli.add_typer(key_commands.cli, name="keys")
+cli.add_typer(tenant_commands.cli, name="tenants")
 
 Url = Annotated[
     str, typer.Option("--url", envvar="MODELPRESS_URL", help="Where the service is.", show_default=True)

@@ -6,6 +6,8 @@ ModelpressError
 ├── IntakeError               422  an uploaded file was refused; nothing of it was kept
 ├── Unauthenticated           401  no key, or one that is not valid any more
 ├── Forbidden                 403  the key is good and does not allow this
+│   └── QuotaExceeded         403  the tenant uses as much as it may
+├── TooManyRequests           429  not now; the same call may succeed later
 ├── NotFound                  404
 ├── Conflict                  409  the resource is not in a state that allows this
 ├── PayloadTooLarge           413
@@ -86,6 +88,21 @@ class Forbidden(ModelpressError):
     status = 403
     default_code = "forbidden"
     title = "Not allowed"
+
+
+class QuotaExceeded(Forbidden):
+    """The tenant may not use so much. Waiting does not help."""
+
+    default_code = "quota_exceeded"
+    title = "Quota exceeded"
+
+
+class TooManyRequests(ModelpressError):
+    """The tenant may not have so much under way at once."""
+
+    status = 429
+    default_code = "too_many_requests"
+    title = "Too many requests"
 
 
 class NotFound(ModelpressError):

@@ -26,6 +26,7 @@ def create(
     ] = DEFAULT_TENANT,
 ) -> None:
     """Make a key and print it, once. Brings the database to the newest version first."""
+    from app.db.audit import Origin
     from app.db.engine import get_database
     from app.db.migrate import migrate
     from app.services import keys
@@ -36,7 +37,8 @@ def create(
     migrate()
     with database.write() as session:
         keys.ensure_tenant(session, tenant)
-    with database.for_tenant(tenant).write() as session:
+    origin = Origin("command line", "modelpress keys create")
+    with database.for_tenant(tenant, origin=origin).write() as session:
         made = keys.create_key(session, settings, name=name, role=role, days=days, created_by="command line")
     errors.print(
         f"{made.row.id} ({role} of {tenant}). Keep the key: it is never shown again.", highlight=False
@@ -61,10 +63,16 @@ def list_() -> None:
 @cli.command()
 def revoke(key_id: Annotated[str, typer.Argument(help="Id of the key: key_…")]) -> None:
     """Make a key useless from the next call on."""
+    from app.db.audit import Origin
     from app.db.engine import get_database
     from app.services import keys
 
-    with get_database().write() as session:
+    database = get_database()
+    with database.read() as session:
+        tenant = keys.get_key(session, key_id).tenant_id
+    with database.for_tenant(
+        tenant, origin=Origin("command line", "modelpress keys revoke")
+    ).write() as session:
         keys.revoke_key(session, key_id)
     console.print(f"{key_id} is revoked.", highlight=False)
 

@@ -13,6 +13,7 @@ from fastapi import APIRouter, FastAPI
 
 from app.api import (
     artifacts,
+    audit,
     catalogue,
     compress,
     datasets,
@@ -23,6 +24,7 @@ from app.api import (
     metrics,
     models,
     plans,
+    quota,
     uploads,
 )
 from app.api.authentication import Authentication
@@ -49,7 +51,20 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 def _v1() -> APIRouter:
     router = APIRouter(prefix="/v1", responses=problem_responses(422, 503))
-    for module in (uploads, models, datasets, compress, jobs, artifacts, catalogue, plans, keys, health):
+    for module in (
+        uploads,
+        models,
+        datasets,
+        compress,
+        jobs,
+        artifacts,
+        catalogue,
+        plans,
+        keys,
+        audit,
+        quota,
+        health,
+    ):
         router.include_router(module.router)
     return router
 

@@ -23,7 +23,7 @@ from app.settings import Settings, get_settings, is_loopback
 
 _OPEN = re.compile(r"/(docs|redoc|openapi\.json|favicon\.ico|static/.*|v1/health/(live|ready))?")
 _ROLES = (
-    (re.compile(r"\S+ /v1/keys(/.*)?"), Role.ADMINISTRATOR),
+    (re.compile(r"\S+ /v1/(keys(/.*)?|audit)"), Role.ADMINISTRATOR),
     (re.compile(r"(GET|HEAD|OPTIONS) .*|POST /v1/plans"), Role.READER),
 )
 # With the sessions of routes (app.api.dependencies) as many as the pool has connections. They have threads of their

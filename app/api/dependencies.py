@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Generic, TypeVar
 
+import structlog
 from fastapi import Depends, Query, Request
 from sqlalchemy.orm import Session
 
 from app.access import Principal
+from app.db.audit import Origin
 from app.db.engine import Database, get_database
 from app.services.models import Stores
 from app.settings import Settings, get_settings
@@ -33,7 +35,13 @@ async def caller(request: Request) -> Principal:
 def database_of(request: Request) -> Database:
     """The database as the caller's tenant sees it. No route has another."""
     principal: Principal = request.state.principal
-    return get_database().for_tenant(principal.tenant)
+    origin = Origin(
+        principal=principal.name,
+        call=f"{request.method} {request.url.path}",
+        address=request.client and request.client.host,
+        request_id=structlog.contextvars.get_contextvars().get("request_id"),
+    )
+    return get_database().for_tenant(principal.tenant, origin=origin)
 
 
 async def tenant_database(request: Request) -> Database:

@@ -85,7 +85,7 @@ TAGS = [
     {"name": "artifacts", "description": "The files jobs leave, with ranges, validators and digests."},
     {"name": "datasets", "description": "Your own text to calibrate, train and evaluate on."},
     {"name": "catalogue", "description": "What can be done, with which presets, into which formats, by which workers."},
-    {"name": "keys", "description": "Who may call the service, for administrators."},
+    {"name": "keys", "description": "Who may call the service and what they changed, for administrators."},
     {"name": "ops", "description": "Health and metrics, for those who run the service."},
 ]  # fmt: skip
 

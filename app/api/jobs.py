@@ -97,7 +97,7 @@ class JobResult(Documented):
     summary="Start a job",
     responses={
         202: {"headers": {"Location": {"description": "The job.", "schema": {"type": "string"}}}},
-        **problem_responses(404, 409, 413, 422),
+        **problem_responses(404, 409, 413, 422, 429),
     },
 )
 def create_job(
@@ -191,7 +191,7 @@ def cancel_job(job_id: JobId, session: WriteSession) -> JobView:
     operation_id="retry_job",
     status_code=202,
     summary="Run a job again",
-    responses=problem_responses(404, 409),
+    responses=problem_responses(404, 409, 429),
 )
 def retry_job(job_id: JobId, session: WriteSession, response: Response) -> JobView:
     """Queue a job that failed or was cancelled again. Stages that are done are not repeated."""

@@ -22,6 +22,7 @@ from app.spec.documented import Documented
 MEDIA_TYPE = "application/problem+json"
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
+_RETRY_AFTER_SECONDS = {429: "30", 503: "5"}
 _log = structlog.get_logger(__name__)
 
 
@@ -105,8 +106,8 @@ def add_problem_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ModelpressError)
     async def ours(_: Request, error: ModelpressError) -> ProblemResponse:
-        headers = {"Retry-After": "5"} if error.status == http.HTTPStatus.SERVICE_UNAVAILABLE else None
-        return render(error, headers)
+        wait = _RETRY_AFTER_SECONDS.get(error.status)
+        return render(error, {"Retry-After": wait} if wait else None)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> ProblemResponse:

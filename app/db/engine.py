@@ -59,11 +59,14 @@ class Database:
         self.writing_engine: Engine = self.engine.execution_options(writing=True)
         self._of_service = self
 
-    def for_tenant(self, tenant: str) -> Database:
-        """The same database as one tenant sees it; `app.db.tenancy` says how."""
+    def for_tenant(self, tenant: str, **options: Any) -> Database:
+        """The same database as one tenant sees it; `app.db.tenancy` says how.
+
+        With `origin` (an `app.db.audit.Origin`) its changes are entered into the audit log.
+        """
         bound = copy.copy(self)
-        bound.engine = tenancy.bound_to(self.engine, tenant)
-        bound.writing_engine = tenancy.bound_to(self.writing_engine, tenant)
+        bound.engine = tenancy.bound_to(self.engine, tenant).execution_options(**options)
+        bound.writing_engine = tenancy.bound_to(self.writing_engine, tenant).execution_options(**options)
         return bound
 
     def for_service(self) -> Database:

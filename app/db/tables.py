@@ -42,6 +42,9 @@ class Tenant(Base):
 
     id: Mapped[str] = mapped_column(primary_key=True)
     """A short name, e.g. `acme`."""
+    max_stored_bytes: Mapped[int | None]
+    """Null, here and below: no limit."""
+    max_queued_jobs: Mapped[int | None]
     created_at: Mapped[float] = mapped_column(default=db_now())
 
 
@@ -132,6 +135,7 @@ class Job(TenantRow, Base):
     __table_args__ = (
         _of_a_tenant(),
         Index("ix_jobs_tenant_id_id", "tenant_id", "id"),
+        Index("ix_jobs_tenant_id_status", "tenant_id", "status"),
         Index("ix_jobs_status_lease_until", "status", "lease_until"),
         Index("ix_jobs_status_dispatched_at", "status", "dispatched_at"),
     )
@@ -207,6 +211,7 @@ class Artifact(TenantRow, Base):
     """A file a job left: part of the result, or a report."""
 
     __tablename__ = "artifacts"
+    __table_args__ = (Index("ix_artifacts_tenant_id", "tenant_id"),)
 
     id: Mapped[str] = mapped_column(primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
@@ -253,6 +258,21 @@ class ApiKey(TenantRow, Base):
     revoked_at: Mapped[float | None]
     last_used_at: Mapped[float | None]
     """To the minute."""
+
+
+class AuditEntry(TenantRow, Base):
+    """A transaction in which somebody changed something; written in it. Never changed afterwards."""
+
+    __tablename__ = "audit_entries"
+    __table_args__ = (_of_a_tenant(), Index("ix_audit_entries_tenant_id_id", "tenant_id", "id"))
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    principal: Mapped[str]
+    call: Mapped[str]
+    """Method and path, or the command."""
+    address: Mapped[str | None]
+    request_id: Mapped[str | None]
+    created_at: Mapped[float] = mapped_column(default=db_now())
 
 
 class Worker(Base):

@@ -17,6 +17,7 @@ from app.errors import Conflict, NotFound
 from app.ids import new_id
 from app.intake.read_dataset import read_dataset
 from app.services.models import Stores, completed_upload, discarding_blobs, receive_body, using_up
+from app.services.quotas import require_storage
 from app.services.uploads import use_uploads
 from app.spec.compression import CompressionSpec
 from app.storage.references import remove_unreferenced
@@ -91,6 +92,7 @@ def _create(
     with discarding_blobs(stores, {kept.sha256}), stores.database.write() as session:
         queries.hold_blobs(session)
         use(session)
+        require_storage(session, kept.bytes)
         stores.blobs.put_file(kept.path, kept.sha256)
         return queries.add_dataset(session, dataset)
 

@@ -14,6 +14,7 @@ from app.errors import Conflict, JobFailed, NotFound
 from app.ids import new_id
 from app.services.job_view import NAME_LABEL, EventView, JobView, event_view, has_ended, job_view
 from app.services.planning import Planned, Wish, plan_wish, require_fit
+from app.services.quotas import require_queue
 from app.settings import Settings
 from app.storage import get_store
 from app.storage.references import remove_unreferenced
@@ -45,10 +46,11 @@ class JobFilter:
 def submit_job(session: Session, settings: Settings, submission: Submission) -> JobView:
     """Write down a job with its stages and first event; its message goes out once that is committed.
 
-    Raises what `plan_wish` and `require_fit` raise, before anything is written.
+    Raises what `plan_wish`, `require_fit` and `require_queue` raise, before anything is written.
     """
     planned = plan_wish(session, submission.wish)
     require_fit(planned)
+    require_queue(session)
     job = _new_job(planned, settings, submission)
     if job.queue == "gpu" and not worker_queries.list_serving(session, job.queue):
         job.warnings = [_NO_GPU]
@@ -110,7 +112,7 @@ def cancel_job(session: Session, job_id: str) -> JobView:
 def retry_job(session: Session, job_id: str) -> JobView:
     """Queue a failed or cancelled job again; stages already committed are not repeated.
 
-    Raises NotFound; Conflict in any other state, or when its model is gone.
+    Raises NotFound; Conflict in any other state, or when its model is gone; TooManyRequests.
     """
     job = require_job(session, job_id)
     if model_queries.get_model_for_use(session, job.model_id) is None:
@@ -119,6 +121,7 @@ def retry_job(session: Session, job_id: str) -> JobView:
             code="input_deleted",
             hint="Upload the model again and post a new job.",
         )
+    require_queue(session)
     if not job_moves.retry_job(session, job_id):
         raise Conflict(
             f"Only failed and cancelled jobs can be retried; this one is {job.status}.",

@@ -24,6 +24,7 @@ from app.ids import new_id
 from app.intake.names import safe_path
 from app.intake.read_model import ReadModel, read_model, read_single_file
 from app.services.imports import Fetched, fetch
+from app.services.quotas import require_storage
 from app.services.uploads import remove_uploads, use_uploads
 from app.settings import Settings
 from app.spec.compression import CompressionSpec
@@ -236,6 +237,7 @@ def _publish(
     ):
         queries.hold_blobs(session)
         use(session)
+        require_storage(session, model.bytes)
         for file in files.values():
             stores.blobs.put_file(file.path, file.sha256)
         rows = [

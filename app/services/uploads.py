@@ -18,6 +18,7 @@ from app.db.engine import Database, after_commit
 from app.db.tables import Upload, UploadPart
 from app.errors import Conflict, IntakeError, InvalidRequest, ModelpressError, NotFound, PayloadTooLarge
 from app.ids import new_id
+from app.services.quotas import require_storage
 from app.settings import Settings
 from app.storage import get_staging
 from app.storage.parts import PartFile, RunningDigests, create_file, digest_file, pump
@@ -62,7 +63,7 @@ def part_length(upload: Upload, number: int) -> int:
 def create_upload(
     session: Session, staging: Staging, settings: Settings, *, name: str, size: int, sha256: str | None
 ) -> UploadState:
-    """Open an upload of `size` bytes. Raises PayloadTooLarge and StorageFull before a byte is sent."""
+    """Open an upload of `size` bytes. Raises PayloadTooLarge, QuotaExceeded and StorageFull before a byte is sent."""
     if size > settings.max_upload_bytes:
         raise PayloadTooLarge(
             f"{name} has {size} bytes; this service takes files of up to {settings.max_upload_bytes}.",
@@ -71,6 +72,7 @@ def create_upload(
     upload = Upload(
         id=new_id("upl"), name=name, size=size, sha256=sha256, part_bytes=settings.part_bytes, status="open"
     )
+    require_storage(session, size)
     staging.require_free(size)
     queries.add_upload(session, upload, expires_in_seconds=settings.upload_expiry_seconds)
     create_file(staging.upload_path(upload.id), size, staging.min_free_bytes)

@@ -21,7 +21,7 @@ from app.services import keys
 from app.settings import Settings
 
 OPEN = {"get_liveness", "get_readiness"}
-ADMINISTRATORS = {"create_key", "list_keys", "get_key", "revoke_key"}
+ADMINISTRATORS = {"create_key", "list_keys", "get_key", "revoke_key", "list_audit_entries"}
 WRITING_THAT_READERS_MAY = {"create_plan"}
 
 

@@ -1,0 +1,57 @@
+"""What a tenant uses and may use. Sessions here are a tenant's, but for those that set limits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import InstrumentedAttribute, Session
+
+from app.db.tables import Artifact, Dataset, Job, Model, Tenant, Upload
+from app.db.tenancy import tenant_of
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a tenant may use; None: as much as there is."""
+
+    stored_bytes: int | None
+    queued_jobs: int | None
+
+
+def read_limits(session: Session) -> Limits:
+    """The limits of the session's tenant."""
+    query = select(Tenant.max_stored_bytes, Tenant.max_queued_jobs).where(Tenant.id == tenant_of(session))
+    return Limits(*session.execute(query).one())
+
+
+def lock_usage(session: Session) -> None:
+    """Let no other transaction of this kind of the session's tenant go on until this one ends: what is counted stays true."""
+    query = select(Tenant.id).where(Tenant.id == tenant_of(session))
+    # key_share: rows that refer to the tenant can be added meanwhile.
+    session.execute(query.with_for_update(key_share=True)).one()
+
+
+def count_stored_bytes(session: Session) -> int:
+    """Bytes of models, datasets, artifacts and announced uploads; those of a blob that is used twice count twice."""
+    return sum(_sum(session, column) for column in (Model.bytes, Dataset.bytes, Artifact.bytes, Upload.size))
+
+
+def count_queued_jobs(session: Session) -> int:
+    """Jobs that wait."""
+    return session.execute(select(func.count()).select_from(Job).where(Job.status == "queued")).scalar_one()
+
+
+def list_tenants(session: Session) -> Sequence[Tenant]:
+    """All tenants, by name."""
+    return session.scalars(select(Tenant).order_by(Tenant.id)).all()
+
+
+def get_tenant(session: Session, tenant: str) -> Tenant | None:
+    """A tenant by name."""
+    return session.get(Tenant, tenant)
+
+
+def _sum(session: Session, column: InstrumentedAttribute[int]) -> int:
+    return int(session.execute(select(func.coalesce(func.sum(column), 0))).scalar_one())
