@@ -28,7 +28,7 @@ from app.api import (
     uploads,
 )
 from app.api.authentication import Authentication
-from app.api.middleware import BodyLimit, RequestContext
+from app.api.middleware import BodyLimit, RateLimit, RequestContext
 from app.api.problems import add_problem_handlers, problem_responses
 from app.logging import configure_logging
 from app.settings import Settings, get_settings
@@ -40,6 +40,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     configure_logging(settings)
     app = FastAPI(title="Modelpress", docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, settings=settings)
+    app.add_middleware(RateLimit, settings=settings)
     app.add_middleware(Authentication, settings=settings)
     app.add_middleware(RequestContext)
     add_problem_handlers(app)

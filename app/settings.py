@@ -54,6 +54,9 @@ class Settings(BaseSettings):
     secret_key: SecretStr = SecretStr("")
     """Digests of API keys are made with it: 32 characters or more. Empty: a file inside `data_dir`, on loopback alone."""
 
+    rate_limit_per_minute: int = Field(default=0, ge=0)
+    """Calls a tenant may make; 0: as many as it likes."""
+
     max_upload_bytes: int = 200 * GIB
     max_raw_body_bytes: int = 512 * MIB
     """For `PUT /models/content` and datasets; larger files go up in parts."""

@@ -1,4 +1,4 @@
-"""What happens around every request: an id, a log line, a limit on the body, and an answer to unforeseen errors."""
+"""What happens around every request: an id, a log line, limits on the body and on the rate, and an answer to unforeseen errors."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ import time
 import uuid
 
 import structlog
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.access import Principal
 from app.api.problems import render, render_unexpected
-from app.errors import PayloadTooLarge
+from app.errors import PayloadTooLarge, TooManyRequests
+from app.rate_limits import WINDOW_SECONDS, Allowance, RateLimiter
 from app.settings import MIB, Settings
 
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 # Polled every few seconds by machines: their lines would bury the others.
 _QUIET = ("/health/", "/metrics")
+
+# Of their own: a counter that hangs must not take the threads of routes.
+_COUNTING_THREADS = 8
 
 _log = structlog.get_logger("modelpress.request")
 
@@ -108,4 +115,55 @@ def _too_large(limit: int) -> PayloadTooLarge:
     return PayloadTooLarge(
         f"The body is larger than the {limit} bytes this call takes.",
         hint="Send large files in parts: POST /v1/uploads.",
+    )
+
+
+class RateLimit:
+    """Count calls by tenant, say on each answer how many are left (RateLimit headers), and refuse those over the limit."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        limited = settings.rate_limit_per_minute > 0 and settings.redis_url
+        self._limiter = RateLimiter(settings.redis_url, settings.rate_limit_per_minute) if limited else None
+        self._threads = CapacityLimiter(_COUNTING_THREADS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Wrap one request. Who calls without having to say who it is, is not counted."""
+        principal: Principal | None = scope.get("state", {}).get("principal")
+        if self._limiter is None or principal is None:
+            await self.app(scope, receive, send)
+            return
+        allowance = await run_sync(self._limiter.take, principal.tenant, limiter=self._threads)
+        if allowance is None:
+            await self.app(scope, receive, send)
+            return
+        headers = _rate_limit_headers(self._limiter.per_minute, allowance)
+        if not allowance.allowed:
+            wait = {"Retry-After": str(allowance.reset_seconds), "Connection": "close"}
+            await render(_too_often(self._limiter.per_minute, allowance), headers | wait)(
+                scope, receive, send
+            )
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(headers)
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
+def _rate_limit_headers(per_minute: int, allowance: Allowance) -> dict[str, str]:
+    """As the IETF's draft on RateLimit header fields has them: q calls in w seconds; r are left, all again in t."""
+    return {
+        "RateLimit-Policy": f'"tenant";q={per_minute};w={WINDOW_SECONDS}',
+        "RateLimit": f'"tenant";r={allowance.remaining};t={allowance.reset_seconds}',
+    }
+
+
+def _too_often(per_minute: int, allowance: Allowance) -> TooManyRequests:
+    return TooManyRequests(
+        f"Your tenant may make {per_minute} calls a minute.",
+        code="rate_limited",
+        hint=f"Go on in {allowance.reset_seconds} s (Retry-After). To wait for a job, follow its events instead of polling.",
     )
