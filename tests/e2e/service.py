@@ -88,13 +88,17 @@ class Service:
 
     def upload(self, directory: Path, name: str = "tiny") -> str:
         """Upload a model directory as a zip; returns its id."""
+        answer = self.try_upload(directory, name)
+        assert answer.status_code == 201, answer.text
+        return str(answer.json()["id"])
+
+    def try_upload(self, directory: Path, name: str = "tiny") -> Any:
+        """Upload a model directory as a zip; the answer, whatever it is."""
         packed = io.BytesIO()
         with zipfile.ZipFile(packed, "w") as archive:
             for path in sorted(p for p in directory.rglob("*") if p.is_file()):
                 archive.write(path, path.relative_to(directory))
-        answer = self.client.put("/v1/models/content", params={"name": name}, content=packed.getvalue())
-        assert answer.status_code == 201, answer.text
-        return str(answer.json()["id"])
+        return self.client.put("/v1/models/content", params={"name": name}, content=packed.getvalue())
 
     def submit(self, model_id: str, **body: object) -> str:
         """Submit a job; returns its id."""
