@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import selectors
+import shutil
 import socket
 import subprocess
 import sys
@@ -40,6 +41,12 @@ _LEAVE_SECONDS = 30
 """A process that has closed its pipe has so long to end."""
 
 _log = structlog.get_logger(__name__)
+
+
+class _DiskFull(Unavailable):
+    """The job is tried again, from its start: another may have filled the disk."""
+
+    default_code = "disk_full"
 
 
 class Draining(Exception):  # noqa: N818 - an outcome, not an error
@@ -112,6 +119,8 @@ class _Attempt:
         except Draining:
             return "queued" if self.lease.write(job_claims.release) else "lost"
         except ModelpressError as error:
+            if isinstance(error, _DiskFull):
+                self.scratch.remove()
             facts = {"code": error.code, "detail": error.detail, "hint": error.hint}
             return self._fail(facts, retryable=isinstance(error, Unavailable))
         except OSError as error:
@@ -220,6 +229,7 @@ class _Attempt:
                 raise Draining
             self.lease.check_cancelled()
             _check_memory(process.pid, watch.budget)
+            self._check_disk()
         if now >= watch.next_beat:
             watch.next_beat = now + self.settings.heartbeat_seconds
             self.lease.beat()
@@ -228,6 +238,16 @@ class _Attempt:
                 "The job ran longer than its timeout.",
                 code="timeout",
                 hint="Raise resources.timeout_seconds.",
+            )
+
+    def _check_disk(self) -> None:
+        """A job that fills the disk takes it from the database and from all other jobs, so its files go at once."""
+        free = shutil.disk_usage(self.scratch.directory).free
+        if free < self.settings.min_free_disk_bytes:
+            raise _DiskFull(
+                f"{free / GIB:.2f} GiB are left on the worker's disk, and "
+                f"{self.settings.min_free_disk_bytes / GIB:.2f} GiB must stay free.",
+                hint="Free space where MODELPRESS_DATA_DIR lies, or move it to a larger disk.",
             )
 
     def _handle(self, event: events.Event, watch: _Watch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 
 import psutil
 import pytest
@@ -12,7 +13,7 @@ from bench import STAGES, Bench
 from waiting import wait_until
 
 from app.db import job_claims, job_moves, job_queries
-from app.settings import get_settings
+from app.settings import Settings, get_settings
 from app.storage import get_store
 from workers import supervisor
 from workers.scratch import Scratch
@@ -192,6 +193,19 @@ def test_memory_over_budget_ends_the_job_with_both_numbers(fast_bench: Bench) ->
     error = fast_bench.job(job_id).error
     assert error["code"] == "out_of_memory"
     assert "0.25 GiB" in error["detail"]
+
+
+def test_a_job_that_fills_the_disk_is_ended_and_its_files_go(
+    fast_bench: Bench, override_settings: Callable[..., Settings]
+) -> None:
+    job_id = fast_bench.submit()
+    override_settings(min_free_disk_bytes=2**60)
+    assert fast_bench.supervisor(("stages", 2), ("sleep", 600)).run(job_id) == "queued"
+    assert fast_bench.job(job_id).error["code"] == "disk_full"
+    assert not (get_settings().scratch_dir / job_id).exists()
+    override_settings(min_free_disk_bytes=0)
+    _due_now(fast_bench, job_id)
+    assert fast_bench.supervisor(("stages", ALL), FINISHED).run(job_id) == "succeeded"
 
 
 def test_a_job_over_its_time_is_ended(fast_bench: Bench) -> None:
