@@ -1,6 +1,6 @@
 """What each level of the sandbox adds to the start of a job's process.
 
-Usage: .venv/bin/python benchmarks/sandbox_start.py [--rounds 20]
+Usage: .venv/bin/python benchmarks/sandbox_start.py [--rounds 60]
 
 Each round starts the interpreter once a level, in turns, and waits for its end. A level this machine does not have is said
 and left out.
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=60)
     rounds = parser.parse_args().rounds
     figures = Figures("sandbox_start")
     with tempfile.TemporaryDirectory() as directory:
