@@ -67,23 +67,11 @@ HOSTILE: dict[str, Change] = {
     "a template that runs a command": evil_template,
     "a sentencepiece model of noise": broken_sentencepiece,
     "a thousand million channels": edited("config.json", lambda c: c.update(intermediate_size=10**9)),
-    "a thousand million heads": edited("config.json", lambda c: c.update(num_attention_heads=10**9)),
-    "positions without end": edited("config.json", lambda c: c.update(max_position_embeddings=2**31 - 1)),
-    "a rope of no kind": edited("config.json", lambda c: c.update(rope_parameters={"rope_type": "evil", "factor": 1e308})),
-    "tokens that were never made": edited(
-        "tokenizer.json",
-        lambda t: t["added_tokens"].append({
-            "id": 10**9, "content": "x", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-            "special": True,
-        }),
-    ),
 }  # fmt: skip
 
 HARMLESS = {
     "a regex bomb in the tokenizer",  # tokenizers gives up on it by itself
     "a template that runs a command",
-    "positions without end",
-    "tokens that were never made",
 }
 
 
