@@ -113,7 +113,8 @@ class Resources(Frozen):
     """What a job may use."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: whatever the worker that takes the job has. `cuda`: only workers with a GPU take the job."""
+    """`auto`: whatever the worker that takes the job has. `cuda`: only workers with a GPU take the job. Of several GPUs that
+    a worker is shown (CUDA_VISIBLE_DEVICES) calibration uses all, everything else the first."""
     memory_budget: Annotated[int, Field(ge=256 * 2**20)] | None = None
     """Bytes of memory the job's process may use. Null: the worker's size. A plan over budget is refused."""
     timeout_seconds: Annotated[int, Field(ge=1, le=30 * 86_400)] = 86_400

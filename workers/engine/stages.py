@@ -27,6 +27,7 @@ from app.spec.facts import ModelFacts
 from app.spec.plan import plan_job
 from app.spec.report import Report, StepReport
 from workers.engine.calibration.builtin import builtin_text
+from workers.engine.calibration.device_shares import other_gpus
 from workers.engine.checkpoint.gguf_source import convert_gguf
 from workers.engine.measure.evaluate import check_original, evaluate
 from workers.engine.measure.images import prepare_images
@@ -212,6 +213,7 @@ def _step(name: str, context: StageContext) -> Metrics:
             training_text=None if takes_images else training,
             training_images=training if takes_images else None,
             device=context.device,
+            more_devices=other_gpus(context.device),
             threads=context.threads,
             journal=context.directory.parent.parent / "journal" / str(index),
             memory_budget=context.memory_budget,

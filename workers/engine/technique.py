@@ -43,6 +43,8 @@ class StepContext:
     training_images: Path | None = None
     """A set of images in place of the training text, for models that take them."""
     device: str = "cpu"
+    more_devices: tuple[str, ...] = ()
+    """Others that share the calibration with it; everything else is done on the first."""
     threads: int = 1
     journal: Path | None = None
     """A directory that outlives this process, for a step that was killed to go on where it was; it may hold what an

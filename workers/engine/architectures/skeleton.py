@@ -38,6 +38,14 @@ class BlockCall:
         output: Tensor | tuple[Tensor, ...] = block(hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
+    def on(self, device: str) -> BlockCall:
+        """The same on another device."""
+        from accelerate.utils import send_to_device
+
+        return replace(
+            self, args=send_to_device(self.args, device), kwargs=send_to_device(self.kwargs, device)
+        )
+
     def returned(self, hidden: Tensor) -> Any:
         """Hidden states in the form that the block would return them in."""
         return hidden if self.others is None else (hidden, *self.others)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from app.spec.calibration_memory import windows_at_once
 from workers.engine.architectures.skeleton import BlockCall, Skeleton
 from workers.engine.calibration.block_reader import reading_blocks
 from workers.engine.calibration.block_states import BlockStates, StatesShape, open_states
+from workers.engine.calibration.device_shares import WindowShare, on_all, share_windows
+from workers.engine.calibration.stream_progress import StreamProgress
 from workers.engine.technique import Progress
 
 Visit = Callable[[int, Tensor, Tensor], None]
@@ -45,6 +48,10 @@ class LiveBlock:
     """Where files may lie that do not outlast the block."""
     alive: Callable[[], None]
     """To be called every few seconds of other work: says again how far the stream is, and may raise to stop."""
+    devices: tuple[str, ...] = ("cpu",)
+    """Those that share the work; the block and all it is given are on the first."""
+    shared: Callable[[], list[LiveBlock]] | None = None
+    """The block on each of several devices as it is now, each with some of the inputs; None where there is one device."""
 
     def run(self) -> None:
         """Run the block on every window and forget the outputs: for hooks to look on."""
@@ -88,6 +95,8 @@ class Calibration:
     """Needs twice windows × tokens × hidden × 4 bytes of disk (2 where 16 bits are computed in)."""
     device: str
     progress: Progress
+    more_devices: tuple[str, ...] = ()
+    """Others that take some of the windows: see `device_shares`."""
     dtype: torch.dtype = field(default=torch.float32)
     """What is computed in; see `compute_dtype`."""
 
@@ -117,36 +126,95 @@ def stream_blocks(
     Raises IntakeError when the checkpoint lacks a tensor of a block.
     """
     windows, device = calibration.windows, calibration.device
+    devices = (device, *calibration.more_devices)
     skeleton = Skeleton.open(calibration.directory, windows, device, calibration.dtype)
     calls = skeleton.record_calls(windows[:1])
     tokens = skeleton.tokens_of(windows)
-    told = _Told(calibration.progress, len(calls), len(windows), passes=1 if prepare is _nothing else 2)
+    told = StreamProgress(
+        calibration.progress, len(calls), len(windows), passes=1 if prepare is _nothing else 2
+    )
     with _states(calibration, skeleton, first_block) as states, reading_blocks(skeleton) as reader:
         for index in range(first_block, len(calls)):
             block, call = skeleton.blocks[index], calls[index]
             stored = reader.load(index)
             at_once = windows_at_once(tokens, _widest(block), on_gpu=device != "cpu")
             parts = _parts(len(windows), at_once)
-
-            def inputs(index: int = index, parts: list[range] = parts) -> Iterator[Tensor]:
-                for part in parts:
-                    yield states.read(part.start, len(part))
-                    told.windows_done(index, part.stop, earlier=0)
-
-            scratch = calibration.spool_directory
-            prepare(
-                LiveBlock(index, block, stored, call, inputs, len(windows), states.read, scratch, told.again)
+            run = _BlockRun(
+                index, stored, states, told, WindowShare(device, block, call, parts), devices, len(windows)
             )
-            for part in parts:
-                hidden = states.read(part.start, len(part))
-                output = call.run(block, hidden)
-                visit(index, hidden, output)
-                states.write(part.start, output)
-                told.windows_done(index, part.stop, earlier=told.passes - 1)
+            prepare(run.live(calibration.spool_directory))
+            run.pass_on(visit)
             block.to("meta")
             # After the last one there is nothing to go on with.
             if states.passed(index, keep=finished is not _unnoticed) or index + 1 == len(calls):
                 finished(index)
+
+
+@dataclass(frozen=True)
+class _BlockRun:
+    """All windows' way through one block."""
+
+    index: int
+    stored_names: dict[str, str]
+    states: BlockStates
+    told: StreamProgress
+    whole: WindowShare
+    """Every window on the first device."""
+    devices: tuple[str, ...]
+    windows: int
+
+    def live(self, scratch: Path) -> LiveBlock:
+        """What is prepared."""
+        alone = LiveBlock(
+            self.index,
+            self.whole.module,
+            self.stored_names,
+            self.whole.call,
+            partial(self._inputs, self.whole),
+            self.windows,
+            self.states.read,
+            scratch,
+            self.told.again,
+            self.devices,
+        )
+
+        def shared() -> list[LiveBlock]:
+            return [
+                replace(alone, module=share.module, call=share.call, inputs=partial(self._inputs, share))
+                for share in self._shares()
+            ]
+
+        return alone if len(self.devices) == 1 else replace(alone, shared=shared)
+
+    def pass_on(self, visit: Visit) -> None:
+        """Make outputs of all inputs; those that are looked at are made one after the other."""
+
+        def run(share: WindowShare) -> None:
+            for part in share.parts:
+                hidden = self._read(share, part)
+                output = share.call.run(share.module, hidden)
+                visit(self.index, hidden, output)
+                self.states.write(part.start, output)
+                self._tell(share, part, earlier=self.told.passes - 1)
+
+        on_all(run, self._shares() if visit is _unseen else [self.whole], self.devices)
+
+    def _shares(self) -> list[WindowShare]:
+        return share_windows(self.whole.module, self.whole.call, self.whole.parts, self.devices)
+
+    def _inputs(self, share: WindowShare) -> Iterator[Tensor]:
+        for part in share.parts:
+            yield self._read(share, part)
+            self._tell(share, part, earlier=0)
+
+    def _read(self, share: WindowShare, part: range) -> Tensor:
+        return self.states.read(part.start, len(part)).to(share.device)
+
+    def _tell(self, share: WindowShare, part: range, *, earlier: int) -> None:
+        """The first device's pace is taken for that of all: progress is told from one thread."""
+        if share.parts[0].start == 0:
+            done = part.stop * self.windows // share.parts[-1].stop
+            self.told.windows_done(self.index, done, earlier=earlier)
 
 
 def _widest(block: nn.Module) -> int:
@@ -171,26 +239,3 @@ def _states(calibration: Calibration, skeleton: Skeleton, first_block: int) -> I
             states.passed(-1, keep=False)
         skeleton.forget_embeddings()
         yield states
-
-
-@dataclass
-class _Told:
-    """Progress that never goes back, however often a block's windows are gone through."""
-
-    progress: Progress
-    blocks: int
-    windows: int
-    passes: int
-    share: float = 0.0
-    message: str = ""
-
-    def windows_done(self, index: int, done: int, *, earlier: int) -> None:
-        """Say that `done` windows of a pass over block `index` are through, after `earlier` whole passes."""
-        share = (index + (earlier + done / self.windows) / self.passes) / self.blocks
-        self.share = max(self.share, share)
-        self.message = f"block {index + 1} of {self.blocks}"
-        self.again()
-
-    def again(self) -> None:
-        """Say the same once more."""
-        self.progress(self.share, self.message)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from app.errors import JobFailed
 from app.spec.architectures import is_expert
 from workers.engine.calibration.block_stream import EnoughSeen, LiveBlock
+from workers.engine.calibration.device_shares import on_all
 
 Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 
@@ -26,6 +28,8 @@ _ENOUGH = 1 / 8
 # Blocks of columns of the symmetric product: those below the diagonal need not be computed.
 _GRAM_BLOCKS = 4
 _SMALLEST_GRAM_BLOCK = 128
+# The precision of products is one for all threads, each of which feeds a device.
+_PRECISION = Lock()
 
 
 @dataclass
@@ -63,6 +67,20 @@ class InputSite:
         peaks = rows.abs().amax(0)
         self.largest = peaks if self.largest is None else torch.maximum(self.largest, peaks)
 
+    def absorb(self, other: InputSite) -> None:
+        """Take in what was seen on another device."""
+        if other.total is None:
+            return
+        if self.total is None:
+            raise ValueError("the first device sees windows if any does")
+        self.total += other.total.to(self.total.device)
+        self.tokens += other.tokens
+        if other.sums is None or other.largest is None:
+            return
+        sums, largest = other.sums.to(self.total.device), other.largest.to(self.total.device)
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+
     def peak(self) -> float:
         """The largest magnitude of all; 0 where no token was seen."""
         return 0.0 if self.largest is None else float(self.largest.max())
@@ -90,7 +108,7 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
 
     Products of 16-bit inputs are exact, and summed in float32.
     """
-    with _products_in_16_bits(rows):
+    with _PRECISION, _products_in_16_bits(rows):
         rows = rows.float()
         columns = rows.t()
         for start, stop in _spans(len(total)):
@@ -169,7 +187,18 @@ def reached_sites(
 
 def gather_moments(block: LiveBlock, sites: Sequence[InputSite]) -> None:
     """Run the block on every window as far as the last of the sites, and add up what each is given."""
+    if block.shared is None:
+        _gather(block, sites)
+        return
+    shares = block.shared()
+    found = [sites, *([InputSite(list(site.layers)) for site in sites] for _ in shares[1:])]
+    on_all(lambda number: _gather(shares[number], found[number]), range(len(shares)), block.devices)
+    for others in found[1:]:
+        for site, other in zip(sites, others, strict=True):
+            site.absorb(other)
 
+
+def _gather(block: LiveBlock, sites: Sequence[InputSite]) -> None:
     def add(site: InputSite) -> Hook:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             site.add(inputs[0])

@@ -74,6 +74,7 @@ def calibration_in(
         windows=windows,
         spool_directory=spool,
         device=context.device,
+        more_devices=context.more_devices,
         progress=lambda fraction, message: context.progress(share * fraction, message),
         dtype=dtype,
     )
@@ -89,7 +90,9 @@ def journal_key(
         (file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in weight_files(context.source)
     ]
     digest = hashlib.sha256(windows.numpy().tobytes())
-    digest.update(f"{step.model_dump_json()} {files} {context.device} {context.seed}".encode())
+    digest.update(
+        f"{step.model_dump_json()} {files} {context.device} {context.more_devices} {context.seed}".encode()
+    )
     return digest.hexdigest()
 
 

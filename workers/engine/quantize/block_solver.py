@@ -24,6 +24,7 @@ from workers.engine.quantize.layer_fit import LayerFit
 from workers.engine.quantize.layer_solver import LayerSolver
 from workers.engine.quantize.sign_rounding import best_alone, doubts
 from workers.engine.quantize.silent_channels import SilentChannels
+from workers.engine.quantize.site_solving import SiteProblem, SiteSolution, solve_at_once
 from workers.engine.quantize.weights_at_once import weights_at_once
 
 # Of a layer, while what was lost is added up.
@@ -113,26 +114,44 @@ class BlockSolver:
         done = SolvedBlock()
         if not chosen:
             return done
-        solver = LayerSolver(self.step, self.threads, narrow=self.one_site_at_a_time)
+        warnings: list[str] = []
         for together in [[site] for site in sites] if self.one_site_at_a_time else [sites]:
             gather_moments(block, together)
             release_freed_memory()
-            for site in together:
-                self._solve_site(block, site, {name: chosen[name] for name in site.layers}, solver, done)
+            stored = [{name: chosen[name] for name in site.layers} for site in together]
+            if len(block.devices) == 1:
+                for site, names in zip(together, stored, strict=True):
+                    warnings += self._solve_site(block, site, names, done)
+                continue
+            problems = [self._problem(block, *given, done) for given in zip(together, stored, strict=True)]
+            solutions = solve_at_once(problems, self._solution, block.devices)
+            for problem, solution in zip(problems, solutions, strict=True):
+                self._use(block, problem, solution.fits, done)
+                warnings += solution.warnings
         if self.step.bias_correction and not any(f"{name}.bias" in block.stored_names for name in chosen):
             done.warnings.append(f"no bias to correct in block {block.index}")
-        done.warnings += solver.warnings
+        done.warnings += warnings
         return done
 
     def _solve_site(
-        self,
-        block: LiveBlock,
-        site: InputSite,
-        stored: dict[str, str],
-        solver: LayerSolver,
-        done: SolvedBlock,
-    ) -> None:
-        """Quantize the layers that share an input; `stored` are their weights' names by theirs in the block."""
+        self, block: LiveBlock, site: InputSite, stored: dict[str, str], done: SolvedBlock
+    ) -> list[str]:
+        """Quantize the layers that share an input, whose statistics are forgotten then. Returns warnings."""
+        problem = self._problem(block, site, stored, done)
+        solution = self._solution(problem)
+        self._use(block, problem, solution.fits, done)
+        return solution.warnings
+
+    def _solution(self, problem: SiteProblem) -> SiteSolution:
+        solver = LayerSolver(self.step, self.threads, narrow=self.one_site_at_a_time)
+        layers = {name: self.layers[name] for name in problem.weights}
+        fits = solver.solve(problem.weights, layers, problem.second_moment)
+        return SiteSolution(fits, solver.warnings)
+
+    def _problem(
+        self, block: LiveBlock, site: InputSite, stored: dict[str, str], done: SolvedBlock
+    ) -> SiteProblem:
+        """What is to be solved for an input; `stored` are its layers' weights' names by theirs in the block."""
         if site.is_guess:
             done.seldom_used |= {expert_of(name): site.tokens for name in stored.values()}
         mean = site.mean()
@@ -151,14 +170,20 @@ class BlockSolver:
                 raise non_finite(name)
             done.silent.look_at_weight(name, weight)
         done.silent.look_at_inputs(list(weights), second_moment.diagonal())
-        fits = solver.solve(weights, {name: self.layers[name] for name in weights}, second_moment)
+        return SiteProblem(stored, weights, second_moment, mean, site.peak())
+
+    def _use(
+        self, block: LiveBlock, problem: SiteProblem, fits: dict[str, LayerFit], done: SolvedBlock
+    ) -> None:
+        """Give the block what was found, and keep it."""
+        weights = problem.weights
         if self.step.bias_correction:
-            self._correct_biases(block, stored, weights, fits, mean, done)
-        for within, name in stored.items():
+            self._correct_biases(block, problem.stored, weights, fits, problem.mean, done)
+        for within, name in problem.stored.items():
             if self.step.solver == "signround":
-                done.untuned[within] = _untuned(weights[name], fits[name], second_moment)
-            self._settle(name, weights[name], fits[name], second_moment, done)
-            done.tensors |= self.layers[name].tensors(fits[name], site.peak())
+                done.untuned[within] = _untuned(weights[name], fits[name], problem.second_moment)
+            self._settle(name, weights[name], fits[name], problem.second_moment, done)
+            done.tensors |= self.layers[name].tensors(fits[name], problem.input_peak)
         release_freed_memory()
 
     def _correct_biases(

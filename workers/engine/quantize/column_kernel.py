@@ -97,15 +97,16 @@ def column_kernel(grid: WeightGrid, device: torch.device) -> ColumnKernel | None
     """The kernel for a grid of integers on a GPU; None for other grids, and where there is none."""
     if device.type != "cuda" or not isinstance(grid, Grid):
         return None
-    compiled = _compiled()
+    compiled = _compiled(device)
     return None if compiled is None else ColumnKernel(compiled, -grid.half, grid.half - 1)
 
 
 @cache
-def _compiled() -> Callable[..., None] | None:
+def _compiled(device: torch.device) -> Callable[..., None] | None:
     """None, and a line in the log, where it cannot be had: then torch does the same, slower."""
     try:
-        kernel: Callable[..., None] = torch.cuda._compile_kernel(_SOURCE, "round_columns")  # noqa: SLF001
+        with torch.cuda.device(device):
+            kernel: Callable[..., None] = torch.cuda._compile_kernel(_SOURCE, "round_columns")  # noqa: SLF001
     except (OSError, RuntimeError) as error:
         logging.getLogger(__name__).warning("no kernel for columns, and so slower: %s", error)
         return None

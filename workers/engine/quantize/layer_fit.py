@@ -62,6 +62,12 @@ class LayerFit:
         held = None if self.held is None else self.held[rows]
         return replace(self, scale=self.scale[rows], zero=self.zero[rows], codes=self.codes[rows], held=held)
 
+    def on(self, device: torch.device) -> LayerFit:
+        """The same on another device."""
+        held = None if self.held is None else self.held.to(device)
+        scale, zero, codes = (t.to(device) for t in (self.scale, self.zero, self.codes))
+        return replace(self, scale=scale, zero=zero, codes=codes, held=held)
+
     def compact(self) -> LayerFit:
         """What was found, in less memory."""
         return replace(self, codes=self.codes.to(self.grid.code_dtype), held=None)
