@@ -84,15 +84,17 @@ def journal_key(
     step: QuantizeCalibrated | PruneCalibrated | PruneWidth | PruneHeads,
     context: StepContext,
     windows: Tensor,
+    *,
+    one_site_at_a_time: bool = False,
 ) -> str:
-    """The same for the same work: what a journal was begun for."""
+    """The same for the same work: what a journal was begun for. Inputs taken one by one find other codes than together."""
     files = [
         (file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in weight_files(context.source)
     ]
     digest = hashlib.sha256(windows.numpy().tobytes())
-    digest.update(
-        f"{step.model_dump_json()} {files} {context.device} {context.more_devices} {context.seed}".encode()
-    )
+    devices = (context.device, *context.more_devices)
+    told = f"{step.model_dump_json()} {files} {devices} {context.seed} {one_site_at_a_time}"
+    digest.update(told.encode())
     return digest.hexdigest()
 
 

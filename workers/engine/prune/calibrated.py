@@ -35,7 +35,7 @@ from workers.engine.prune.allotment import allot
 from workers.engine.prune.block_pruner import BlockPruner
 from workers.engine.prune.layer_pruner import LayerPruner
 from workers.engine.prune.sensitivity import Curves, SensitivityProbe, curves_of, merged
-from workers.engine.quantize.found_layers import write_found
+from workers.engine.quantize.found_layers import write_journal
 from workers.engine.quantize.silent_channels import SilentChannels
 from workers.engine.technique import StepContext, StepOutcome, implements
 
@@ -62,7 +62,9 @@ def prune_calibrated(step: PruneCalibrated, context: StepContext) -> StepOutcome
     checkpoint = Checkpoint.open(context.source)
     selection = select_layers(checkpoint, step.ignore)
     windows = calibration_windows(context, tokens=step.calibration_tokens, length=step.sequence_length)
-    with open_journal(context.journal, context.target.parent, journal_key(step, context, windows)) as journal:
+    short = is_short_of_memory(step, context, checkpoint)
+    key = journal_key(step, context, windows, one_site_at_a_time=short)
+    with open_journal(context.journal, context.target.parent, key) as journal:
         stored = next(iter(selection.chosen.values())).dtype
         calibration = calibration_in(
             journal.directory, context, windows, share=_SOLVING, dtype=compute_dtype(stored, context.device)
@@ -71,7 +73,7 @@ def prune_calibrated(step: PruneCalibrated, context: StepContext) -> StepOutcome
             LayerPruner(
                 step,
                 inputs_first=architecture_in(checkpoint.config).inputs_first,
-                is_short_of_memory=is_short_of_memory(step, context, checkpoint),
+                is_short_of_memory=short,
                 gradients=WeightGradients(journal.directory) if step.uses_gradients else None,
             ),
             {name: entry.dtype for name, entry in selection.chosen.items()},
@@ -89,13 +91,7 @@ def prune_calibrated(step: PruneCalibrated, context: StepContext) -> StepOutcome
                 curves = curves_of(costs, pruner.allotted, weights)
         solve_into(journal, calibration, pruner.prune)
         records = journal.records()
-        write_found(
-            checkpoint,
-            {},
-            {entry.name: entry for entry in journal.entries()},
-            context,
-            progress=lambda share: context.progress(_SOLVING + (1 - _SOLVING) * share, "writing"),
-        )
+        write_journal(checkpoint, {}, journal, context, solving=_SOLVING)
     context.progress(1.0, "done")
     copy_side_files(context.source, context.target)
     return _outcome(

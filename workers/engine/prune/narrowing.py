@@ -20,7 +20,7 @@ from workers.engine.calibration.text_checks import calibration_flags
 from workers.engine.checkpoint import Checkpoint, copy_side_files, write_config
 from workers.engine.checkpoint.layout import TensorEntry
 from workers.engine.prune.block_narrower import BlockNarrower, Cut
-from workers.engine.quantize.found_layers import write_found
+from workers.engine.quantize.found_layers import write_journal
 from workers.engine.quantize.silent_channels import SilentChannels
 from workers.engine.technique import StepContext, StepOutcome
 
@@ -49,13 +49,7 @@ def narrowed(
         narrower = BlockNarrower(step, checkpoint, architecture_in(checkpoint.config), cut)
         solve_into(journal, calibration, narrower.narrow)
         records = journal.records()
-        write_found(
-            checkpoint,
-            {},
-            {entry.name: entry for entry in journal.entries()},
-            context,
-            progress=lambda share: context.progress(_SOLVING + (1 - _SOLVING) * share, "writing"),
-        )
+        write_journal(checkpoint, {}, journal, context, solving=_SOLVING)
     copy_side_files(context.source, context.target)
     write_config(context.target, checkpoint.config | config)
     context.progress(1.0, "done")

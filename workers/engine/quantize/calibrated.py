@@ -41,7 +41,7 @@ from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.images.calibration import calibration_image_flags, calibration_pixels
 from workers.engine.quantize.block_solver import BlockSolver
 from workers.engine.quantize.cache_scales import cache_scales
-from workers.engine.quantize.found_layers import write_found
+from workers.engine.quantize.found_layers import write_journal
 from workers.engine.quantize.packed_layers import (
     WeightError,
     config_with_quantization,
@@ -68,16 +68,12 @@ def quantize_calibrated(step: QuantizeCalibrated, context: StepContext) -> StepO
     selection = select_layers(checkpoint, step.ignore, with_head=step.include_head)
     layers = plan_layers(checkpoint, selection, step)
     windows = _windows(step, context)
-    with open_journal(context.journal, context.target.parent, journal_key(step, context, windows)) as journal:
-        _solve(step, context, layers, windows, journal)
+    short = is_short_of_memory(step, context, checkpoint)
+    key = journal_key(step, context, windows, one_site_at_a_time=short)
+    with open_journal(context.journal, context.target.parent, key) as journal:
+        _solve(step, context, layers, windows, journal, one_site_at_a_time=short)
         records = journal.records()
-        head_errors = write_found(
-            checkpoint,
-            layers,
-            {entry.name: entry for entry in journal.entries()},
-            context,
-            progress=lambda share: context.progress(_SOLVING + (1 - _SOLVING) * share, "writing"),
-        )
+        head_errors = write_journal(checkpoint, layers, journal, context, solving=_SOLVING)
     context.progress(1.0, "done")
     copy_side_files(context.source, context.target)
     write_config(
@@ -140,6 +136,8 @@ def _solve(
     layers: dict[str, StoredLayer],
     windows: Tensor,
     journal: BlockJournal,
+    *,
+    one_site_at_a_time: bool,
 ) -> None:
     """Quantize block after block into the journal, from the first that is not finished."""
     checkpoint = Checkpoint.open(context.source)
@@ -151,7 +149,7 @@ def _solve(
         step,
         layers,
         context.threads,
-        one_site_at_a_time=is_short_of_memory(step, context, checkpoint),
+        one_site_at_a_time=one_site_at_a_time,
         seed=context.seed,
     )
 

@@ -9,12 +9,31 @@ from torch import Tensor
 
 from app.spec.architectures import block_index
 from app.spec.facts import TensorFact
+from workers.engine.calibration.block_journal import BlockJournal
 from workers.engine.checkpoint import Checkpoint, CheckpointWriter, Slab, map_slabs, row_slabs
 from workers.engine.checkpoint.layout import TensorEntry
 from workers.engine.export.stored_layer import StoredLayer
 from workers.engine.quantize.packed_layers import WeightError
 from workers.engine.quantize.slab_rounding import round_slab
 from workers.engine.technique import StepContext
+
+
+def write_journal(
+    checkpoint: Checkpoint,
+    layers: Mapping[str, StoredLayer],
+    journal: BlockJournal,
+    context: StepContext,
+    *,
+    solving: float,
+) -> dict[str, list[WeightError]]:
+    """Write what a journal has of all blocks, see `write_found`; progress runs on from `solving` to 1."""
+    return write_found(
+        checkpoint,
+        layers,
+        {entry.name: entry for entry in journal.entries()},
+        context,
+        progress=lambda share: context.progress(solving + (1 - solving) * share, "writing"),
+    )
 
 
 def write_found(
