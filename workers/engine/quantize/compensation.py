@@ -7,7 +7,7 @@ algorithm 1). Columns with the largest H_jj go first, while there are most left 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -63,8 +63,7 @@ def factorize(second_moment: Tensor, damping: float) -> Factor:
 
 def factor_or_none(second_moment: Tensor, damping: float, names: str, warnings: list[str]) -> Factor | None:
     """What all layers of an input share; None where there is no factor. `warnings` then name them, and where H was damped more."""
-    order = _rounding_order(second_moment.diagonal())
-    return _warning_factorize_(second_moment.clone(), damping, names, warnings, order)
+    return _or_none(lambda: factorize(second_moment, damping), damping, names, warnings)
 
 
 @contextmanager
@@ -82,7 +81,7 @@ def factored_in_place(
     moments = second_moment.diagonal().clone()
     order = _rounding_order(moments) if order is None else order
     try:
-        yield _warning_factorize_(second_moment, damping, names, warnings, order)
+        yield _or_none(lambda: _factorize_(second_moment, damping, order), damping, names, warnings)
     finally:
         # What is above the diagonal is H's still.
         flipped = order.flip(0)
@@ -111,11 +110,9 @@ def _rounding_order(moments: Tensor) -> Tensor:
     return torch.argsort(moments, descending=True, stable=True)
 
 
-def _warning_factorize_(
-    matrix: Tensor, damping: float, names: str, warnings: list[str], order: Tensor
-) -> Factor | None:
+def _or_none(find: Callable[[], Factor], damping: float, names: str, warnings: list[str]) -> Factor | None:
     try:
-        factor = _factorize_(matrix, damping, order)
+        factor = find()
     except NotPositiveDefinite:
         warnings.append(f"not compensated, since the inputs' statistics have no factor: {names}")
         return None
