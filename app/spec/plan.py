@@ -21,12 +21,12 @@ from app.spec.step_costs import (
     Surroundings,
     loaded_bytes,
     outputs_per_token,
-    step_disk,
     step_memory,
     step_seconds,
     streaming_seconds,
 )
 from app.spec.text_training import TextTraining
+from app.spec.step_disk import step_disk
 
 _MIB = 2**20
 

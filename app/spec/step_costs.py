@@ -259,29 +259,6 @@ def _(step: PruneChannels, on: Surroundings) -> int:
     return training + looking + TRAINING_BYTES_PER_PARAMETER * on.before.dense_parameters
 
 
-@singledispatch
-def step_disk(_step: Step, _on: Surroundings) -> int:
-    """Bytes of files that a step keeps beside its result until it is done. By default, none worth counting."""
-    return 0
-
-
-@step_disk.register
-def _(step: DistillLogits, on: Surroundings) -> int:
-    # Two snapshots while the newer one is written: weights, and Adam's two moments; and the best weights of each.
-    snapshots = 2 * 16 * on.after.dense_parameters
-    student = on.after.weight_bytes
-    if step.cached_logits is None:
-        return snapshots + student
-    per_token = step.cached_logits * (4 if on.facts.vocab_size <= 2**16 else 6)
-    return snapshots + student + per_token * step.sequences * step.sequence_length
-
-
-@step_disk.register
-def _(_step: PruneTraining, on: Surroundings) -> int:
-    # As above; gates are trained too, or have masks and scores.
-    return 2 * 2 * 16 * on.before.dense_parameters
-
-
 def step_seconds(step: Step, on: Surroundings) -> float:
     """Seconds on two cores: reading the checkpoint, writing the result, and the work in between."""
     return streaming_seconds(on.before.weight_bytes + on.after.weight_bytes) + working_seconds(step, on)

@@ -19,8 +19,8 @@ from app.spec.compression import CompressionSpec
 from app.spec.distill import DistillLogits
 from app.spec.optimize import OptimizeOnnx
 from app.spec.plan import nearest_spec, plan_job
-from app.spec.prune import PruneDepth, PruneMagnitude
-from app.spec.quantize import LayerOverride, QuantizeWeights
+from app.spec.prune import PruneCalibrated, PruneDepth, PruneMagnitude
+from app.spec.quantize import LayerOverride, QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_onnx import QuantizeOnnx
 from app.spec.step_costs import INTERPRETER_BYTES
 
@@ -178,3 +178,27 @@ def test_cached_logits_are_planned_with_less_memory_and_more_disk() -> None:
     tokens = 200 * 64 * 128
     assert cached.disk_bytes - live.disk_bytes == 64 * 4 * tokens
     assert cached.peak_memory_bytes < live.peak_memory_bytes
+
+
+def test_disk_for_states_and_finished_blocks_is_planned() -> None:
+    facts = make_facts()
+    disk = {}
+    for tokens in (1024, 2048):
+        spec = CompressionSpec(steps=(QuantizeCalibrated(calibration_tokens=tokens),))
+        disk[tokens] = plan_job(spec, facts).disk_bytes
+    assert disk[2048] - disk[1024] == 2 * 4 * 1024 * facts.hidden_size
+    calibrated = CompressionSpec(steps=(QuantizeCalibrated(calibration_tokens=1024),))
+    nearest = CompressionSpec(steps=(QuantizeWeights(),))
+    result = plan_job(nearest, facts).stages[2].output_bytes
+    assert result is not None
+    states = 2 * 4 * 1024 * facts.hidden_size
+    assert plan_job(calibrated, facts).disk_bytes == plan_job(nearest, facts).disk_bytes + states + result
+
+
+def test_running_backwards_is_planned_with_the_inputs_of_every_block_on_disk() -> None:
+    facts = make_facts()
+    forward, backward = (
+        plan_job(CompressionSpec(steps=(PruneCalibrated(criterion=criterion),)), facts).disk_bytes
+        for criterion in ("wanda", "taylor")
+    )
+    assert backward - forward > facts.num_blocks * 4 * 16_384 * facts.hidden_size
