@@ -14,6 +14,7 @@ from app.spec.distill import DistillLogits, StudentFromModel
 from app.spec.facts import ModelFacts
 from app.spec.image_set import ImageSetFacts, check_datasets
 from app.spec.recipes import Recipe
+from app.spec.tokenizer_files import check_tokenizer
 
 
 def read_facts(model: Model) -> ModelFacts:
@@ -22,14 +23,15 @@ def read_facts(model: Model) -> ModelFacts:
 
 
 def fitting_spec(
-    session: Session, facts: ModelFacts, *, recipe: Recipe | None, spec: CompressionSpec | None
+    session: Session, model: Model, facts: ModelFacts, *, recipe: Recipe | None, spec: CompressionSpec | None
 ) -> tuple[CompressionSpec, dict[str, ModelFacts]]:
     """The spec to run, and the facts of uploaded students by id; datasets and students stay until the transaction ends.
 
     Raises UnsupportedForModel with every fault, pointing into `/spec`, or at `/recipe`.
     """
+    files = {file.path for file in model_queries.list_model_files(session, model.id)}
     if recipe is not None:
-        return _of_recipe(recipe, facts), {}
+        return _of_recipe(recipe, facts, files), {}
     if spec is None:
         raise InvalidRequest("Give a recipe or a spec.", faults=[Fault("", "Give `recipe` or `spec`.")])
     students, missing = _students(session, spec)
@@ -39,19 +41,21 @@ def fitting_spec(
         *unknown,
         *check_spec(spec, facts, students),
         *check_datasets(spec, facts, sets),
+        *check_tokenizer(spec, facts, files),
     ]
     _refuse(facts, [Fault("/spec" + fault.pointer, fault.detail) for fault in faults])
     return spec, students
 
 
-def _of_recipe(recipe: Recipe, facts: ModelFacts) -> CompressionSpec:
+def _of_recipe(recipe: Recipe, facts: ModelFacts, files: set[str]) -> CompressionSpec:
     """A recipe's spec for this model, without the limits that are meant for other families."""
     if facts.family not in recipe.families:
         served = " and ".join(sorted(recipe.families))
         _refuse(facts, [Fault("/recipe", f"{recipe.name} is for {served} models.")])
     limits = applicable_acceptance(recipe.spec.acceptance, facts)
     spec = recipe.spec.model_copy(update={"acceptance": limits})
-    _refuse(facts, [Fault("/recipe", f"{f.pointer}: {f.detail}") for f in check_spec(spec, facts)])
+    faults = [*check_spec(spec, facts), *check_tokenizer(spec, facts, files)]
+    _refuse(facts, [Fault("/recipe", f"{f.pointer}: {f.detail}") for f in faults])
     return spec
 
 

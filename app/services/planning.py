@@ -60,7 +60,7 @@ def plan_wish(session: Session, wish: Wish) -> Planned:
         raise NotFound(f"There is no model {wish.model_id}.", hint="GET /v1/models lists those there are.")
     facts = read_facts(model)
     recipe = None if wish.recipe is None else find_recipe(wish.recipe)
-    spec, students = fitting_spec(session, facts, recipe=recipe, spec=wish.spec)
+    spec, students = fitting_spec(session, model, facts, recipe=recipe, spec=wish.spec)
     plan = _plan(session, model, spec, facts, students)
     nearest = None
     if not plan.fits:
