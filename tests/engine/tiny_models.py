@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -154,7 +155,7 @@ def facts_of(directory: Path) -> ModelFacts:
 
 
 def write_tokenizer(directory: Path, *, wordpiece: bool, segments: bool = False) -> None:
-    """Train a tokenizer of at most VOCABULARY entries on SENTENCES and save it as transformers does.
+    """Make a tokenizer of at most VOCABULARY entries from SENTENCES and save it as transformers does.
 
     With `segments` it gives `token_type_ids` too, as BERT's does.
     """
@@ -225,16 +226,18 @@ def _byte_level_bpe() -> Any:
 
 
 def _wordpiece() -> Any:
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    """Whole words of SENTENCES, and letters for others: a trainer breaks ties another way in each process."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    words = sorted({word for line in SENTENCES for word in re.findall(r"\w+|[^\w\s]", line.lower())})
+    letters = sorted(set("".join(words)))
+    pieces = dict.fromkeys([*_SPECIAL_WORDPIECE, *letters, *(f"##{letter}" for letter in letters), *words])
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(_SPECIAL_WORDPIECE)
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=VOCABULARY - 20, special_tokens=_SPECIAL_WORDPIECE, show_progress=False
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
