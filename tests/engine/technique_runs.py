@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
         "int3-asymmetric": {"bits": 3, "symmetric": False, "group_size": 16},
         "fp8-tensor": {"number_format": "fp8", "group_size": "tensor", "activations": "dynamic"},
         "nvfp4": {"number_format": "nvfp4"},
+        "nf4": {"number_format": "nf4", "double_quantized": True},
         "hqq": {"symmetric": False, "group_size": 32, "scale_search": "hqq"},
     },
     "quantize.calibrated": {

@@ -42,6 +42,7 @@ from app.spec.quantize import QuantizedWeights
 from workers.engine.architectures.loading import load_model, load_tokenizer, loader_of
 from workers.engine.export.dynamic_int8 import load_dynamic_int8
 from workers.engine.export.gguf.reader import read_configuration
+from workers.engine.export.nf4_reader import load_nf4
 from workers.engine.technique import implemented, run_step
 
 CASES = [
@@ -95,7 +96,7 @@ def test_every_spec_class_has_code_and_all_code_has_a_spec_class() -> None:
 def test_result_is_read_by_the_loader_it_is_written_for(case: Case, runs: Callable[[Case], Run]) -> None:
     run = runs(case)
     tokens = load_tokenizer(run.target)(_TOKENS, return_tensors="pt")
-    output = _LOADERS[case.step.produces](run.target, tokens)
+    output = _LOADERS[case.step.output_format](run.target, tokens)
     assert np.isfinite(output).all()
     assert output.std() > 0
     if output.ndim == 3:
@@ -145,7 +146,7 @@ def test_on_a_gpu_the_promises_are_the_same(
     run = run_case(case, tiny(case.architecture), tmp_path, tiny_text, device="cuda")
     _PROMISES[case.technique](run)
     tokens = load_tokenizer(run.target)(_TOKENS, return_tensors="pt")
-    assert np.isfinite(_LOADERS[case.step.produces](run.target, tokens)).all()
+    assert np.isfinite(_LOADERS[case.step.output_format](run.target, tokens)).all()
 
 
 @pytest.mark.parametrize("case", REPEATED)
@@ -214,12 +215,20 @@ def _dynamic_int8_output(directory: Path, tokens: dict[str, torch.Tensor]) -> np
         return model(**tokens)[0].numpy()
 
 
+def _nf4_output(directory: Path, tokens: dict[str, torch.Tensor]) -> np.ndarray:
+    model, info = load_nf4(directory, loader_of(directory))
+    assert not [name for name in info["missing_keys"] if block_index(name) is not None]
+    with torch.inference_mode():
+        return model(**tokens)[0].numpy()
+
+
 _LOADERS = {
     "safetensors": _torch_output,
     "compressed-tensors": _torch_output,
     "onnx": _onnx_output,
     "gguf": _gguf_output,
     "torch-dynamic-int8": _dynamic_int8_output,
+    "bitsandbytes": _nf4_output,
 }
 
 
