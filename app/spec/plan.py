@@ -25,8 +25,8 @@ from app.spec.step_costs import (
     step_seconds,
     streaming_seconds,
 )
-from app.spec.text_training import TextTraining
 from app.spec.step_disk import step_disk
+from app.spec.text_training import TextTraining
 
 _MIB = 2**20
 
