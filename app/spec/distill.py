@@ -6,7 +6,9 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from app.spec.architectures import Architecture
 from app.spec.base import Frozen
+from app.spec.feed_forward import can_fill_gaps
 from app.spec.text_training import TextTraining
 
 
@@ -19,6 +21,15 @@ class StudentFromDepthCut(Frozen):
     source: Literal["depth_cut"] = "depth_cut"
     drop_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Share of the teacher's blocks that the student does without."""
+    repair: bool | None = None
+    """As in `prune.depth`, on the training text and before training."""
+
+    REPAIR_TOKENS: ClassVar[int] = 32_768
+    """Of training text, at most, that the repair is fitted to."""
+
+    def repairs(self, architecture: Architecture) -> bool:
+        """`repair`, made definite."""
+        return can_fill_gaps(architecture) if self.repair is None else self.repair
 
 
 class StudentFromPreviousStep(Frozen):

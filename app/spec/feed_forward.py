@@ -56,10 +56,32 @@ _FEED_FORWARD: dict[str, FeedForward] = {
     "modernbert": FeedForward(("mlp.Wi",), "mlp.Wo", projections=2),
 }  # fmt: skip
 
+# Blocks that end by adding what the feed-forward part gives. OPT's may have a norm after it, as its configuration says.
+_ENDING_IN_A_SUM = frozenset(
+    {
+        "llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "smollm3", "cohere", "granite", "stablelm", "starcoder2", "gpt2",
+        "gpt_neox",
+    }
+)  # fmt: skip
+
 
 def feed_forward_of(architecture: Architecture) -> FeedForward | None:
     """The feed-forward part of an architecture's blocks; None for a mixture of experts."""
     return _FEED_FORWARD.get(architecture.model_type)
+
+
+def last_layer_of(architecture: Architecture) -> str | None:
+    """The layer whose outputs are added to what leaves a block, by its name within the block.
+
+    None where a norm or experts come between, and for encoders.
+    """
+    layout = feed_forward_of(architecture)
+    return layout.reader if layout is not None and architecture.model_type in _ENDING_IN_A_SUM else None
+
+
+def can_fill_gaps(architecture: Architecture) -> bool:
+    """Whether the last layer before missing blocks can make up for them."""
+    return last_layer_of(architecture) is not None
 
 
 def is_reader(name: str, architecture: Architecture) -> bool:

@@ -12,12 +12,13 @@ from fnmatch import fnmatchcase
 from app.spec.architectures import Architecture, is_expert
 from app.spec.attention_heads import has_removable_heads
 from app.spec.base import Family, Step
+from app.spec.distill import DistillLogits, StudentFromDepthCut
 from app.spec.facts import TensorFact
-from app.spec.feed_forward import feed_forward_of
+from app.spec.feed_forward import can_fill_gaps, feed_forward_of
 from app.spec.kv_cache import can_scale_cache
 from app.spec.onnx_operators import ONNX_NETWORK
 from app.spec.optimize import OptimizeOnnx
-from app.spec.prune import PruneHeads, PruneWidth
+from app.spec.prune import PruneDepth, PruneHeads, PruneWidth
 from app.spec.prune_channels import PruneChannels
 from app.spec.prune_training import PruneTraining
 from app.spec.quantize import QuantizeCalibrated, QuantizedWeights, QuantizeWeights
@@ -67,6 +68,10 @@ _WITHOUT_WIDTH = (
 _WITHOUT_HEADS = (
     "The configuration of {name} cannot say that heads are missing; it can for Llama, Mistral, Mixtral, Qwen, Gemma, Phi3, "
     "SmolLM3, Granite and StarCoder2. Use prune.width or prune.depth."
+)
+_WITHOUT_GAP_REPAIR = (
+    "No layer of {name} adds to what leaves a block, unweighed by a norm or a router, so none can make up for the blocks after "
+    "it: leave repair out, and let distill.logits train what is left."
 )
 _GRAPHS_ALONE = (
     "Channels are removed from networks that came as ONNX: export this {name} in float32, with a free batch, and upload "
@@ -123,8 +128,21 @@ def _limits_of_pruning(
     if isinstance(step, PruneTraining):
         experts = [t.name.removesuffix(".weight") for t in layers if is_expert(t.name)]
         yield from _matching(_ignored(step), experts, _TRAINED_EXPERTS)
+    if not can_fill_gaps(architecture):
+        yield from ((pointer, _WITHOUT_GAP_REPAIR.format(name=name)) for pointer in _repairs_asked_for(step))
     if isinstance(step, PruneChannels):
         yield "/technique", _GRAPHS_ALONE.format(name=name)
+
+
+def _repairs_asked_for(step: Step) -> Iterator[str]:
+    if isinstance(step, PruneDepth) and step.repair:
+        yield "/repair"
+    if (
+        isinstance(step, DistillLogits)
+        and isinstance(step.student, StudentFromDepthCut)
+        and step.student.repair
+    ):
+        yield "/student/repair"
 
 
 def _limits_of_images(step: QuantizeOnnx, name: str) -> Iterator[tuple[str, str]]:

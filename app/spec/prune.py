@@ -8,7 +8,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from app.spec.architectures import Architecture
 from app.spec.base import Step
+from app.spec.feed_forward import can_fill_gaps
 from app.spec.quantize import GlobPatterns
 
 SENSITIVITY_SPARSITIES = (0.3, 0.5, 0.7, 0.85)
@@ -120,7 +122,14 @@ class PruneDepth(Step):
     drop_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the blocks to remove, rounded to the nearest number of blocks, at least one. 0.2 if neither is given."""
     calibration_tokens: Annotated[int, Field(ge=128, le=10_000_000)] = 4096
-    """Tokens of calibration text to measure the influence of blocks on."""
+    """Tokens of calibration text to measure the influence of blocks on, and to repair what is left: better 16,384."""
+    repair: bool | None = None
+    """Refit the last layer before each gap by least squares, so that what follows meets nearly what it always met. Null: where
+    that layer adds to what leaves its block, which it does in language models but OPT, OLMo 2, Gemma 2 and 3 and mixtures."""
+
+    def repairs(self, architecture: Architecture) -> bool:
+        """`repair`, made definite."""
+        return can_fill_gaps(architecture) if self.repair is None else self.repair
 
     @model_validator(mode="after")
     def _one_amount(self) -> PruneDepth:

@@ -15,7 +15,7 @@ from app.spec.base import Step
 from app.spec.calibration_memory import calibrated_bytes, gradient_bytes, wide_code_bytes
 from app.spec.distill import DistillLogits, StudentFromDepthCut
 from app.spec.facts import ModelFacts
-from app.spec.feed_forward import is_reader
+from app.spec.feed_forward import is_reader, widths_of
 from app.spec.gguf import QuantizeGguf
 from app.spec.image_costs import calibration_activations, image_activations, image_bytes, image_flops
 from app.spec.optimize import OptimizeOnnx
@@ -155,7 +155,17 @@ def step_memory(_step: Step, _on: Surroundings) -> int:
 @step_memory.register
 def _(step: PruneDepth, on: Surroundings) -> int:
     states = 2 * 4 * step.calibration_tokens * on.facts.hidden_size
-    return 4 * on.before.largest_block + 4 * on.facts.vocab_size * on.facts.hidden_size + states
+    blocks = 4 * on.before.largest_block
+    if step.repairs(ARCHITECTURES[on.facts.architecture]):
+        states, blocks = states * 3 // 2, 2 * blocks + _gap_repair_bytes(on.before, on.facts)
+    return blocks + 4 * on.facts.vocab_size * on.facts.hidden_size + states
+
+
+def _gap_repair_bytes(shape: Shape, facts: ModelFacts) -> int:
+    """Σ x xᵀ of the layer before a gap, damped beside it, and its factor; the change of the weights, twice."""
+    architecture = ARCHITECTURES[facts.architecture]
+    widest = max(widths_of(shape.tensors, architecture), default=0) + 1
+    return 4 * (3 * widest**2 + 2 * widest * facts.hidden_size)
 
 
 @step_memory.register
@@ -330,7 +340,8 @@ def _(step: PruneWidth | PruneHeads, on: Surroundings) -> float:
 
 @working_seconds.register
 def _(step: PruneDepth, on: Surroundings) -> float:
-    return on.forward_flops * step.calibration_tokens / FLOPS_PER_SECOND
+    once = on.forward_flops * step.calibration_tokens / FLOPS_PER_SECOND
+    return 2 * once if step.repairs(ARCHITECTURES[on.facts.architecture]) else once
 
 
 @working_seconds.register
@@ -353,13 +364,16 @@ def _(step: PruneTraining, on: Surroundings) -> float:
 
 
 def _choosing_seconds(step: DistillLogits, on: Surroundings) -> float:
-    """Seconds to see which blocks a student cut from its teacher can best do without."""
+    """Seconds to see which blocks a student cut from its teacher can best do without, and to repair what is left."""
     if not isinstance(step.student, StudentFromDepthCut):
         return 0.0
     count = on.original.blocks - on.after.blocks
     # Each alone; then, while one is to go after another, those that are left of twice as many.
     looks = on.original.blocks + sum(2 * count - gone for gone in range(1, count))
-    return looks * step.student.LOOK_TOKENS * on.forward_flops / FLOPS_PER_SECOND
+    tokens = looks * step.student.LOOK_TOKENS
+    if step.student.repairs(ARCHITECTURES[on.facts.architecture]):
+        tokens += min(step.student.REPAIR_TOKENS, step.sequences * step.sequence_length)
+    return tokens * on.forward_flops / FLOPS_PER_SECOND
 
 
 @working_seconds.register

@@ -85,8 +85,10 @@ def test_same_seed_same_bytes_and_another_seed_others(
     tiny: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
     contents = []
+    # A repaired one, made at random, has too little left to learn: the best state may be the first.
+    spec = {"student": {"source": "depth_cut", "repair": False}}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        _run(tiny("LlamaForCausalLM"), tmp_path / name / "out", text, {}, seed=seed)
+        _run(tiny("LlamaForCausalLM"), tmp_path / name / "out", text, spec, seed=seed)
         contents.append((tmp_path / name / "out" / "model.safetensors").read_bytes())
     assert contents[0] == contents[1] != contents[2]
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+from torch import Tensor
 
 from app.errors import InvalidRequest, UnsupportedForModel
 from app.spec.architectures import architecture_in, block_index, with_block_index
@@ -20,10 +23,17 @@ from workers.engine.technique import Progress
 
 
 def remove_blocks(
-    source: Path, target: Path, dropped: Sequence[int], *, max_shard_bytes: int, progress: Progress
+    source: Path,
+    target: Path,
+    dropped: Sequence[int],
+    *,
+    replaced: Mapping[str, Tensor] = MappingProxyType({}),
+    max_shard_bytes: int,
+    progress: Progress,
 ) -> None:
-    """Copy a model to `target` without the blocks in `dropped`; the others keep their weights and their behaviour.
+    """Copy a model to `target` without the blocks in `dropped`; the others keep their behaviour, and their weights.
 
+    `replaced` holds tensors that are written in the place of the source's, by their names there, as they are to be stored.
     Streamed slab by slab. Raises InvalidRequest when no block would be left, or a first one that is built differently
     would go.
     """
@@ -56,6 +66,9 @@ def remove_blocks(
     ]
     with CheckpointWriter(target, facts, max_shard_bytes) as writer:
         for number, (old, new) in enumerate(new_names.items()):
+            if old in replaced:
+                writer.write(new, replaced[old])
+                continue
             for slab in row_slabs(checkpoint.tensors[old]):
                 writer.write_rows(new, slab.start, checkpoint.read_rows(old, slab.start, slab.stop))
                 progress(number / len(new_names), f"writing {new}")

@@ -118,17 +118,20 @@ def stream_blocks(
     prepare: Prepare = _nothing,
     finished: Finished = _unnoticed,
     first_block: int = 0,
+    last_block: int | None = None,
 ) -> None:
     """Call `visit` for every block and all windows, a few at a time, blocks in order.
 
     `prepare` is called for each block first and may change its weights: what follows sees the outputs of those.
-    With `first_block`, the blocks before it are skipped: the spool directory holds what an earlier run left there.
+    With `first_block`, the blocks before it are skipped: the spool directory holds what an earlier run left there. Those
+    after `last_block` are not run.
     Raises IntakeError when the checkpoint lacks a tensor of a block.
     """
     windows, device = calibration.windows, calibration.device
     devices = (device, *calibration.more_devices)
     skeleton = Skeleton.open(calibration.directory, windows, device, calibration.dtype)
     calls = skeleton.record_calls(windows[:1])
+    calls = calls if last_block is None else calls[: last_block + 1]
     tokens = skeleton.tokens_of(windows)
     told = StreamProgress(
         calibration.progress, len(calls), len(windows), passes=1 if prepare is _nothing else 2

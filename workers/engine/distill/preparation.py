@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from app.spec.architectures import architecture_in, is_compressible
 from app.spec.base import Family
@@ -19,6 +21,7 @@ from app.spec.distill import DistillLogits, StudentFromDepthCut, StudentFromMode
 from app.spec.text_training import TextTraining
 from workers.engine.architectures.block_removal import number_of_blocks, remove_blocks
 from workers.engine.architectures.loading import load_model, load_tokenizer
+from workers.engine.calibration.block_stream import Calibration, compute_dtype
 from workers.engine.checkpoint import TORCH_DTYPES, Checkpoint
 from workers.engine.checkpoint.layout import weight_files
 from workers.engine.distill.blocks import blocks_of, recompute_activations
@@ -37,6 +40,7 @@ from workers.engine.distill.on_grid import OnGrid
 from workers.engine.distill.relations import Relations
 from workers.engine.distill.teacher_cache import Likeliest, TeacherCache, likeliest
 from workers.engine.distill.texts import TrainingText, document_text, stream_text
+from workers.engine.prune.gap_repair import repaired
 from workers.engine.technique import StepContext
 
 PREPARING = 0.1
@@ -81,11 +85,13 @@ def student_directory(
         if not choice.is_file():
             choice.write_text(json.dumps(_blocks_to_cut(spec, spec.student.drop_ratio, context, text)))
         dropped: list[int] = json.loads(choice.read_text())
+        replaced = _repaired(spec.student, context, text, dropped, journal / "repaired.safetensors")
         with tempfile.TemporaryDirectory(dir=context.target.parent, prefix="student-") as cut:
             remove_blocks(
                 context.original,
                 Path(cut),
                 dropped,
+                replaced=replaced,
                 max_shard_bytes=context.max_shard_bytes,
                 progress=lambda _, message: context.progress(_CUTTING, message),
             )
@@ -102,7 +108,7 @@ def _blocks_to_cut(
     checkpoint = Checkpoint.open(context.original)
     blocks = number_of_blocks(checkpoint.config)
     first = 1 if architecture_in(checkpoint.config).keeps_first_block else 0
-    dtype = compute_dtype(context.device)
+    dtype = training_dtype(context.device)
     teacher = load_model(context.original, dtype=dtype, device=context.device)
     room = Classroom(
         teacher, teacher, spec, text.sample(StudentFromDepthCut.LOOK_TOKENS), context.device, dtype
@@ -120,6 +126,32 @@ def _blocks_to_cut(
     return least_missed(loss_without, range(first, blocks), blocks_cut(drop_ratio, blocks))
 
 
+def _repaired(
+    student: StudentFromDepthCut, context: StepContext, text: TrainingText, dropped: list[int], kept: Path
+) -> dict[str, Tensor]:
+    """The layers before the gaps, refitted on training text; `kept` holds them for a process that is killed."""
+    checkpoint = Checkpoint.open(context.original)
+    if not student.repairs(architecture_in(checkpoint.config)):
+        return {}
+    if not kept.is_file():
+        windows = torch.cat([batch.ids for batch in text.sample(student.REPAIR_TOKENS)])
+        stored = next(f.dtype for f in checkpoint.facts() if is_compressible(f.name, f.shape))
+        with tempfile.TemporaryDirectory(dir=context.target.parent, prefix="spool-") as spool:
+            calibration = Calibration(
+                directory=context.original,
+                windows=windows,
+                spool_directory=Path(spool),
+                device=context.device,
+                progress=lambda share, message: context.progress(_CUTTING * share, f"repairing, {message}"),
+                dtype=compute_dtype(TORCH_DTYPES[stored], context.device),
+            )
+            unfinished = kept.with_suffix(".unfinished")
+            save_file(repaired(calibration, dropped).tensors, unfinished)
+            unfinished.rename(kept)
+    tensors: dict[str, Tensor] = load_file(kept)
+    return tensors
+
+
 def classroom(
     spec: DistillLogits,
     context: StepContext,
@@ -128,7 +160,7 @@ def classroom(
     journal: Path,
 ) -> Classroom:
     """Load the student from `directory`, and the teacher or what it said of the text, kept in `journal`."""
-    dtype = compute_dtype(context.device)
+    dtype = training_dtype(context.device)
     teacher, cache = load_model(context.original, dtype=dtype, device=context.device), None
     if spec.cached_logits is not None:
         cache = _cached(teacher, spec.cached_logits, spec, context, text, journal)
@@ -186,7 +218,7 @@ def _matches(spec: DistillLogits, student: Any, teacher: Any) -> Iterator[tuple[
         yield spec.relation_weight, Relations(student, teacher)
 
 
-def compute_dtype(device: str) -> torch.dtype:
+def training_dtype(device: str) -> torch.dtype:
     """bfloat16 where the processor multiplies it natively; emulated it is slower than fp32."""
     if device == "cpu":
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32  # noqa: SLF001

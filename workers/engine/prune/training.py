@@ -22,7 +22,7 @@ from workers.engine.checkpoint import Checkpoint
 from workers.engine.checkpoint.selection import Selection, select_layers
 from workers.engine.distill.blocks import recompute_activations
 from workers.engine.distill.objectives import Classroom, objective_for
-from workers.engine.distill.preparation import PREPARING, compute_dtype, journal_key, training_text
+from workers.engine.distill.preparation import PREPARING, journal_key, training_dtype, training_text
 from workers.engine.distill.snapshots import Snapshots
 from workers.engine.distill.students import write_student, zeros_to_hold
 from workers.engine.distill.texts import Batch
@@ -86,7 +86,7 @@ def prune_training(step: PruneTraining, context: StepContext) -> StepOutcome:
 
 
 def _classroom(step: PruneTraining, context: StepContext, held_out: tuple[Batch, ...]) -> Classroom:
-    dtype, teacher = compute_dtype(context.device), None
+    dtype, teacher = training_dtype(context.device), None
     if step.asks_teacher(context.facts.family):
         teacher = load_model(context.original, dtype=dtype, device=context.device)
     student = load_model(context.source, device=context.device)
