@@ -1,13 +1,14 @@
 """Distil an encoder to half its blocks, and a language model cut by a fifth: what they keep, recover and gain in speed.
 
 Usage: .venv/bin/python benchmarks/distill.py [--encoder DIRECTORY --pairs FILE] [--model DIRECTORY --evaluation-text FILE]
-           --training-text FILE [--cached-logits K] [--threads N]
+           --training-text FILE [--cached-logits K | --repair-alone] [--threads N]
 
 The encoder is asked how alike two texts are: `--pairs` has JSON lines with two texts that mean the same, `a` and `b`.
 Compared with the teacher by rank (Spearman's correlation): of those pairs alone, and of those with as many pairs of
 strangers. Speed is processor time of single sentences, in turns. Of the language model, what it loses in ln perplexity
 by the cut and has back after training, on a text of another source than the one it was trained on; with
-`--cached-logits` it is trained by what the teacher was written down to say. The specs stand in this file; students are
+`--cached-logits` it is trained by what the teacher was written down to say, and with `--repair-alone` it is not trained:
+what the least squares before training give by themselves is measured. The specs stand in this file; students are
 loaded from the written files by transformers.
 """
 
@@ -30,6 +31,8 @@ from torch.nn import functional
 from app.spec.distill import DistillLogits, StudentFromDepthCut
 from workers.engine.architectures.block_removal import remove_blocks
 from workers.engine.architectures.loading import load_model, load_tokenizer
+from workers.engine.distill.preparation import student_directory
+from workers.engine.distill.texts import stream_text
 from workers.engine.technique import StepContext, StepOutcome, run_step
 
 ENCODER = DistillLogits(
@@ -39,7 +42,15 @@ ENCODER = DistillLogits(
     learning_rate=5e-4,
     hidden_weight=1.0,
 )
-LANGUAGE_MODEL = DistillLogits(student=StudentFromDepthCut(drop_ratio=0.2), max_steps=130, learning_rate=3e-4)
+# The clock ends it, and the learning rate follows the clock: as many steps as 18 minutes hold.
+LANGUAGE_MODEL = DistillLogits(
+    student=StudentFromDepthCut(drop_ratio=0.2),
+    max_steps=5000,
+    max_seconds=1080,
+    learning_rate=3e-4,
+    evaluate_every=50,
+    patience=100,
+)
 LEAST_CORRELATION, LEAST_SPEEDUP, LEAST_RECOVERED = 0.95, 1.8, 0.5
 WINDOWS, WINDOW_TOKENS = 16, 512
 
@@ -52,13 +63,16 @@ def main() -> None:
     parser.add_argument("--evaluation-text", type=Path)
     parser.add_argument("--training-text", type=Path, required=True)
     parser.add_argument("--cached-logits", type=int)
+    parser.add_argument("--repair-alone", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     missed = False
     if arguments.encoder:
         missed |= measure_encoder(arguments.encoder, arguments.pairs, arguments.training_text).missed
-    if arguments.model:
+    if arguments.model and arguments.repair_alone:
+        measure_repair(arguments.model, arguments.evaluation_text, arguments.training_text)
+    elif arguments.model:
         spec = LANGUAGE_MODEL.model_copy(update={"cached_logits": arguments.cached_logits})
         missed |= measure_model(
             spec, arguments.model, arguments.evaluation_text, arguments.training_text
@@ -126,22 +140,50 @@ def measure_model(spec: DistillLogits, teacher: Path, evaluation_text: Path, tra
     return figures
 
 
+def measure_repair(teacher: Path, evaluation_text: Path, training_text: Path) -> None:
+    """Cut the language model with and without repair, by the same blocks, and compare perplexities."""
+    figures = Figures(keep_as=f"distill_{teacher.name}_repair", spec=LANGUAGE_MODEL.model_dump_json())
+    with tempfile.TemporaryDirectory(prefix="mp-distill-") as scratch:
+        context = context_of(teacher, training_text, Path(scratch, "student"))
+        text = stream_text(
+            LANGUAGE_MODEL, training_text, load_tokenizer(teacher), context.facts, seed=context.seed
+        )
+        began = time.process_time()
+        with student_directory(LANGUAGE_MODEL, context, text, Path(scratch)) as (student, dropped):
+            spent = time.process_time() - began
+            cut = Path(scratch, "cut")
+            remove_blocks(teacher, cut, dropped, max_shard_bytes=2**33, progress=lambda *_: None)
+            whole, lost, left = (
+                ln_perplexity(directory, evaluation_text) for directory in (teacher, cut, student)
+            )
+    blocks = f"without blocks {' '.join(map(str, dropped))}"
+    said = f"{blocks}; {WINDOWS} x {WINDOW_TOKENS} tokens of {evaluation_text.name}"
+    figures.add("distill_repair_processor_seconds", spent, "s, choosing the blocks too", compared_with=said)
+    for name, value in (("original", whole), ("cut", lost), ("repaired", left)):
+        figures.add(f"distill_lm_{name}", value, "ln perplexity", compared_with=said)
+    recovered = (lost - left) / (lost - whole)
+    figures.add(
+        "distill_lm_repair_recovered", recovered, "of the ln perplexity lost by the cut", compared_with=said
+    )
+
+
+def context_of(teacher: Path, text: Path, target: Path) -> StepContext:
+    return StepContext(
+        source=teacher,
+        target=target,
+        original=teacher,
+        facts=facts_of(teacher),
+        training_text=text,
+        threads=torch.get_num_threads(),
+        progress=lambda share, message: print(f"{share:.3f} {message}", file=sys.stderr),
+    )
+
+
 def distill(spec: DistillLogits, teacher: Path, text: Path, cut: Path, student: Path) -> dict[str, Any]:
     """Write the student, and beside it what it was before training. Returns how the training went."""
     student.mkdir()
     wall, processor = time.perf_counter(), time.process_time()
-    outcome: StepOutcome = run_step(
-        spec,
-        StepContext(
-            source=teacher,
-            target=student,
-            original=teacher,
-            facts=facts_of(teacher),
-            training_text=text,
-            threads=torch.get_num_threads(),
-            progress=lambda share, message: print(f"{share:.3f} {message}", file=sys.stderr),
-        ),
-    )
+    outcome: StepOutcome = run_step(spec, context_of(teacher, text, student))
     seconds = time.perf_counter() - wall, time.process_time() - processor
     dropped = [int(block) for block in str(outcome.metrics["blocks_removed"]).split()]
     cut.mkdir()
