@@ -17,6 +17,7 @@ from app.db import tables
 from app.services import datasets
 from app.spec.documented import Documented
 from app.spec.image_set import ImageSetFacts
+from app.spec.text_set import TextSetFacts
 
 router = APIRouter(prefix="/datasets", tags=["datasets"], route_class=IdempotentRoute)
 
@@ -40,7 +41,7 @@ class CreateDataset(Documented):
 
 
 class Dataset(Documented):
-    """Text, kept as UTF-8 with documents separated by blank lines; or images, kept as safetensors."""
+    """Text, kept as UTF-8 with documents separated by blank lines; or texts with labels, or images, kept as safetensors."""
 
     id: str = Field(examples=["dst_01k0b6x2v9m4c8d7e5f3g1h0j2"])
     name: str = Field(examples=["support-chats.jsonl"])
@@ -52,6 +53,8 @@ class Dataset(Documented):
     """sha256 of it as it is kept, in hex; reports quote it."""
     images: ImageSetFacts | None
     """How many images, of which size, and their labels; null for text."""
+    texts: TextSetFacts | None
+    """How many texts with labels, and those; null for images, and for text without."""
     created_at: datetime
     url: str
 
@@ -91,6 +94,8 @@ async def put_dataset_content(
 ) -> Dataset:
     """Send a .txt (UTF-8; blank lines separate documents) or a .jsonl (one `{"text": …}` a line) as the raw body.
 
+    For classifiers each line of a .jsonl may have a `label` too: an integer from 0, or the name that the model's config.json
+    (id2label) has for the class.
     Or images: an .npz or a .safetensors of `images` (or `x`), uint8 of (images, height, width, channels) or (images,
     channels, height, width) as they are before any preprocessing, and, if they have any, `labels` (or `y`), integers from 0.
     """
@@ -135,6 +140,7 @@ def _shown(dataset: tables.Dataset) -> Dataset:
         bytes=dataset.bytes,
         sha256=dataset.sha256,
         images=None if dataset.images is None else ImageSetFacts.model_validate(dataset.images),
+        texts=None if dataset.texts is None else TextSetFacts.model_validate(dataset.texts),
         created_at=datetime.fromtimestamp(dataset.created_at, UTC),
         url=f"/v1/datasets/{dataset.id}",
     )

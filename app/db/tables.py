@@ -125,6 +125,8 @@ class Dataset(TenantRow, Base):
     sha256: Mapped[str] = mapped_column(index=True)
     images: Mapped[dict[str, Any] | None]
     """Facts of a set of images; null for text."""
+    texts: Mapped[dict[str, Any] | None]
+    """Facts of a set of texts with labels; null for images, and for text without."""
     created_at: Mapped[float] = mapped_column(default=db_now())
 
 

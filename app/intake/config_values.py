@@ -7,6 +7,8 @@ from typing import Any
 
 from app.intake.refusals import refused
 
+_MAX_LABEL_CHARACTERS = 200
+
 
 def config_integer(config: Mapping[str, Any], key: str, *, at_most: int = 2**31 - 1) -> int:
     """A number above 0. Raises IntakeError."""
@@ -14,3 +16,13 @@ def config_integer(config: Mapping[str, Any], key: str, *, at_most: int = 2**31 
     if type(value) is not int or not 0 < value <= at_most:
         raise refused("config_invalid", f"config.json has no usable {key}: {str(value)[:50]!r}.")
     return value
+
+
+def config_labels(config: Mapping[str, Any], count: int | None) -> tuple[str, ...] | None:
+    """What id2label calls each of `count` classes, in order; None where it does not name them all."""
+    names = config.get("id2label")
+    if count is None or not isinstance(names, Mapping):
+        return None
+    found = [names.get(str(number)) for number in range(count)]
+    usable = [name for name in found if isinstance(name, str) and len(name) <= _MAX_LABEL_CHARACTERS]
+    return tuple(usable) if len(usable) == count else None

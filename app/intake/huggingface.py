@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import IntakeError
-from app.intake.config_values import config_integer
+from app.intake.config_values import config_integer, config_labels
 from app.intake.image_models import check_image_shapes, image_values
 from app.intake.names import CONFIG, INDEX, PREPROCESSOR, Selection
 from app.intake.refusals import refused
@@ -35,6 +35,7 @@ def huggingface_facts(files: Mapping[str, Path], selection: Selection) -> ModelF
     """Facts of the model that `selection` picked from `files`. Raises IntakeError."""
     config, architecture = _config(files)
     tensors = _tensors(files, selection.weights)
+    num_labels = _num_labels(architecture, tensors)
     facts = ModelFacts(
         format="safetensors",
         architecture=architecture.name,
@@ -42,7 +43,8 @@ def huggingface_facts(files: Mapping[str, Path], selection: Selection) -> ModelF
         parameters=sum(t.elements for t in tensors),
         dtype=_main_dtype(tensors),
         weight_bytes=sum(files[name].stat().st_size for name in selection.weights),
-        num_labels=_num_labels(architecture, tensors),
+        num_labels=num_labels,
+        label_names=config_labels(config, num_labels),
         tensors=tensors,
         **_values(files, config, architecture, tensors),
     )

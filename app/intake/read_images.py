@@ -8,7 +8,6 @@ int64.
 from __future__ import annotations
 
 import array
-import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Literal
 from app.intake.limits import ArchiveLimits, Entry
 from app.intake.npy_header import ITEM_BYTES, ArrayHeader, read_npy_header
 from app.intake.refusals import refused
-from app.intake.safetensors_header import read_header
+from app.intake.safetensors_header import header_bytes, read_header
 from app.intake.zip_reader import read_zip
 from app.spec.image_set import ImageSetFacts, Layout
 from app.spec.preprocessing import MAX_EDGE
@@ -111,17 +110,10 @@ def _labels(labels: _Stored, images: int) -> array.array[int]:
 
 
 def _normalised(images: _Stored, labels: array.array[int] | None, layout: Layout) -> Iterator[bytes]:
-    end = images.header.nbytes
-    header: dict[str, object] = {
-        "__metadata__": {"layout": layout},
-        "images": {"dtype": "U8", "shape": images.header.shape, "data_offsets": [0, end]},
-    }
+    tensors = {"images": ("U8", images.header.shape)}
     if labels is not None:
-        offsets = [end, end + 8 * len(labels)]
-        header["labels"] = {"dtype": "I64", "shape": [len(labels)], "data_offsets": offsets}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    yield len(encoded).to_bytes(8, "little") + encoded
+        tensors["labels"] = ("I64", (len(labels),))
+    yield header_bytes(tensors, {"layout": layout})
     yield from images.chunks()
     if labels is not None:
         yield labels.tobytes()

@@ -7,25 +7,18 @@ goes. In a .jsonl every line is one document, `{"text": …}`; blank lines insid
 from __future__ import annotations
 
 import codecs
-import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 from app.errors import IntakeError
+from app.intake.jsonl import MAX_LINE_BYTES, TEXTS_ACCEPTED, Document, clean, read_documents
 from app.intake.refusals import refused
 from app.intake.sniff import sniff
 
 TextFormat = Literal["txt", "jsonl"]
 
 _READ_BYTES = 2**20
-_MAX_LINE_BYTES = 16 * 2**20
-_BLANK_LINES = re.compile(r"\n\s*\n")
-_ACCEPTED = (
-    'Accepted: text as .txt (UTF-8, blank lines between documents) and .jsonl (one {"text": …} a line), images as .npz and '
-    ".safetensors."
-)
 _BINARY = {
     "parquet": "a Parquet file",
     "numpy": "a NumPy file",
@@ -42,24 +35,24 @@ def text_format(path: Path, name: str) -> TextFormat:
     """What kind of text a file is: by its bytes whether it is text at all, by name or first line which. Raises IntakeError."""
     kind = sniff(path)
     if kind in _BINARY:
-        raise refused("unsupported_format", f"{name} is {_BINARY[kind]}, not text.", hint=_ACCEPTED)
+        raise refused("unsupported_format", f"{name} is {_BINARY[kind]}, not text.", hint=TEXTS_ACCEPTED)
     lower = name.lower()
     if lower.endswith((".jsonl", ".ndjson")):
         return "jsonl"
     if lower.endswith((".txt", ".md", ".text")):
         return "txt"
     with path.open("rb") as file:
-        return "jsonl" if file.readline(_MAX_LINE_BYTES).lstrip().startswith(b'{"') else "txt"
+        return "jsonl" if file.readline(MAX_LINE_BYTES).lstrip().startswith(b'{"') else "txt"
 
 
 def text_chunks(path: Path, name: str, form: TextFormat) -> Iterator[bytes]:
     """The normalised text, piece by piece. Raises IntakeError, at the end when there was no text at all."""
     found = False
-    for piece in _plain(path, name) if form == "txt" else _lines(path, name):
+    for piece in _plain(path, name) if form == "txt" else joined(_unlabelled(read_documents(path, name))):
         found = found or bool(piece.strip())
         yield piece.encode()
     if not found:
-        raise refused("text_invalid", f"{name} has no text in it.", hint=_ACCEPTED)
+        raise refused("text_invalid", f"{name} has no text in it.", hint=TEXTS_ACCEPTED)
 
 
 def _plain(path: Path, name: str) -> Iterator[str]:
@@ -75,7 +68,7 @@ def _plain(path: Path, name: str) -> Iterator[str]:
             at += len(raw)
             # A line end may be cut in two between pieces.
             carried = "\r" if text.endswith("\r") else ""
-            yield _clean(text.removesuffix("\r"), name)
+            yield clean(text.removesuffix("\r"), name)
     try:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError:
@@ -84,45 +77,21 @@ def _plain(path: Path, name: str) -> Iterator[str]:
         yield "\n"
 
 
-def _lines(path: Path, name: str) -> Iterator[str]:
+def _unlabelled(documents: Iterable[Document]) -> Iterator[Document]:
+    for document in documents:
+        if document.label is not None:
+            raise refused("labels_invalid", f"{document.where} has a label, and the first text has none.")
+        yield document
+
+
+def joined(documents: Iterable[Document]) -> Iterator[str]:
+    """Documents as one text, piece by piece."""
     separator = ""
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(_MAX_LINE_BYTES + 1):
-            number += 1
-            if len(line) > _MAX_LINE_BYTES:
-                raise refused(
-                    "text_invalid", f"Line {number} of {name} has more than {_MAX_LINE_BYTES} bytes."
-                )
-            document = _document(line, f"Line {number} of {name}") if line.strip() else ""
-            if document:
-                yield separator + document
-                separator = "\n\n"
+    for document in documents:
+        yield separator + document.text
+        separator = "\n\n"
     if separator:
         yield "\n"
-
-
-def _document(line: bytes, where: str) -> str:
-    try:
-        entry = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise refused("text_invalid", f"{where} is not UTF-8.") from None
-    except (ValueError, RecursionError):
-        raise refused("text_invalid", f"{where} is not JSON.", hint=_ACCEPTED) from None
-    text = entry.get("text") if isinstance(entry, dict) else None
-    if not isinstance(text, str):
-        raise refused("text_invalid", f'{where} has no "text" that is a string.', hint=_ACCEPTED)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise refused("text_invalid", f"{where} has half a surrogate pair in its text.") from None
-    return _BLANK_LINES.sub("\n", _clean(text, where)).strip()
-
-
-def _clean(text: str, where: str) -> str:
-    if "\0" in text:
-        raise refused("text_invalid", f"{where} has a zero byte: it is no text.")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _not_utf8(name: str, at: int) -> IntakeError:

@@ -25,6 +25,7 @@ Code = Literal[
     "header_invalid",
     "images_invalid",
     "import_refused",
+    "labels_invalid",
     "onnx_unsupported",
     "preprocessing_unknown",
     "preprocessor_missing",
@@ -70,6 +71,7 @@ _HINTS: dict[Code, str] = {
         "(images, channels, height, width) with 1 or 3 channels, labels integers from 0, one an image, if there are any."
     ),
     "import_refused": "Name what can be imported: hf://org/model@revision, or file:// below the import root.",
+    "labels_invalid": "Give every text, or none, a label: an integer from 0, or the name of a class.",
     "onnx_unsupported": (
         "Convolutional image classifiers are read: export in float32 and evaluation mode, opset 13 or newer, with plain "
         "operators, a free batch and a fixed image size."
@@ -100,7 +102,7 @@ _HINTS: dict[Code, str] = {
     "unsupported_format": (
         "Models: a Hugging Face folder with safetensors (zip, tar, tar.gz, or separate files) or one GGUF file, or an image classifier as one "
         ".onnx file with its preprocessor_config.json (zip or tar). "
-        'Datasets: .txt, .jsonl with one {"text": …} a line, or images as .npz or .safetensors.'
+        'Datasets: .txt, .jsonl with one {"text": …} a line (and a "label", for classifiers), or images as .npz or .safetensors.'
     ),
     "weights_ambiguous": "Upload one set of weights: model.safetensors, or the shards of one index.",
     "weights_missing": "Put model.safetensors (or its shards and their index) beside config.json.",

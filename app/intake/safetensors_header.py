@@ -1,13 +1,15 @@
 """The header of a safetensors file: 8 bytes of length, then JSON with each tensor's dtype, shape and place.
 
-Everything the header says is checked against the file; nothing of the data is read.
+Everything the header of a file says is checked against it; nothing of the data is read.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,18 @@ def read_header(path: Path, name: str) -> tuple[TensorFact, ...]:
             refuse_duplicate=lambda why: refused("duplicate_tensor", f"In the header of {name}, {why}."),
         )
     return _tensors(header, size - 8 - length, name)
+
+
+def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The header of a file with these tensors, dtype and shape by name, whose bytes lie one behind the other in this order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * BYTES_PER_ELEMENT[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 def _tensors(header: dict[str, Any], data_bytes: int, name: str) -> tuple[TensorFact, ...]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from app.db import model_queries
-from app.db.tables import Model
+from app.db.tables import Dataset, Model
 from app.errors import Fault, InvalidRequest, UnsupportedForModel
 from app.spec.acceptance_checks import applicable_acceptance
 from app.spec.compatibility import check_spec
 from app.spec.compression import CompressionSpec, TextSource
+from app.spec.dataset_checks import DatasetFacts, check_datasets
 from app.spec.distill import DistillLogits, StudentFromModel
 from app.spec.facts import ModelFacts
-from app.spec.image_set import ImageSetFacts, check_datasets
+from app.spec.image_set import ImageSetFacts
 from app.spec.recipes import Recipe
+from app.spec.text_set import TextSetFacts
 from app.spec.tokenizer_files import check_tokenizer
 
 
@@ -82,13 +84,13 @@ def _students(session: Session, spec: CompressionSpec) -> tuple[dict[str, ModelF
     return students, missing
 
 
-def _datasets(session: Session, spec: CompressionSpec) -> tuple[list[Fault], dict[str, ImageSetFacts | None]]:
-    """What is known of the datasets by id, None for text.
+def _datasets(session: Session, spec: CompressionSpec) -> tuple[list[Fault], dict[str, DatasetFacts]]:
+    """What is known of the datasets by id.
 
     Every one that is named must exist, also one that no step reads: a name that leads nowhere is a mistake.
     """
     missing: list[Fault] = []
-    sets: dict[str, ImageSetFacts | None] = {}
+    sets: dict[str, DatasetFacts] = {}
     named: dict[str, TextSource] = {
         "/calibration/dataset": spec.calibration,
         "/training/dataset": spec.training,
@@ -101,7 +103,11 @@ def _datasets(session: Session, spec: CompressionSpec) -> tuple[list[Fault], dic
         if found is None:
             missing.append(Fault(pointer, f"There is no dataset {source.dataset}."))
         else:
-            sets[source.dataset] = (
-                None if found.images is None else ImageSetFacts.model_validate(found.images)
-            )
+            sets[source.dataset] = _dataset_facts(found)
     return missing, sets
+
+
+def _dataset_facts(dataset: Dataset) -> DatasetFacts:
+    if dataset.images is not None:
+        return ImageSetFacts.model_validate(dataset.images)
+    return None if dataset.texts is None else TextSetFacts.model_validate(dataset.texts)

@@ -1,6 +1,6 @@
 """Datasets: text or images to calibrate, train and evaluate on, kept in the one form the engine reads of each.
 
-See app.intake.read_text and app.intake.read_images.
+See app.intake.read_text, app.intake.read_labelled_text and app.intake.read_images.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def _create(
         bytes=kept.bytes,
         sha256=kept.sha256,
         images=None if found.images is None else found.images.model_dump(mode="json"),
+        texts=None if found.texts is None else found.texts.model_dump(mode="json"),
     )
     with discarding_blobs(stores, {kept.sha256}), stores.database.write() as session:
         queries.hold_blobs(session)

@@ -32,8 +32,8 @@ def _foreign_limits(acceptance: Acceptance, facts: ModelFacts) -> dict[str, str]
     reasons = {}
     is_lm, labels = facts.family is Family.CAUSAL_LM, facts.num_labels is not None
     for name in acceptance.limits():
-        if name == "max_accuracy_drop":
-            reasons[name] = "For image classifiers, whose datasets have labels."
+        if name == "max_accuracy_drop" and not labels:
+            reasons[name] = "For classifiers, on a dataset with labels."
         elif name in _NEEDS_MEMBERS and not is_lm:
             reasons[name] = f"Encoders have no {_NEEDS_MEMBERS[name]}; use min_cosine."
         elif name == "min_cosine" and is_lm:

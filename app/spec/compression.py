@@ -75,6 +75,9 @@ class Evaluation(Frozen):
     """Tokens of text to measure quality on. More narrows the confidence interval and takes longer."""
     sequence_length: Annotated[int, Field(ge=16, le=131_072)] = 512
     """Tokens per window; cut to what the model can take."""
+    texts: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+    """The same for classifiers and texts with labels: how many of the dataset, spread evenly over it. Of longer ones the
+    first `sequence_length` tokens."""
     images: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
     """The same for models of images: how many of the dataset, from its start."""
     latency_rounds: Annotated[int, Field(ge=3, le=1000)] = 10
@@ -91,8 +94,8 @@ class Acceptance(Frozen):
     min_top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of positions where both choose the same token (or class)."""
     max_accuracy_drop: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of images by which fewer get their label as first choice: 0.01 allows 75 % where the original has 76 %. Image
-    classifiers, on a dataset with labels."""
+    """Share of texts or images by which fewer get their label as first choice: 0.01 allows 75 % where the original has 76 %.
+    Classifiers, on a dataset with labels."""
     min_cosine: Annotated[float, Field(ge=-1, le=1)] | None = None
     """Mean cosine between the embeddings of original and result. Encoders."""
     max_bytes: Annotated[int, Field(ge=1)] | None = None

@@ -70,7 +70,7 @@ class DistillLogits(TextTraining):
     """Train a smaller student to give the original model's outputs (Hinton et al. 2015). The teacher is the original.
 
     Loss: `(1 − hard_label_weight) · T² · KL(teacher ‖ student)` at temperature T, plus `hard_label_weight` times the
-    cross-entropy on the next token. A classifier has no hard labels. An encoder without a head is taught the teacher's
+    cross-entropy on the next token, or, of a classifier, on the labels of the training texts where they have some. An encoder without a head is taught the teacher's
     embeddings (1 − cosine), or, where its own have another width, the similarities between the texts of a batch.
     Held-out text decides when to stop; the best state is kept.
     """

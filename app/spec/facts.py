@@ -55,6 +55,8 @@ class ModelFacts(Frozen):
     tied_embeddings: bool = False
     num_labels: int | None = None
     """Size of the classification head; null where there is none."""
+    label_names: tuple[str, ...] | None = None
+    """What config.json calls the classes, in order; null where it does not, or was not asked when the model was uploaded."""
     experts_per_token: int | None = None
     """How many experts of a block each token meets; null where every token meets every weight."""
     attention_heads: int | None = None

@@ -37,6 +37,9 @@ LOGITS_COPIES = 3
 LATENCY_TOKENS = 160
 """Tokens that one timed round runs through a model."""
 
+LABELLED_TOKENS = 128
+"""Tokens of a text with a label: from a line (20) to a review (300)."""
+
 
 class StagePlan(Frozen):
     """What one stage of a job will take."""
@@ -168,12 +171,19 @@ def _measuring(name: str, evaluation: Evaluation, models: list[Shape], facts: Mo
     window = min(evaluation.sequence_length, facts.max_positions) if evaluation.enabled else RELOAD_TOKENS
     logits = LOGITS_COPIES * 4 * window * outputs_per_token(facts)
     memory = sum(INTERPRETER_BYTES + loaded_bytes(shape) for shape in running) + logits
-    tokens = evaluation.tokens + evaluation.latency_rounds * LATENCY_TOKENS if evaluation.enabled else window
+    tokens = _tokens_measured(evaluation, facts, window) if evaluation.enabled else window
     seconds = sum(
         PROCESS_SECONDS + 2 * shape.dense_parameters * facts.active_share() * tokens / FLOPS_PER_SECOND
         for shape in running
     )
     return _stage(name, memory, 0, seconds)
+
+
+def _tokens_measured(evaluation: Evaluation, facts: ModelFacts, window: int) -> int:
+    """A classifier's own dataset is taken to be texts with labels, of usual length."""
+    has_labels = facts.num_labels is not None and evaluation.text.dataset is not None
+    tokens = evaluation.texts * min(window, LABELLED_TOKENS) if has_labels else evaluation.tokens
+    return tokens + evaluation.latency_rounds * LATENCY_TOKENS
 
 
 def _measuring_images(

@@ -108,8 +108,8 @@ class Measurement(Frozen):
     zero_share: float | None = None
     """Share of stored weights that are exactly zero."""
     quality: dict[str, float] = Field(default_factory=dict)
-    """`perplexity`, `bits_per_byte` for language models, `top1_accuracy` for image classifiers; nothing absolute for plain
-    encoders."""
+    """`perplexity`, `bits_per_byte` for language models, `top1_accuracy` for classifiers on labels; nothing absolute for
+    plain encoders."""
     latency: tuple[Latency, ...] = ()
     peak_memory_bytes: int | None = None
     """VmHWM of a process that loads this model alone and runs the evaluation (or max_memory_allocated on a GPU)."""
@@ -137,9 +137,9 @@ class Comparison(Frozen):
     rank_correlation: float | None = None
     """Spearman's, between the pairwise similarities of the texts under both encoders."""
     accuracy_change: tuple[float, float, float] | None = None
-    """Difference of the shares of images whose label is the first choice, and its 95 % interval by paired bootstrap."""
+    """Difference of the shares of texts or images whose label is the first choice, and its 95 % interval by paired bootstrap."""
     answer_flips: float | None = None
-    """Share of the original's right next tokens, or classes of images (its first choice was the true one), that the result
+    """Share of the original's right next tokens, or classes (its first choice was the true one), that the result
     gets wrong."""
 
 
@@ -170,9 +170,11 @@ class EvaluationText(Frozen):
     sha256: str
     tokens: int
     windows: int
-    """Windows of a language model, or texts of an encoder."""
+    """Windows of a language model, or texts of an encoder or with labels."""
     sequence_length: int
     """Tokens per window, or at most per text, special tokens not counted."""
+    labelled: bool = False
+    """Whether each text has a label, so that a classifier's accuracy could be measured."""
     overlap_share: float | None = None
     """Share of its 13-token sequences that also stand in calibration or training text; null when there was none."""
 

@@ -17,7 +17,8 @@ class TextTraining(Step):
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Softens both distributions; 1 compares them as they are, which measured best for language models."""
     hard_label_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Weight of the cross-entropy on the true next token, between 0 and 1. Encoders ignore it."""
+    """Weight of the cross-entropy on the true next token, or on a text's label, between 0 and 1. Not for encoders, nor for
+    texts without labels."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
     """Peak rate of AdamW; warmed up over 5 % of the steps, then cosine to a tenth."""
     max_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 200

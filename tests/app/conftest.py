@@ -50,12 +50,11 @@ def add_model(settings: Settings) -> Callable[..., str]:
 
 @pytest.fixture
 def add_dataset(settings: Settings) -> Callable[..., str]:
-    """Call for the id of a dataset that is in the database alone; with facts of images, it is one of those."""
+    """Call for the id of a dataset that is in the database alone; with facts of images or texts, it is one of those."""
 
-    def add(*, tenant: str = DEFAULT_TENANT, **images: Any) -> str:
-        dataset = Dataset(
-            id=new_id("dst"), name="data", format="txt", bytes=3, sha256="1" * 64, images=images or None
-        )
+    def add(*, tenant: str = DEFAULT_TENANT, **facts: Any) -> str:
+        of_kind = {"texts" if "texts" in facts else "images": facts or None}
+        dataset = Dataset(id=new_id("dst"), name="data", format="txt", bytes=3, sha256="1" * 64, **of_kind)
         with get_database().for_tenant(tenant).write() as session:
             session.add(dataset)
         return dataset.id

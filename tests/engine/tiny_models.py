@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_vision import tiny_image_model
 
+from app.intake.read_dataset import read_dataset
 from app.intake.read_model import read_model
 from app.spec.architectures import ARCHITECTURES
 from app.spec.base import Family
@@ -147,11 +148,21 @@ def facts_of(directory: Path) -> ModelFacts:
         tied_embeddings=architecture.family is Family.CAUSAL_LM
         and not any(t.name == architecture.head for t in tensors),
         num_labels=len(config.get("id2label", {0: 0, 1: 1})) if architecture.has_labels else None,
+        label_names=tuple(config["id2label"].values()) if "id2label" in config else None,
         experts_per_token=config["num_experts_per_tok"] if architecture.expert_layers else None,
         attention_heads=config.get("num_attention_heads"),
         key_value_heads=config.get("num_key_value_heads"),
         tensors=tensors,
     )
+
+
+def write_labelled(path: Path, texts: Sequence[str], labels: Sequence[int | str]) -> Path:
+    """Texts with labels as the service keeps them."""
+    source = path.with_suffix(".jsonl")
+    lines = [json.dumps({"text": text, "label": label}) for text, label in zip(texts, labels, strict=True)]
+    source.write_text("\n".join(lines))
+    path.write_bytes(b"".join(read_dataset(source, source.name, max_bytes=2**20).chunks))
+    return path
 
 
 def write_tokenizer(directory: Path, *, wordpiece: bool, segments: bool = False) -> None:

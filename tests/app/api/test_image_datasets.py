@@ -56,7 +56,7 @@ def test_an_npz_becomes_safetensors(
     dataset = put(client, npz(compress=compress, **dict(zip(names, (IMAGES, LABELS), strict=True))))
     assert dataset["format"] == "npz"
     assert dataset["images"] == {
-        "images": 4, "height": 6, "width": 5, "channels": 3, "layout": "NHWC", "largest_label": 2,
+        "images": 4, "height": 6, "width": 5, "channels": 3, "layout": "NHWC", "largest_label": 2, "label_names": None,
     }  # fmt: skip
     arrays = kept(dataset, tmp_path)
     assert np.array_equal(arrays["images"], IMAGES)

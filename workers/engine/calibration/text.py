@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from app.errors import InvalidRequest
+from workers.engine.calibration.text_set import read_text
 
 _CHUNK_CHARACTERS = 50_000
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a UTF-8 text file: separated by blank lines, empty ones left out."""
-    text = path.read_text(encoding="utf-8")
-    return [document for part in re.split(r"\n\s*\n", text) if (document := part.strip())]
+    """The documents of a text: separated by blank lines, empty ones left out."""
+    return [document for part in re.split(r"\n\s*\n", read_text(path)) if (document := part.strip())]
 
 
 def token_windows(tokenizer: Any, path: Path, *, tokens: int, length: int) -> Tensor:
     """Non-overlapping windows from the start of a text file, as `cut_windows` makes them."""
-    return cut_windows(tokenizer, path.read_text(encoding="utf-8"), tokens=tokens, length=length)
+    return cut_windows(tokenizer, read_text(path), tokens=tokens, length=length)
 
 
 def cut_windows(tokenizer: Any, text: str, *, tokens: int, length: int) -> Tensor:

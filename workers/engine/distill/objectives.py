@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from app.errors import InvalidRequest, UnsupportedForModel
 from app.spec.base import Family
@@ -156,7 +157,7 @@ class NextToken(_Objective):
 
 
 class Classes(_Objective):
-    """A classifier is taught the teacher's distribution over its classes."""
+    """A classifier is taught the teacher's distribution over its classes, and the labels where the texts have some."""
 
     def _outputs(self, model: Any, batch: Batch) -> Tensor:
         logits: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask).logits
@@ -165,7 +166,11 @@ class Classes(_Objective):
     def _loss(self, batch: Batch, taught: Tensor) -> Tensor:
         with self.room.autocast():
             logits = self._outputs(self.room.student, batch)
-        return soft_loss(logits, taught, temperature=self.room.spec.temperature)
+        soft = soft_loss(logits, taught, temperature=self.room.spec.temperature)
+        if batch.labels is None:
+            return soft
+        weight = self.room.spec.hard_label_weight
+        return (1 - weight) * soft + weight * functional.cross_entropy(logits.float(), batch.labels)
 
 
 class Embeddings(_Objective):

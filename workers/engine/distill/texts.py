@@ -14,6 +14,7 @@ from app.errors import InvalidRequest
 from app.spec.facts import ModelFacts
 from app.spec.text_training import TextTraining
 from workers.engine.calibration.text import cut_windows, read_documents, special_tokens
+from workers.engine.calibration.text_set import read_labels, read_text
 from workers.engine.calibration.windows import longest_window
 
 # More would cost time at every look without changing when to stop.
@@ -30,6 +31,8 @@ class Batch:
     mask: Tensor
     numbers: tuple[int, ...] = ()
     """Which sequences of the text these are: those that are held out are numbered after the others."""
+    labels: Tensor | None = None
+    """Their classes, (sequences,), int64, where the texts have labels."""
 
     @property
     def amount(self) -> int:
@@ -38,7 +41,8 @@ class Batch:
 
     def to(self, device: str) -> Batch:
         """The same on another device."""
-        return Batch(self.ids.to(device), self.mask.to(device), self.numbers)
+        labels = None if self.labels is None else self.labels.to(device)
+        return Batch(self.ids.to(device), self.mask.to(device), self.numbers, labels)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class TrainingText:
     batch_size: int
     padding: int
     seed: int
+    labels: Tensor | None = None
+    """Of all sequences by their numbers, (sequences,), int64."""
 
     def batches(self) -> Iterator[Batch]:
         """Batches without end: every sequence once an epoch, in an order drawn from the seed.
@@ -64,7 +70,7 @@ class TrainingText:
                 waiting.append(index)
                 if len(waiting) == pool:
                     waiting.sort(key=lambda number: len(self.sequences[number]))
-                    alike = _in_batches(self.sequences, waiting, self.batch_size, self.padding)
+                    alike = self._in_batches(self.sequences, waiting)
                     yield from (alike[number] for number in torch.randperm(len(alike), generator=generator))
                     waiting = []
 
@@ -73,20 +79,26 @@ class TrainingText:
         tokens = sum(len(sequence) for sequence in self.sequences)
         count = min(len(self.sequences), max(2, tokens_wanted * len(self.sequences) // tokens))
         chosen = [index * len(self.sequences) // count for index in range(count)]
-        return _in_batches(self.sequences, chosen, self.batch_size, self.padding)
+        return self._in_batches(self.sequences, chosen)
 
     def everything(self, first: int) -> Iterator[Batch]:
         """All sequences by their numbers, those held out last, from number `first` on."""
         held_out = [row[mask.bool()] for batch in self.held_out for row, mask in zip(batch.ids, batch.mask, strict=True)]  # fmt: skip
         sequences = [*self.sequences, *held_out]
-        yield from _in_batches(sequences, range(first, len(sequences)), self.batch_size, self.padding)
+        yield from self._in_batches(sequences, range(first, len(sequences)))
+
+    def _in_batches(self, sequences: Sequence[Tensor], numbers: Sequence[int]) -> tuple[Batch, ...]:
+        return _in_batches(sequences, numbers, self.batch_size, self.padding, self.labels)
 
 
-def padded(sequences: Sequence[Tensor], padding: int, numbers: Sequence[int] = ()) -> Batch:
-    """Sequences of any lengths as one batch, padded at the end."""
+def padded(
+    sequences: Sequence[Tensor], padding: int, numbers: Sequence[int] = (), labels: Tensor | None = None
+) -> Batch:
+    """Sequences of any lengths as one batch, padded at the end; `labels` are those of the whole text, by number."""
     ids = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=padding)
     lengths = torch.tensor([len(sequence) for sequence in sequences])
-    return Batch(ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long(), tuple(numbers))
+    of_these = None if labels is None else labels[list(numbers)]
+    return Batch(ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long(), tuple(numbers), of_these)
 
 
 def stream_text(
@@ -95,7 +107,7 @@ def stream_text(
     """Windows of one long stream, for language models. Raises InvalidRequest when the text is too short."""
     before, after = special_tokens(tokenizer)
     length = min(spec.sequence_length, longest_window(facts)) - len(before) - len(after)
-    head, tail = _split(path.read_text(encoding="utf-8"), spec.held_out_fraction)
+    head, tail = _split(read_text(path), spec.held_out_fraction)
     wanted = spec.sequences * length
 
     def windows(text: str, tokens: int) -> list[Tensor]:
@@ -108,7 +120,7 @@ def stream_text(
 def document_text(
     spec: TextTraining, path: Path, tokenizer: Any, facts: ModelFacts, *, seed: int
 ) -> TrainingText:
-    """Documents, each a sequence of its own (long ones are cut up), for encoders and classifiers.
+    """Documents, each a sequence of its own (long ones are cut up, and each piece has the label), for encoders and classifiers.
 
     Raises InvalidRequest when there are too few to hold some out.
     """
@@ -117,46 +129,55 @@ def document_text(
     documents = read_documents(path)
     first_held_out = min(len(documents) - 1, round(len(documents) * (1 - spec.held_out_fraction)))
 
-    def sequences(part: list[str], budget: int) -> list[Tensor]:
-        made: list[Tensor] = []
-        for document in part:
-            ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    def sequences(part: range, budget: int) -> list[tuple[Tensor, int]]:
+        """So many sequences, each with the number of its document."""
+        made: list[tuple[Tensor, int]] = []
+        for number in part:
+            ids = tokenizer(documents[number], add_special_tokens=False, verbose=False)["input_ids"]
             pieces = (ids[start : start + length] for start in range(0, len(ids), length))
-            made += [torch.tensor([*before, *piece, *after]) for piece in pieces]
+            made += [(torch.tensor([*before, *piece, *after]), number) for piece in pieces]
             if len(made) >= budget:
                 break
         return made[:budget]
 
-    head = sequences(documents[:first_held_out], spec.sequences)
-    tail = sequences(documents[first_held_out:], max(2, _HELD_OUT_TOKENS // length))
+    head = sequences(range(first_held_out), spec.sequences)
+    tail = sequences(range(first_held_out, len(documents)), max(2, _HELD_OUT_TOKENS // length))
     if len(head) < 2 or len(tail) < 2:
         raise InvalidRequest(
             f"The training text gives {len(head)} texts to train on and {len(tail)} to hold out; 2 of each are needed.",
             code="text_too_short",
             hint="Upload a longer text: documents are separated by blank lines.",
         )
-    return _text(head, tail, spec, tokenizer, seed)
+    labels = read_labels(path, facts)
+    of_all = None if labels is None else torch.from_numpy(labels[[number for _, number in (*head, *tail)]])
+    trained, held_out = ([ids for ids, _ in part] for part in (head, tail))
+    return _text(trained, held_out, spec, tokenizer, seed, of_all)
 
 
 def _text(
-    head: list[Tensor], tail: list[Tensor], spec: TextTraining, tokenizer: Any, seed: int
+    head: list[Tensor],
+    tail: list[Tensor],
+    spec: TextTraining,
+    tokenizer: Any,
+    seed: int,
+    labels: Tensor | None = None,
 ) -> TrainingText:
     padding = tokenizer.pad_token_id or 0
     size = min(spec.batch_size, len(head))
     numbers = range(len(head), len(head) + len(tail))
-    held_out = _in_batches([*head, *tail], numbers, spec.batch_size, padding)
-    return TrainingText(tuple(head), held_out, size, padding, seed)
+    held_out = _in_batches([*head, *tail], numbers, spec.batch_size, padding, labels)
+    return TrainingText(tuple(head), held_out, size, padding, seed, labels)
 
 
 def _in_batches(
-    sequences: Sequence[Tensor], numbers: Sequence[int], size: int, padding: int
+    sequences: Sequence[Tensor], numbers: Sequence[int], size: int, padding: int, labels: Tensor | None
 ) -> tuple[Batch, ...]:
     batches = [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
     # One text alone is like nothing: it joins the batch before.
     if len(batches) > 1 and len(batches[-1]) == 1 < size:
         alone = batches.pop()
         batches[-1] += alone
-    return tuple(padded([sequences[number] for number in batch], padding, batch) for batch in batches)
+    return tuple(padded([sequences[number] for number in batch], padding, batch, labels) for batch in batches)
 
 
 def _split(text: str, held_out_fraction: float) -> tuple[str, str]:

@@ -18,7 +18,7 @@ _FOR: dict[str, frozenset[Kind]] = {
     "max_perplexity_increase": frozenset({"causal_lm"}),
     "max_kl": frozenset({"causal_lm", "image_classifier"}),
     "min_top1_agreement": frozenset({"causal_lm", "classifier", "image_classifier"}),
-    "max_accuracy_drop": frozenset({"image_classifier"}),
+    "max_accuracy_drop": frozenset({"classifier", "image_classifier"}),
     "min_cosine": frozenset({"encoder"}),
 }
 _RUINOUS = frozenset({"nan", "degenerate_output"})

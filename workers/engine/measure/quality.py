@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from workers.engine.measure.classes import ClassQuality
 from workers.engine.measure.embeddings import (
     cosines,
     pairwise_similarities,
@@ -15,7 +16,6 @@ from workers.engine.measure.embeddings import (
     pooling_of,
     rank_correlation,
 )
-from workers.engine.measure.images import ImageQuality
 from workers.engine.measure.language import Predictions
 from workers.engine.measure.results import Pair, Prepared
 
@@ -42,21 +42,20 @@ class Quality(Protocol):
 
 def quality_for(prepared: Prepared, pair: Pair) -> Quality:
     """The measure that fits a kind of model."""
-    if prepared.kind == "image_classifier":
-        return ImageQuality(prepared.labels, seed=pair.seed)
+    if prepared.kind in ("classifier", "image_classifier"):
+        return ClassQuality(prepared.labels, seed=pair.seed)
     if prepared.kind == "encoder":
         return EmbeddingQuality(pooling_of(pair.original))
     return PredictionQuality(prepared, seed=pair.seed)
 
 
 class PredictionQuality:
-    """Of language models, which predict the next token, and classifiers, which predict a class."""
+    """Of language models, which predict the next token."""
 
     def __init__(self, prepared: Prepared, *, seed: int) -> None:
         """Count predictions; `seed` is for the bootstrap."""
         self.vocabulary: tuple[int, int] | None = None
         self.non_finite = 0
-        self._is_language = prepared.kind == "causal_lm"
         self._scored_bytes = prepared.scored_bytes
         self._seed = seed
         self._seen = 0
@@ -70,12 +69,13 @@ class PredictionQuality:
             return
         if original.shape[1] != result.shape[1]:
             self.vocabulary = original.shape[1], result.shape[1]
-        targets = torch.from_numpy(window[1:]) if self._is_language else None
-        self._predictions.add(torch.from_numpy(original), torch.from_numpy(result), targets)
+        self._predictions.add(
+            torch.from_numpy(original), torch.from_numpy(result), torch.from_numpy(window[1:])
+        )
 
     def absolute(self, index: int) -> dict[str, float]:
-        """Perplexity and bits per byte; nothing for classifiers, nor when a window is missing."""
-        if not self._is_language or not self._complete:
+        """Perplexity and bits per byte; nothing when a window is missing."""
+        if not self._complete:
             return {}
         return {
             "perplexity": self._predictions.perplexities()[index],
@@ -83,17 +83,16 @@ class PredictionQuality:
         }
 
     def relative(self) -> dict[str, Any]:
-        """Divergence, agreement and, for language models, the change of perplexity; nothing unless all windows count."""
+        """Divergence, agreement and the change of perplexity; nothing unless all windows count."""
         if not self._complete:
             return {}
         predictions = self._predictions
         fields: dict[str, Any] = predictions.divergence_summary()
         fields["top1_agreement"] = predictions.agreeing / predictions.positions
-        if self._is_language:
-            before, after = predictions.perplexities()
-            fields["perplexity_ratio"] = after / before
-            fields["delta_ln_perplexity"] = predictions.delta_ln_perplexity(seed=self._seed)
-            fields["answer_flips"] = predictions.flipped / max(1, predictions.original_right)
+        before, after = predictions.perplexities()
+        fields["perplexity_ratio"] = after / before
+        fields["delta_ln_perplexity"] = predictions.delta_ln_perplexity(seed=self._seed)
+        fields["answer_flips"] = predictions.flipped / max(1, predictions.original_right)
         return fields
 
     @property

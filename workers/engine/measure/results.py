@@ -31,7 +31,7 @@ class Prepared(Frozen):
     text: EvaluationText | None = None
     images: EvaluationImages | None = None
     labels: tuple[int, ...] | None = None
-    """Of the images, in order; None where they have none."""
+    """Classes of the images, or of a classifier's texts, in order; None where they have none."""
 
 
 class Loading(Frozen):

@@ -1,7 +1,8 @@
 """Cut evaluation text into windows of tokens, once, for both models.
 
-Language models and classifiers get non-overlapping windows of one long stream. Encoders get documents: their embeddings
-are compared with each other, so there must be many, of natural length.
+Language models, and classifiers on text without labels, get non-overlapping windows of one long stream. Encoders get
+documents: their embeddings are compared with each other, so there must be many, of natural length. Classifiers on texts
+with labels get the start of each text, for that is what the label is held against.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from workers.engine.calibration.text import (
     token_chunks,
     token_windows,
 )
+from workers.engine.calibration.text_set import read_labels, read_text
 from workers.engine.calibration.windows import longest_window
 from workers.engine.measure.results import Kind, Prepared
 
@@ -68,7 +70,11 @@ def prepare_evaluation(
     before, after = special_tokens(tokenizer)
     length = _window_length(facts, evaluation.sequence_length, specials=len(before) + len(after))
     kind = kind_of(facts)
-    if kind == "encoder":
+    labels = read_labels(text, facts)
+    if labels is not None:
+        chosen = _spread(len(labels), evaluation.texts)
+        labels, bare = labels[chosen], _labelled_windows(tokenizer, text, chosen, length=length)
+    elif kind == "encoder":
         bare = _document_windows(tokenizer, text, tokens=evaluation.tokens, length=length)
     else:
         stream = token_windows(tokenizer, text, tokens=evaluation.tokens, length=length)
@@ -78,13 +84,17 @@ def prepare_evaluation(
         kind=kind,
         windows_file=windows_file,
         scored_bytes=_scored_bytes(tokenizer, bare, skip_first=len(before) == 0),
+        labels=None if labels is None else tuple(labels.tolist()),
         text=EvaluationText(
             source=evaluation.text.dataset or "built-in English prose",
             sha256=text_digest(text),
             tokens=sum(len(window) for window in bare),
             windows=len(bare),
             sequence_length=max(len(window) for window in bare),
-            overlap_share=_overlap_with(tokenizer, bare, seen, by_document=kind == "encoder"),
+            labelled=labels is not None,
+            overlap_share=_overlap_with(
+                tokenizer, bare, seen, by_document=kind == "encoder" or labels is not None
+            ),
         ),
     )
 
@@ -140,7 +150,7 @@ def _overlap_with(tokenizer: Any, bare: Windows, seen: Sequence[Path], *, by_doc
 
 
 def _stream_tokens(tokenizer: Any, path: Path) -> Iterator[list[int]]:
-    return token_chunks(tokenizer, path.read_text(encoding="utf-8"))
+    return token_chunks(tokenizer, read_text(path))
 
 
 def _document_tokens(tokenizer: Any, path: Path) -> Iterator[list[int]]:
@@ -180,6 +190,21 @@ def _document_windows(tokenizer: Any, path: Path, *, tokens: int, length: int) -
             code="text_too_short",
             hint="Upload a longer text: documents are separated by blank lines.",
         )
+    return windows
+
+
+def _spread(count: int, wanted: int) -> NDArray[np.int64]:
+    """So many of `count` places, evenly over all of them: a file may be sorted by label."""
+    wanted = min(count, wanted)
+    return np.arange(wanted) * count // wanted
+
+
+def _labelled_windows(tokenizer: Any, path: Path, chosen: NDArray[np.int64], *, length: int) -> Windows:
+    documents = read_documents(path)
+    windows = []
+    for number in chosen:
+        ids = tokenizer(documents[number], add_special_tokens=False, verbose=False)["input_ids"]
+        windows.append(np.asarray(ids[:length], dtype=np.int64))
     return windows
 
 
