@@ -15,7 +15,7 @@ from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 
 @pytest.mark.parametrize(
     ("number_format", "implied"),
-    [("int", (4, None)), ("fp8", (8, None)), ("mxfp4", (4, 32)), ("nvfp4", (4, 16))],
+    [("int", (4, None)), ("fp8", (8, None)), ("mxfp4", (4, 32)), ("nvfp4", (4, 16)), ("nf4", (4, 64))],
 )
 def test_the_format_implies_bits_and_groups_and_what_is_written_out_reads_back(
     number_format: Any, implied: tuple[int, int | None]
@@ -40,6 +40,11 @@ def test_the_format_implies_bits_and_groups_and_what_is_written_out_reads_back(
         ({"number_format": "mxfp4", "activations": "static"}, "activations: static needs"),
         ({"number_format": "fp8", "include_head": True}, "include_head: vLLM runs the head in integers"),
         ({"bits": 8, "activations": "dynamic", "include_head": True}, "include_head: vLLM runs"),
+        ({"number_format": "nf4", "activations": "dynamic"}, "activations: bitsandbytes rounds no inputs"),
+        ({"number_format": "nf4", "group_size": 128}, "group_size: nf4 takes 64"),
+        ({"number_format": "nf4", "kv_cache": "fp8"}, "kv_cache: bitsandbytes"),
+        ({"number_format": "nf4", "solver": "signround"}, "solver: signround"),
+        ({"double_quantized": True}, "double_quantized: int has no scales of scales"),
         ({"symmetric": False, "kv_cache": "fp8"}, "kv_cache: .*symmetric"),
         ({"overrides": [{"layers": "*", "symmetric": False}], "kv_cache": "fp8"}, "kv_cache: .*symmetric"),
     ],
@@ -99,3 +104,12 @@ def test_zero_points_cannot_be_mixed_with_other_settings() -> None:
     found = faults(symmetric=False, overrides=[{"layers": "*up_proj", "bits": 8}])
     assert list(found) == ["/steps/0/overrides"]
     assert not faults(symmetric=False, overrides=[{"layers": "*", "bits": 8}])
+
+
+def test_nf4_is_written_for_bitsandbytes_and_where_its_blocks_do_not_fit_it_is_refused() -> None:
+    spec = CompressionSpec(steps=(QuantizeWeights(number_format="nf4"),))
+    assert spec.output_format == "bitsandbytes"
+    assert CompressionSpec(steps=(QuantizeWeights(),)).output_format == "compressed-tensors"
+    (gpt2,) = check_spec(spec, make_facts(architecture="GPT2LMHeadModel"))
+    assert gpt2.pointer == "/steps/0/number_format"
+    assert "use quantize.weights with int" in gpt2.detail
