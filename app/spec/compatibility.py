@@ -34,6 +34,7 @@ from app.spec.head import NO_OWN_HEAD, own_head
 from app.spec.layouts import inputs_of, limits_of_layout
 from app.spec.onnx_operators import architecture_named
 from app.spec.prune import PruneCalibrated, PruneDepth, PruneHeads, PruneMagnitude, PruneWidth
+from app.spec.prune_experts import PruneExperts, experts_in, with_experts
 from app.spec.prune_training import PruneTraining
 from app.spec.quantize import QuantizedWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
@@ -126,7 +127,7 @@ def _check_particulars(
             yield from _check_head(step, facts, where)
         case QuantizeGguf():
             yield from _check_gguf(step, facts, shape, where)
-        case PruneDepth() | PruneWidth() | PruneHeads():
+        case PruneDepth() | PruneWidth() | PruneHeads() | PruneExperts():
             yield from _check_removal(step, shape, facts, where)
         case DistillLogits():
             yield from _check_distillation(step, facts, students, where)
@@ -137,7 +138,7 @@ def _check_particulars(
 def _after(step: Step, shape: _Shape, facts: ModelFacts, students: dict[str, ModelFacts]) -> _Shape:
     """The model that a step leaves."""
     match step:
-        case PruneDepth() | PruneWidth() | PruneHeads():
+        case PruneDepth() | PruneWidth() | PruneHeads() | PruneExperts():
             return _after_removal(step, shape, facts)
         case DistillLogits():
             return _after_distillation(step, shape, students)
@@ -283,7 +284,7 @@ def _some(tensors: Sequence[TensorFact]) -> str:
 
 
 def _check_removal(
-    step: PruneDepth | PruneWidth | PruneHeads, shape: _Shape, facts: ModelFacts, where: str
+    step: PruneDepth | PruneWidth | PruneHeads | PruneExperts, shape: _Shape, facts: ModelFacts, where: str
 ) -> Iterator[Fault]:
     match step:
         case PruneDepth():
@@ -292,9 +293,13 @@ def _check_removal(
             yield from _check_width(step, shape, where)
         case PruneHeads():
             yield from _check_heads(shape, facts, where)
+        case PruneExperts():
+            yield from _check_experts(step, shape, facts, where)
 
 
-def _after_removal(step: PruneDepth | PruneWidth | PruneHeads, shape: _Shape, facts: ModelFacts) -> _Shape:
+def _after_removal(
+    step: PruneDepth | PruneWidth | PruneHeads | PruneExperts, shape: _Shape, facts: ModelFacts
+) -> _Shape:
     match step:
         case PruneDepth():
             return shape.without_blocks(min(step.blocks_to_drop(shape.blocks), shape.blocks - 1))
@@ -302,6 +307,9 @@ def _after_removal(step: PruneDepth | PruneWidth | PruneHeads, shape: _Shape, fa
             return shape.with_width_of(step)
         case PruneHeads():
             return replace(shape, layers=without_heads(step, shape.layers, facts))
+        case PruneExperts():
+            after = step.experts_after(experts_in(shape.layers), facts.experts_per_token or 1)
+            return shape if after is None else replace(shape, layers=with_experts(shape.layers, after))
 
 
 def _check_depth(step: PruneDepth, shape: _Shape, where: str) -> Iterator[Fault]:
@@ -336,6 +344,16 @@ def _check_heads(shape: _Shape, facts: ModelFacts, where: str) -> Iterator[Fault
             f"{where}/technique",
             f"Attention has {groups} group{'s' if groups > 1 else ''} of {counts.per_group} query heads, and no smaller number "
             "can be written for this model: use prune.width or prune.depth.",
+        )
+
+
+def _check_experts(step: PruneExperts, shape: _Shape, facts: ModelFacts, where: str) -> Iterator[Fault]:
+    yield from _check_floats(shape.layers, where)
+    experts, per_token = experts_in(shape.layers), facts.experts_per_token or 1
+    if experts and step.experts_after(experts, per_token) is None:
+        yield Fault(
+            f"{where}/round_to" if step.round_to > 1 else f"{where}/technique",
+            f"Each token meets {per_token} of the {experts} experts of a block, and no smaller multiple of {step.round_to} is left.",
         )
 
 

@@ -13,6 +13,7 @@ from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneCalibrated, PruneDepth, PruneHeads, PruneMagnitude, PruneWidth
 from app.spec.prune_channels import PruneChannels
+from app.spec.prune_experts import PruneExperts
 from app.spec.prune_training import PruneTraining
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
@@ -29,6 +30,7 @@ AnyStep = Annotated[
     | PruneDepth
     | PruneWidth
     | PruneHeads
+    | PruneExperts
     | PruneTraining
     | PruneChannels
     | DistillLogits
@@ -47,6 +49,7 @@ STEP_CLASSES: tuple[type[Step], ...] = (
     PruneDepth,
     PruneWidth,
     PruneHeads,
+    PruneExperts,
     PruneTraining,
     PruneChannels,
     DistillLogits,

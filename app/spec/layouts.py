@@ -20,6 +20,7 @@ from app.spec.onnx_operators import ONNX_NETWORK
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth, PruneHeads, PruneWidth
 from app.spec.prune_channels import PruneChannels
+from app.spec.prune_experts import PruneExperts
 from app.spec.prune_training import PruneTraining
 from app.spec.quantize import QuantizeCalibrated, QuantizedWeights, QuantizeWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
@@ -62,9 +63,10 @@ _WITHOUT_EXPERTS = (
 _WITHOUT_TRANSPOSED = ((QuantizeDynamic, _DYNAMIC_TRANSPOSED), (QuantizeOnnx, _ONNX_TRANSPOSED))
 _EXPERT_INPUTS = "transformers does not round the inputs of experts, so {name} could not be measured: set activations to none."
 _WITHOUT_WIDTH = (
-    "{name} has experts, each with channels of its own that only some tokens reach: use prune.depth to make it smaller, or "
-    "prune.calibrated."
+    "{name} has experts, each with channels of its own that only some tokens reach: use prune.experts or prune.depth to make it "
+    "smaller, or prune.calibrated."
 )
+_WITHOUT_MIXTURE = "{name} has no experts: use prune.width, prune.heads or prune.depth."
 _WITHOUT_HEADS = (
     "The configuration of {name} cannot say that heads are missing; it can for Llama, Mistral, Mixtral, Qwen, Gemma, Phi3, "
     "SmolLM3, Granite and StarCoder2. Use prune.width or prune.depth."
@@ -125,6 +127,8 @@ def _limits_of_pruning(
         yield "/technique", _WITHOUT_WIDTH.format(name=name)
     if isinstance(step, PruneHeads) and not has_removable_heads(architecture):
         yield "/technique", _WITHOUT_HEADS.format(name=name)
+    if isinstance(step, PruneExperts) and architecture.expert_layers is None:
+        yield "/technique", _WITHOUT_MIXTURE.format(name=name)
     if isinstance(step, PruneTraining):
         experts = [t.name.removesuffix(".weight") for t in layers if is_expert(t.name)]
         yield from _matching(_ignored(step), experts, _TRAINED_EXPERTS)

@@ -25,6 +25,7 @@ from app.spec.kv_cache import cache_scale_facts
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth, PruneHeads, PruneWidth
 from app.spec.prune_channels import PruneChannels
+from app.spec.prune_experts import PruneExperts, experts_in, with_experts
 from app.spec.quantize import QuantizeCalibrated, QuantizedWeights
 from app.spec.quantize_dynamic import QuantizeDynamic, tensors_after
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -92,7 +93,7 @@ def after_step(step: Step, shape: Shape, facts: ModelFacts, students: dict[str, 
     match step:
         case QuantizedWeights():
             return _quantized(step, shape)
-        case PruneDepth() | PruneWidth() | PruneHeads() | PruneChannels():
+        case PruneDepth() | PruneWidth() | PruneHeads() | PruneExperts() | PruneChannels():
             return _smaller(step, shape, facts)
         case DistillLogits(student=StudentFromDepthCut(drop_ratio=ratio)):
             return without_blocks(shape, blocks_cut(ratio, shape.blocks))
@@ -112,11 +113,14 @@ def without_blocks(shape: Shape, count: int) -> Shape:
 
 
 def _smaller(
-    step: PruneDepth | PruneWidth | PruneHeads | PruneChannels, shape: Shape, facts: ModelFacts
+    step: PruneDepth | PruneWidth | PruneHeads | PruneExperts | PruneChannels, shape: Shape, facts: ModelFacts
 ) -> Shape:
     """The model with fewer blocks, with fewer channels everywhere or in every feed-forward part, or heads in every attention."""
     if isinstance(step, PruneChannels):
         return _fewer_channels(step, shape)
+    if isinstance(step, PruneExperts):
+        after = step.experts_after(experts_in(shape.tensors), facts.experts_per_token or 1)
+        return shape if after is None else Shape.of(with_experts(shape.tensors, after))
     if isinstance(step, PruneDepth):
         return without_blocks(shape, step.blocks_to_drop(shape.blocks))
     architecture = KNOWN[facts.architecture]

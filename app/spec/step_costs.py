@@ -21,6 +21,7 @@ from app.spec.image_costs import calibration_activations, image_activations, ima
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import SENSITIVITY_SPARSITIES, PruneCalibrated, PruneDepth, PruneHeads, PruneWidth
 from app.spec.prune_channels import PruneChannels
+from app.spec.prune_experts import PruneExperts
 from app.spec.prune_training import LearnedGates, PruneTraining
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -152,13 +153,18 @@ def step_memory(_step: Step, _on: Surroundings) -> int:
     return SLAB_BYTES
 
 
-@step_memory.register
-def _(step: PruneDepth, on: Surroundings) -> int:
+@step_memory.register(PruneDepth)
+@step_memory.register(PruneExperts)
+def _(step: PruneDepth | PruneExperts, on: Surroundings) -> int:
     states = 2 * 4 * step.calibration_tokens * on.facts.hidden_size
     blocks = 4 * on.before.largest_block
-    if step.repairs(ARCHITECTURES[on.facts.architecture]):
+    if _repairs_gaps(step, on):
         states, blocks = states * 3 // 2, 2 * blocks + _gap_repair_bytes(on.before, on.facts)
     return blocks + 4 * on.facts.vocab_size * on.facts.hidden_size + states
+
+
+def _repairs_gaps(step: Step, on: Surroundings) -> bool:
+    return isinstance(step, PruneDepth) and step.repairs(ARCHITECTURES[on.facts.architecture])
 
 
 def _gap_repair_bytes(shape: Shape, facts: ModelFacts) -> int:
@@ -338,10 +344,11 @@ def _(step: PruneWidth | PruneHeads, on: Surroundings) -> float:
     return (forwards + moments + solving) / FLOPS_PER_SECOND
 
 
-@working_seconds.register
-def _(step: PruneDepth, on: Surroundings) -> float:
-    once = on.forward_flops * step.calibration_tokens / FLOPS_PER_SECOND
-    return 2 * once if step.repairs(ARCHITECTURES[on.facts.architecture]) else once
+@working_seconds.register(PruneDepth)
+@working_seconds.register(PruneExperts)
+def _(step: PruneDepth | PruneExperts, on: Surroundings) -> float:
+    passes = 2 if _repairs_gaps(step, on) else 1
+    return passes * on.forward_flops * step.calibration_tokens / FLOPS_PER_SECOND
 
 
 @working_seconds.register

@@ -71,6 +71,10 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
             "student": {"source": "depth_cut", "drop_ratio": 0.25},
         }
     },
+    "prune.experts": {
+        "half": {"drop_ratio": 0.5, "calibration_tokens": 256},
+        "usage": {"criterion": "usage", "calibration_tokens": 256},
+    },
     "prune.training": {
         "gradual": {
             "max_steps": 4, "sequence_length": 16, "batch_size": 2, "evaluate_every": 2,

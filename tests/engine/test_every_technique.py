@@ -27,7 +27,7 @@ from technique_runs import (
     run_case,
     tensors_of,
 )
-from tiny_models import BLOCKS, INTERMEDIATE, facts_of
+from tiny_models import BLOCKS, EXPERTS, INTERMEDIATE, facts_of
 from transformers import AutoModelForCausalLM
 
 from app.spec.architectures import ARCHITECTURES, block_index, is_router
@@ -38,6 +38,7 @@ from app.spec.gguf import QuantizeGguf
 from app.spec.gguf_layout import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.spec.gguf_layout import gguf_tensors
 from app.spec.plan import plan_job
+from app.spec.prune_experts import expert_number, has_row_per_expert, with_expert_number, with_experts
 from app.spec.quantize import QuantizedWeights
 from workers.engine.architectures.loading import load_model, load_tokenizer, loader_of
 from workers.engine.export.dynamic_int8 import load_dynamic_int8
@@ -414,6 +415,25 @@ def _promises_of_prune_heads(run: Run) -> None:
     assert 0 < run.outcome.metrics["relative_output_error"] < 1
 
 
+def _promises_of_prune_experts(run: Run) -> None:
+    """Fewer experts, each as it was, under the router's rows that were theirs; all else is as it was."""
+    tensors, before = tensors_of(run.target), tensors_of(run.source)
+    after = run.outcome.metrics["experts_after"]
+    assert after == EXPERTS * (1 - run.case.step.drop_ratio)
+    removed = {layer.name for layer in run.outcome.layers if layer.action == "removed"}
+    shapes = {t.name: t.shape for t in with_experts(facts_of(run.source).tensors, after)}
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
+    for name, tensor in tensors.items():
+        mixture = name.partition(".experts.")[0].removesuffix(".gate.weight")
+        kept = [n for n in range(EXPERTS) if not any(f"{mixture}.experts.{n}." in gone for gone in removed)]
+        number = expert_number(name)
+        origin = name if number is None else with_expert_number(name, kept[number])
+        assert torch.equal(tensor, before[name][kept] if has_row_per_expert(name) else before[origin])
+    written = sum(file.stat().st_size for file in run.target.glob("*.safetensors"))
+    assert plan_job(CompressionSpec(steps=(run.case.step,)), facts_of(run.source)).output_bytes == written
+    assert load_model(run.target).num_parameters() < load_model(run.source).num_parameters()
+
+
 def _promises_of_distill_logits(run: Run) -> None:
     _promises_of_fewer_blocks(run, BLOCKS - 1)
     before, after = tensors_of(run.source), tensors_of(run.target)
@@ -463,6 +483,7 @@ _PROMISES: dict[str, Callable[[Run], None]] = {
     "quantize.dynamic": _promises_of_quantize_dynamic,
     "prune.magnitude": _promises_of_zeros,
     "prune.calibrated": _promises_of_zeros,
+    "prune.experts": _promises_of_prune_experts,
     "prune.training": _promises_of_prune_training,
     "prune.depth": _promises_of_prune_depth,
     "prune.width": _promises_of_prune_width,

@@ -33,6 +33,10 @@ class SeparateExperts(nn.Module):
             self.add_module(str(index), expert)
         self._count = count
 
+    def experts(self) -> list[nn.Module]:
+        """Each expert, its three layers named as files name them."""
+        return [self.get_submodule(str(index)) for index in range(self._count)]
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(tokens, hidden), which experts (tokens, k) and how much of each (tokens, k) -> (tokens, hidden)."""
         total = torch.zeros_like(hidden_states)

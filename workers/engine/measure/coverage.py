@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 from app.spec.architectures import block_index, with_block_index
 from app.spec.facts import ModelFacts
+from app.spec.prune_experts import expert_number, with_expert_number
 from app.spec.report import Coverage, LayerOutcome, StepReport
 
 
@@ -60,7 +62,7 @@ def skipped(steps: Sequence[StepReport]) -> tuple[LayerOutcome, ...]:
 
 
 def _after(names: dict[str, str], outcomes: dict[str, LayerOutcome]) -> dict[str, str]:
-    """The next step's names of the layers that are left: blocks are numbered without gaps."""
+    """The next step's names of the layers that are left: blocks and experts are numbered without gaps."""
     left = {
         current: original
         for current, original in names.items()
@@ -70,7 +72,26 @@ def _after(names: dict[str, str], outcomes: dict[str, LayerOutcome]) -> dict[str
         return names
     kept = sorted({index for name in left if (index := block_index(name + ".weight")) is not None})
     number = {old: new for new, old in enumerate(kept)}
-    return {_renumbered(current, number): original for current, original in left.items()}
+    renumbered = {_renumbered(current, number): original for current, original in left.items()}
+    return _experts_renumbered(renumbered)
+
+
+def _experts_renumbered(names: dict[str, str]) -> dict[str, str]:
+    """The same with the experts of each mixture numbered without gaps."""
+    left: dict[str, set[int]] = defaultdict(set)
+    for name in names:
+        number = expert_number(name + ".weight")
+        if number is not None:
+            left[name.partition(".experts.")[0]].add(number)
+    return {_expert_renumbered(name, left): original for name, original in names.items()}
+
+
+def _expert_renumbered(name: str, left: dict[str, set[int]]) -> str:
+    number = expert_number(name + ".weight")
+    if number is None:
+        return name
+    rank = sorted(left[name.partition(".experts.")[0]]).index(number)
+    return _plain(with_expert_number(name + ".weight", rank))
 
 
 def _renumbered(name: str, number: dict[int, int]) -> str:
