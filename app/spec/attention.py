@@ -1,8 +1,10 @@
-"""What the layers are called that make queries, keys and values, where each has one of its own."""
+"""What of attention can be compared: the layers that make queries, keys and values, and what tokens look at."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+
+from app.spec.architectures import Architecture
 
 PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -11,6 +13,14 @@ PROJECTIONS = (
     ("q_lin", "k_lin", "v_lin"),
     ("q", "k", "v"),
 )
+
+# These hand over what tokens look at only when the whole model is asked to.
+_KEEPING_THEIR_MAPS = frozenset({"mpnet", "deberta-v2"})
+
+
+def has_attention_maps(architecture: Architecture) -> bool:
+    """Whether what tokens look at can be seen block by block."""
+    return architecture.model_type not in _KEEPING_THEIR_MAPS
 
 
 def projections_among(names: Collection[str]) -> tuple[str, str, str] | None:

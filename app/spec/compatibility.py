@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from app.errors import Fault
 from app.spec.acceptance_checks import check_acceptance
 from app.spec.architectures import ARCHITECTURES, Architecture, block_index, is_compressible, is_router
-from app.spec.attention import projections_among
+from app.spec.attention import has_attention_maps, projections_among
 from app.spec.attention_heads import counts_in, groups_left, head_axis, possible_groups, without_heads
 from app.spec.base import Family, Step
 from app.spec.compression import CompressionSpec
@@ -370,6 +370,12 @@ def _check_distillation(
                 f"{where}/relation_weight",
                 f"One layer of {model.architecture} makes queries, keys and values, whose parts relations are not taken "
                 "from; hidden_weight works for every model.",
+            )
+        if step.attention_weight > 0 and not has_attention_maps(ARCHITECTURES[model.architecture]):
+            yield Fault(
+                f"{where}/attention_weight",
+                f"The attention of {model.architecture} does not show what tokens look at; relation_weight and hidden_weight "
+                "work.",
             )
     if step.for_grid is not None:
         yield from _check_training_grid(step.for_grid, facts, f"{where}/for_grid")

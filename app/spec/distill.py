@@ -83,6 +83,9 @@ class DistillLogits(TextTraining):
     relation_weight: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Weight of the relations between tokens in the last block, by queries, keys and values (MiniLMv2, Wang et al. 2021).
     Not for models in which one layer makes all three."""
+    attention_weight: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Weight of what tokens look at, block by block and head by head: KL of attention's probabilities (MobileBERT, Sun et al.
+    2020). Computed step by step then, with heads · sequence_length² numbers a text and block. Not for MPNet and DeBERTa."""
     cached_logits: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Write down the teacher's so many likeliest next tokens of all text before training, in 4 bytes each (6 for more
     than 65,536 tokens in the vocabulary), and train without the teacher in memory. Null: the teacher stays. Language
@@ -99,9 +102,11 @@ class DistillLogits(TextTraining):
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
-        if self.cached_logits is not None and (self.hidden_weight > 0 or self.relation_weight > 0):
+        inside = (self.hidden_weight, self.relation_weight, self.attention_weight)
+        if self.cached_logits is not None and max(inside) > 0:
             raise ValueError(
-                "cached_logits keeps the teacher's outputs alone: set hidden_weight and relation_weight to 0, or leave it out"
+                "cached_logits keeps the teacher's outputs alone: set hidden_weight, relation_weight and attention_weight to "
+                "0, or leave it out"
             )
         if self.for_grid is not None and self.lora_rank is not None:
             raise ValueError(

@@ -46,6 +46,10 @@ LEARNED_GATE_BYTES = 40
 """Log-odds of a gate, their gradient and moments; of one that is drawn, six floats kept for the way back."""
 ACTIVATION_FLOATS_PER_HIDDEN = 34
 """Floats kept for the backward pass per token, block and hidden unit (Korthikanti et al. 2022, sec. 4)."""
+ATTENTION_MAP_COPIES = 8
+"""Scores, probabilities, their logarithms and what the loss keeps, of a block of student and teacher."""
+SMALLEST_HEAD = 32
+"""Width of a head of attention, where nothing is known of it."""
 ONNX_COPIES = 7
 """Float32 copies of the model while it is optimized: module, graph, variants, and onnxruntime's own of each in a contest."""
 ONNX_QUANTIZED_COPIES = 3
@@ -229,6 +233,8 @@ def _(step: QuantizeGguf, on: Surroundings) -> int:
 @step_memory.register
 def _(step: DistillLogits, on: Surroundings) -> int:
     activations, logits = _activation_bytes(step, on)
+    if step.attention_weight > 0:
+        activations += _attention_map_bytes(step, on)
     student = _trained_bytes(step, on)
     if step.cached_logits is not None:
         return logits + max(loaded_bytes(on.original), student + activations)
@@ -252,6 +258,13 @@ def _activation_bytes(step: TextTraining, on: Surroundings) -> tuple[int, int]:
         # What enters each block, and one block as a whole.
         activations = activations // on.after.blocks + 4 * tokens * on.facts.hidden_size * on.after.blocks
     return activations, TRAINING_LOGITS_COPIES * 4 * tokens * outputs_per_token(on.facts)
+
+
+def _attention_map_bytes(step: DistillLogits, on: Surroundings) -> int:
+    """Probabilities of attention by head, kept of every block of the student beside those of the teacher."""
+    heads = on.facts.attention_heads or on.facts.hidden_size // SMALLEST_HEAD
+    one = 4 * step.batch_size * heads * step.sequence_length**2
+    return ATTENTION_MAP_COPIES * one * on.after.blocks
 
 
 def _trained_bytes(step: DistillLogits, on: Surroundings) -> int:

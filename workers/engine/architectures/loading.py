@@ -41,10 +41,17 @@ def loader_of(directory: Path) -> Any:
     return transformers.AutoModel
 
 
-def load_model(directory: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-    """Load a model in evaluation mode."""
+def load_model(
+    directory: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", attention: str | None = None
+) -> Any:
+    """Load a model in evaluation mode; `attention` is how transformers computes it, by default its own choice."""
     model = loader_of(directory).from_pretrained(
-        str(directory), dtype=dtype, local_files_only=True, trust_remote_code=False, device_map=None
+        str(directory),
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        device_map=None,
+        attn_implementation=attention,
     )
     return model.to(device).eval()
 

@@ -6,8 +6,8 @@ Paper: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Netw
 distribution: it is taught the embeddings themselves, by 1 − cosine, texts pooled as the model's own 1_Pooling says, by
 the mean without one. Where student and teacher differ in width, rows of the matrix of similarities within a batch take
 the place of logits (Park et al. 2019, "Relational Knowledge Distillation").
-Beside the outputs, hidden states (`hidden_states`) and relations (`relations`) can be taught, and a student be cut from the teacher (`cut`).
-Left out: attention maps; dropout (off throughout).
+Beside the outputs, hidden states (`hidden_states`), relations (`relations`) and attention (`attention_maps`) can be taught, and a student
+be cut from the teacher (`cut`). Left out: dropout (off throughout).
 """
 
 from __future__ import annotations

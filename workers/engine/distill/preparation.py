@@ -24,6 +24,7 @@ from workers.engine.architectures.loading import load_model, load_tokenizer
 from workers.engine.calibration.block_stream import Calibration, compute_dtype
 from workers.engine.checkpoint import TORCH_DTYPES, Checkpoint
 from workers.engine.checkpoint.layout import weight_files
+from workers.engine.distill.attention_maps import AttentionMaps
 from workers.engine.distill.blocks import blocks_of, recompute_activations
 from workers.engine.distill.cut import least_missed, without
 from workers.engine.distill.hidden_states import HiddenStates, evenly_matched, kept_blocks, stands_for
@@ -161,11 +162,16 @@ def classroom(
 ) -> Classroom:
     """Load the student from `directory`, and the teacher or what it said of the text, kept in `journal`."""
     dtype = training_dtype(context.device)
-    teacher, cache = load_model(context.original, dtype=dtype, device=context.device), None
+    # Only so are there probabilities of attention to compare.
+    attention = "eager" if spec.attention_weight > 0 else None
+    teacher, cache = (
+        load_model(context.original, dtype=dtype, device=context.device, attention=attention),
+        None,
+    )
     if spec.cached_logits is not None:
         cache = _cached(teacher, spec.cached_logits, spec, context, text, journal)
         teacher = None
-    student = load_model(directory, dtype=torch.float32, device=context.device)
+    student = load_model(directory, dtype=torch.float32, device=context.device, attention=attention)
     adapters = None if spec.lora_rank is None else LowRank(student, spec.lora_rank)
     grid = _grid(spec, student, Checkpoint.open(directory))
     if spec.gradient_checkpointing:
@@ -209,13 +215,18 @@ def _grid(spec: DistillLogits, student: Any, checkpoint: Checkpoint) -> OnGrid |
 
 
 def _matches(spec: DistillLogits, student: Any, teacher: Any) -> Iterator[tuple[float, Matching]]:
+    if spec.relation_weight > 0:
+        yield spec.relation_weight, Relations(student, teacher)
+    if spec.hidden_weight == spec.attention_weight == 0:
+        return
+    kept, blocks = kept_blocks(student, teacher), [len(blocks_of(model)) for model in (student, teacher)]
+    if spec.attention_weight > 0:
+        taught_by = evenly_matched(*blocks) if kept is None else kept
+        yield spec.attention_weight, AttentionMaps(student, teacher, taught_by)
     if spec.hidden_weight > 0:
-        kept, blocks = kept_blocks(student, teacher), [len(blocks_of(model)) for model in (student, teacher)]
         matched = evenly_matched(*blocks) if kept is None else stands_for(kept, blocks[1])
         hidden = HiddenStates(student, teacher, (width_of(student), width_of(teacher)), matched)
         yield spec.hidden_weight, hidden.to(student.device)
-    if spec.relation_weight > 0:
-        yield spec.relation_weight, Relations(student, teacher)
 
 
 def training_dtype(device: str) -> torch.dtype:
