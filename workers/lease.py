@@ -71,9 +71,12 @@ class Lease:
         if cancel:
             raise CancelRequested
 
-    def check_cancelled(self) -> None:
-        """Look, without writing, whether a cancel was asked for. Raises CancelRequested."""
+    def check_requests(self) -> bool:
+        """Look, without writing, what was asked for: whether training is to stop. Raises CancelRequested."""
         # A database that is away now says nothing; the heartbeat will wait for it.
         with contextlib.suppress(Unavailable), self.database.read() as session:
-            if job_claims.is_cancel_requested(session, self.claim.job_id):
+            cancel, keep_best = job_claims.requests(session, self.claim.job_id)
+            if cancel:
                 raise CancelRequested
+            return keep_best
+        return False

@@ -5,6 +5,7 @@
                   inputs/datasets/<id>    text
                   stages/02-5/…           files of stage 2, written under fence 5
                   journal/0/…             how far step 0 is, if it was killed; see the engine's block_journal
+                  stop-training         there once training is to end at its best state so far
                   attempt-5.json          what the job's process is told
                   attempt-5.log           what it and its libraries printed
 
@@ -15,7 +16,9 @@ of the one that took over.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ from app.settings import Settings
 from app.spec.compression import CompressionSpec
 from app.storage import ArtifactStore
 
+STOP_FILE = "stop-training"
 STAGE_FILE = "stage.json"
 """Written last: a stage's directory without it is unfinished."""
 
@@ -149,6 +153,7 @@ class Scratch:
             "student_facts": assignment.student_facts,
             "inputs": str(self.directory / "inputs"),
             "stages": str(self.stages),
+            "stop_file": str(self._stop_file),
             "fence": fence,
             "committed": committed,
             "device": device,
@@ -157,6 +162,20 @@ class Scratch:
         }
         path.write_text(json.dumps(content))
         return path
+
+    def stop_training(self) -> None:
+        """Tell the job's process to train no more, and go on with the best state so far."""
+        # Never through a link: the process could have put one there.
+        with suppress(FileExistsError):
+            os.close(os.open(self._stop_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+
+    def let_train(self) -> None:
+        """Take that back, for an attempt of which nobody has asked it."""
+        self._stop_file.unlink(missing_ok=True)
+
+    @property
+    def _stop_file(self) -> Path:
+        return self.directory / STOP_FILE
 
     @property
     def stages(self) -> Path:

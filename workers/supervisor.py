@@ -143,6 +143,7 @@ class _Attempt:
             settings=self.settings,
             device=device,
         )
+        self.scratch.let_train()
         now = time.monotonic()
         watch = _Watch(
             stage_names=assignment.spec.stage_names(),
@@ -227,7 +228,8 @@ class _Attempt:
             watch.next_poll = now + _POLL_SECONDS
             if self.supervisor.draining():
                 raise Draining
-            self.lease.check_cancelled()
+            if self.lease.check_requests():
+                self.scratch.stop_training()
             _check_memory(process.pid, watch.budget)
             self._check_disk()
         if now >= watch.next_beat:

@@ -67,6 +67,15 @@ class PlanRequest(Documented):
         return Wish(self.model, self.recipe, self.spec)
 
 
+class CancelRequest(Documented):
+    """How to stop a job."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    keep_best: bool = False
+    """End the training alone, and let the job go on with the best state so far. 409 where nothing is left to train."""
+
+
 class JobRequest(PlanRequest):
     """A job to run."""
 
@@ -181,8 +190,14 @@ def list_job_events(
     summary="Cancel a job",
     responses=problem_responses(404, 409),
 )
-def cancel_job(job_id: JobId, session: WriteSession) -> JobView:
-    """Stop a job: one that waits at once, one that runs within about two seconds. Safe to repeat."""
+def cancel_job(job_id: JobId, session: WriteSession, how: CancelRequest | None = None) -> JobView:
+    """Stop a job: one that waits at once, one that runs within about two seconds. Safe to repeat.
+
+    With `keep_best`, stop its training alone: the best state so far is what the rest of the job works on, and the job
+    ends `succeeded`, with `stopped_by: request` in its report. A plain cancel afterwards still ends it `cancelled`.
+    """
+    if how is not None and how.keep_best:
+        return jobs.keep_best(session, job_id)
     return jobs.cancel_job(session, job_id)
 
 

@@ -231,9 +231,12 @@ def release(session: Session, claim: Claim) -> bool:
     return row is not None
 
 
-def is_cancel_requested(session: Session, job_id: str) -> bool:
-    """Whether somebody has asked for the job to be cancelled."""
-    return bool(session.execute(select(Job.cancel_requested).where(Job.id == job_id)).scalar_one_or_none())
+def requests(session: Session, job_id: str) -> tuple[bool, bool]:
+    """Whether somebody has asked for the job to be cancelled, and whether for its training to stop at its best."""
+    row = session.execute(
+        select(Job.cancel_requested, Job.keep_best_requested).where(Job.id == job_id)
+    ).one_or_none()
+    return (False, False) if row is None else (row.cancel_requested, row.keep_best_requested)
 
 
 def end_cancelled(session: Session, claim: Claim) -> bool:

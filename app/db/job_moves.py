@@ -71,6 +71,19 @@ def request_cancel(session: Session, job_id: str) -> str | None:
     return status
 
 
+def request_best(session: Session, job_id: str) -> bool:
+    """Ask a running job to stop training and go on with the best state so far. False: it does not run."""
+    row = session.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.status == "running")
+        .values(keep_best_requested=true())
+        .returning(Job.id)
+    ).one_or_none()
+    if row is not None:
+        add_events(session, job_id, [("status", {"status": "running", "training": "stopping"})])
+    return row is not None
+
+
 def retry_job(session: Session, job_id: str) -> bool:
     """Queue a failed or cancelled job again; committed stages are kept. False: it is in no state for that."""
     row = session.execute(
@@ -80,6 +93,7 @@ def retry_job(session: Session, job_id: str) -> bool:
             status="queued",
             attempt=0,
             cancel_requested=false(),
+            keep_best_requested=false(),
             error=null(),
             dispatched_at=None,
             run_after=None,

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, Double, ForeignKey, ForeignKeyConstraint, Index, MetaData
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    MetaData,
+    false,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from app.db.engine import db_now
@@ -165,6 +174,8 @@ class Job(TenantRow, Base):
     lease_owner: Mapped[str | None]
     lease_until: Mapped[float | None]
     cancel_requested: Mapped[bool] = mapped_column(default=False)
+    keep_best_requested: Mapped[bool] = mapped_column(default=False, server_default=false())
+    """Training is to stop, and the job to go on with the best state so far."""
     dispatched_at: Mapped[float | None]
     run_after: Mapped[float | None]
 

@@ -12,10 +12,19 @@ from app.db.engine import after_commit, get_database
 from app.db.tables import Artifact, Job
 from app.errors import Conflict, JobFailed, NotFound
 from app.ids import new_id
-from app.services.job_view import NAME_LABEL, EventView, JobView, event_view, has_ended, job_view
+from app.services.job_view import (
+    NAME_LABEL,
+    EventView,
+    JobView,
+    event_view,
+    has_ended,
+    job_view,
+    shown_status,
+)
 from app.services.planning import Planned, Wish, plan_wish, require_fit
 from app.services.quotas import require_queue
 from app.settings import Settings
+from app.spec.compression import CompressionSpec
 from app.storage import get_store
 from app.storage.references import remove_unreferenced
 
@@ -106,6 +115,29 @@ def cancel_job(session: Session, job_id: str) -> JobView:
         session.refresh(job)
         if status is None and job.status != "cancelled":
             raise Conflict(f"The job has already ended: {job.status}.", code="job_ended")
+    return _view(session, job)
+
+
+def keep_best(session: Session, job_id: str) -> JobView:
+    """End a running job's training at its best state so far; the job goes on with that. Safe to repeat.
+
+    Raises NotFound; Conflict when the job does not run, is being cancelled, or has no training ahead of it.
+    """
+    job = require_job(session, job_id)
+    if job.cancel_requested or job.status != "running":
+        status = shown_status(job)
+        hint = "Cancel it without keep_best." if status == "queued" else None
+        raise Conflict(f"There is nothing to keep: the job is {status}.", code="job_not_running", hint=hint)
+    training = CompressionSpec.model_validate(job.spec).training_stages()
+    if all(stage < job.stage for stage in training):
+        raise Conflict(
+            "The job has no training ahead of it that could end early.",
+            code="nothing_to_train",
+            hint="Wait for its end, or cancel it without keep_best.",
+        )
+    if not job.keep_best_requested:
+        job_moves.request_best(session, job_id)
+        session.refresh(job)
     return _view(session, job)
 
 

@@ -38,6 +38,8 @@ class Step(Frozen):
     """Runs the model over the `calibration` text, or images."""
     needs_training: ClassVar[bool] = False
     """Trains on `training` text."""
+    ends_early: ClassVar[bool] = False
+    """Its training can be ended at the best state so far."""
     produces: ClassVar[Format] = "safetensors"
     """Only after a step that leaves plain safetensors can another step follow."""
     also_produces: ClassVar[frozenset[Format]] = frozenset()

@@ -207,3 +207,8 @@ class CompressionSpec(Frozen):
         """The stages of a job with this spec, in order; each is committed by itself and never run twice in effect."""
         steps = (f"step {number}: {step.technique}" for number, step in enumerate(self.steps, start=1))
         return ("load", "baseline", *steps, "export", "verify", "report")
+
+    def training_stages(self) -> tuple[int, ...]:
+        """Numbers, from 0, of the stages whose training can be ended early."""
+        first = self.stage_names().index("baseline") + 1
+        return tuple(first + number for number, step in enumerate(self.steps) if step.ends_early)

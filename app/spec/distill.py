@@ -75,6 +75,8 @@ class DistillLogits(TextTraining):
     Held-out text decides when to stop; the best state is kept.
     """
 
+    ends_early: ClassVar[bool] = True
+
     technique: Literal["distill.logits"] = "distill.logits"
     student: Student = StudentFromDepthCut()
     hidden_weight: Annotated[float, Field(ge=0, le=1000)] = 0.0

@@ -21,6 +21,7 @@ class PruneChannels(Step):
 
     families: ClassVar[frozenset[Family]] = frozenset({Family.IMAGE_CLASSIFIER})
     needs_training: ClassVar[bool] = True
+    ends_early: ClassVar[bool] = True
     produces: ClassVar[Format] = "onnx"
 
     technique: Literal["prune.channels"] = "prune.channels"

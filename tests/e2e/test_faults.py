@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -120,6 +121,31 @@ def test_a_running_job_is_cancelled_within_two_seconds(
     assert service.client.get(f"/v1/jobs/{job_id}/result").status_code == 409
 
 
+def test_a_training_that_is_stopped_leaves_its_best_state_and_a_job_that_succeeds(
+    start_service: Start, valkey: Any, tiny_llama: Path
+) -> None:
+    service = start_service(valkey.url)
+    service.start_worker()
+    step = {"technique": "distill.logits", "max_steps": 1_000_000, "evaluate_every": 5, "patience": 1_000_000}
+    spec = {
+        "steps": [step | {"batch_size": 2, "sequence_length": 16}],
+        "evaluation": {"tokens": 256, "sequence_length": 64, "latency_rounds": 3},
+    }
+    job_id = service.submit(service.upload(tiny_llama), spec=spec)
+    wait_until(lambda: _steps_trained(service, job_id) >= 10, seconds=120)
+    answer = service.client.post(f"/v1/jobs/{job_id}/cancel", json={"keep_best": True})
+    assert answer.json()["status"] == "running"
+    job = service.wait_for(job_id, "succeeded", "failed")
+    assert (job["status"], job["attempt"]) == ("succeeded", 1)
+    (report,) = service.client.get(f"/v1/jobs/{job_id}/report").json()["steps"]
+    assert report["metrics"]["stopped_by"] == "request"
+    assert 10 <= report["metrics"]["steps"] < 1_000_000
+    assert report["metrics"]["held_out_loss_after"] == min(
+        loss for _, loss in report["curves"]["held_out_loss"]
+    )
+    _check_clean(service, job_id)
+
+
 def test_the_same_message_twice_runs_a_job_once(start_service: Start, valkey: Any, tiny_llama: Path) -> None:
     service = start_service(valkey.url)
     model_id = service.upload(tiny_llama)
@@ -185,6 +211,13 @@ def _check_clean(service: Service, job_id: str) -> None:
         content = service.client.get(f"/v1/artifacts/{artifact['id']}/content").content
         assert len(content) == artifact["bytes"]
     wait_until(lambda: not (service.settings.scratch_dir / job_id).exists(), seconds=5)
+
+
+def _steps_trained(service: Service, job_id: str) -> int:
+    said = (str(event["data"].get("message")) for event in service.events(job_id))
+    return max(
+        (int(found[1]) for message in said if (found := re.search(r"step (\d+) of", message))), default=0
+    )
 
 
 def _is_stopped(process: Any) -> bool:

@@ -49,7 +49,7 @@ def run(model: Path, root: Path, **step: Any) -> Report:
     )
     job = Job(
         job_id="job_gate", model_name="tiny", model_sha256="", spec=spec, facts=facts_of(model), student_facts=None,
-        inputs=root / "inputs", stages=root / "stages", fence=1, committed=(), device="cpu", threads=1,
+        inputs=root / "inputs", stages=root / "stages", stop_file=root / "stop", fence=1, committed=(), device="cpu", threads=1,
         memory_budget=8 * 2**30,
     )  # fmt: skip
     said: list[Any] = []

@@ -39,7 +39,7 @@ def test_a_job_ends_with_a_report_on_its_images(
     said: list[events.Event] = []
     job = Job(
         job_id="job_1", model_name="tiny", model_sha256="0" * 64, spec=spec, facts=facts_of(tiny(architecture)),
-        student_facts=None, inputs=inputs, stages=tmp_path / "stages", fence=1, committed=(), device="cpu", threads=1,
+        student_facts=None, inputs=inputs, stages=tmp_path / "stages", stop_file=tmp_path / "stop", fence=1, committed=(), device="cpu", threads=1,
         memory_budget=2**34,
     )  # fmt: skip
     run_job(job, said.append)

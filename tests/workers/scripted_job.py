@@ -51,6 +51,9 @@ for action, *arguments in json.loads(Path(script).read_text()):
         weights = stages / f"{arguments[0]:02d}-{job['fence']}" / "model" / "weights.bin"
         weights.unlink()
         weights.symlink_to(arguments[1])
+    elif action == "wait_for_stop":
+        while not Path(job["stop_file"]).exists():
+            time.sleep(0.05)
     elif action == "sleep":
         time.sleep(arguments[0])
     elif action == "environment":

@@ -124,6 +124,20 @@ def test_a_cancel_ends_the_whole_process_group_within_two_seconds(bench: Bench) 
     assert _is_gone(grandchild)
 
 
+def test_a_process_is_told_to_stop_training_and_ends_by_itself(bench: Bench) -> None:
+    job_id = bench.submit()
+    supervisor = bench.supervisor(("stages", 2), ("wait_for_stop",), ("stages", ALL), FINISHED)
+    outcome: list[str] = []
+    thread = threading.Thread(target=lambda: outcome.append(supervisor.run(job_id)))
+    thread.start()
+    wait_until(lambda: bench.job(job_id).stage == 2)
+    with bench.database.write() as session:
+        assert job_moves.request_best(session, job_id)
+    thread.join(timeout=10)
+    assert outcome == ["succeeded"]
+    assert bench.job(job_id).status == "succeeded"
+
+
 def test_a_queued_job_is_cancelled_at_once_and_never_claimed(bench: Bench) -> None:
     job_id = bench.submit()
     with bench.database.write() as session:

@@ -43,6 +43,8 @@ class Job:
     student_facts: ModelFacts | None
     inputs: Path
     stages: Path
+    stop_file: Path
+    """There once training is to end at its best state so far."""
     fence: int
     committed: tuple[str, ...]
     """Directories below `stages` of the stages that are done, in order."""
@@ -58,7 +60,7 @@ class Job:
         content["facts"] = ModelFacts.model_validate(content["facts"])
         student = content["student_facts"]
         content["student_facts"] = student and ModelFacts.model_validate(student)
-        for name in ("inputs", "stages"):
+        for name in ("inputs", "stages", "stop_file"):
             content[name] = Path(content[name])
         content["committed"] = tuple(content["committed"])
         return cls(**content)
@@ -108,6 +110,7 @@ def _run_stage(job: Job, number: int, done: tuple[str, ...], emit: Emit) -> str:
         threads=job.threads,
         memory_budget=job.memory_budget,
         progress=progress,
+        stop_training=job.stop_file.exists,
         warn=lambda message: emit(events.Warning(message=message[:2000])),
     )
     began = time.perf_counter()

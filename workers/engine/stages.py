@@ -34,7 +34,7 @@ from workers.engine.measure.images import prepare_images
 from workers.engine.measure.report import build_report, render_html
 from workers.engine.measure.results import Evaluated, Pair, Prepared
 from workers.engine.measure.windows import prepare_evaluation
-from workers.engine.technique import Progress, StepContext, run_step
+from workers.engine.technique import Progress, StepContext, never, run_step
 
 Metrics = dict[str, Any]
 _GIB = 2**30
@@ -58,6 +58,7 @@ class StageContext:
     threads: int
     memory_budget: int
     progress: Progress
+    stop_training: Callable[[], bool] = never
     warn: Callable[[str], None]
 
     @property
@@ -220,6 +221,7 @@ def _step(name: str, context: StageContext) -> Metrics:
             max_shard_bytes=context.spec.export.max_shard_bytes,
             seed=context.spec.seed,
             progress=context.progress,
+            stop_training=context.stop_training,
         ),
     )
     for warning in (*outcome.warnings, *(f"{flag.code}: {flag.detail}" for flag in outcome.flags)):

@@ -20,6 +20,11 @@ def _no_progress(fraction: float, message: str) -> None:
     """Discard progress: for callers that do not show it."""
 
 
+def never() -> bool:
+    """Nobody asks for training to end early."""
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepContext:
     """What a technique is given. Directories are in Hugging Face layout: config.json, safetensors, tokenizer."""
@@ -53,6 +58,8 @@ class StepContext:
     """Bytes this process may use; None for no limit."""
     max_shard_bytes: int = 5_000_000_000
     seed: int = 0
+    stop_training: Callable[[], bool] = never
+    """Whether somebody has asked for training to end at its best state so far."""
     progress: Progress = _no_progress
     """Call with a fraction from 0 to 1 and a few words, at least every few seconds of work. May raise to stop."""
 

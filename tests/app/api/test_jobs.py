@@ -346,6 +346,37 @@ def test_a_running_job_is_cancelling_until_its_worker_has_stopped(
     assert len(client.get(job["urls"]["events"]).json()["items"]) == 4
 
 
+def test_training_is_ended_at_its_best_and_the_job_runs_on(
+    any_database: Database, client: TestClient, add_model: AddModel
+) -> None:
+    job = submit(client, add_model(), recipe=None, spec={"steps": [{"technique": "distill.logits"}]})
+    best = {"keep_best": True}
+    queued = client.post(job["urls"]["cancel"], json=best)
+    assert (queued.status_code, queued.json()["code"]) == (409, "job_not_running")
+    taken = claim(any_database, job["id"])
+    for _ in range(2):
+        assert client.post(job["urls"]["cancel"], json=best).json()["status"] == "running"
+    with any_database.read() as session:
+        assert job_claims.requests(session, job["id"]) == (False, True)
+    events = client.get(job["urls"]["events"]).json()["items"]
+    assert [e["data"].get("training") for e in events if e["type"] == "status"] == [None, None, "stopping"]
+    with any_database.write() as session:
+        for number, name in enumerate(("load", "baseline", "step 1: distill.logits")):
+            assert job_claims.commit_stage(session, taken, number, name, {})
+    late = client.post(job["urls"]["cancel"], json=best)
+    assert (late.status_code, late.json()["code"]) == (409, "nothing_to_train")
+    assert client.post(job["urls"]["cancel"]).json()["status"] == "cancelling"
+
+
+def test_a_job_that_never_trains_has_no_best_state(
+    database: Database, client: TestClient, add_model: AddModel
+) -> None:
+    job = submit(client, add_model())
+    claim(database, job["id"])
+    answer = client.post(job["urls"]["cancel"], json={"keep_best": True})
+    assert (answer.status_code, answer.json()["code"]) == (409, "nothing_to_train")
+
+
 def test_a_job_that_has_ended_cannot_be_cancelled(
     database: Database, client: TestClient, add_model: AddModel
 ) -> None:

@@ -76,6 +76,23 @@ def _train_by(
     return train(objective, _batches(), settings, zeros=zeros or {}, snapshots=snapshots, progress=progress)
 
 
+def test_who_stops_it_gets_the_best_state_so_far(snapshots: Snapshots) -> None:
+    objective = _ToZero()
+    steps = itertools.count()
+    training = train(
+        objective,
+        _batches(),
+        DistillLogits(max_steps=40, evaluate_every=5, learning_rate=0.05),
+        zeros={},
+        snapshots=snapshots,
+        progress=lambda share, message: None,
+        is_stopped=lambda: next(steps) == 6,
+    )
+    assert (training.steps, training.stopped_by) == (7, "request")
+    assert training.held_out[-1] == (7.0, training.best)
+    assert objective.held_out_loss(lambda: None) == training.best < training.held_out[0][1]
+
+
 def test_rate_warms_up_over_a_twentieth_and_falls_to_a_tenth() -> None:
     assert learning_rate_factor(0.025) == pytest.approx(0.5)
     assert learning_rate_factor(0.05) == pytest.approx(1.0)

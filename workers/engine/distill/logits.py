@@ -74,6 +74,7 @@ def distill_logits(spec: DistillLogits, context: StepContext) -> StepOutcome:
             progress=lambda share, message: context.progress(
                 PREPARING + (_TRAINING - PREPARING) * share, message
             ),
+            is_stopped=context.stop_training,
         )
         if room.adapters is not None:
             room.adapters.merge()

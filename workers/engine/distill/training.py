@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from app.errors import JobFailed
 from workers.engine.distill.record import Training
 from workers.engine.distill.snapshots import Snapshots
-from workers.engine.technique import Progress
+from workers.engine.technique import Progress, never
 
 WARM_UP = 0.05
 # What a gate's gradient is compared with: its penalty is shared by all weights, a hundred million of them.
@@ -148,8 +148,9 @@ def train(  # noqa: PLR0913 - what is trained, how, and what becomes of it
     snapshots: Snapshots,
     progress: Progress,
     pruning: Pruning | None = None,
+    is_stopped: Callable[[], bool] = never,
 ) -> Training:
-    """Train until the steps or the seconds are used up or held-out loss no longer falls; leave the best state.
+    """Train until the steps or the seconds are used up, held-out loss no longer falls, or it is stopped; leave the best state.
 
     `zeros` holds a mask for each parameter whose zeros must stay: True where it may change.
     Raises JobFailed when there is no state to leave: outputs were not finite before training, or never since pruning.
@@ -159,7 +160,7 @@ def train(  # noqa: PLR0913 - what is trained, how, and what becomes of it
     batches = islice(batches, training.steps * batches_a_step, None)
     if not training.held_out:
         run.look()
-    while (reason := _reason_to_stop(training, spec, run.clock)) is None:
+    while (reason := _reason_to_stop(training, spec, run.clock, is_stopped)) is None:
         run.step(batches)
         _hold_zeros(run.parameters, zeros)
         if training.steps % spec.evaluate_every == 0:
@@ -295,12 +296,16 @@ def _hold_zeros(parameters: dict[str, nn.Parameter], zeros: Mapping[str, Tensor]
             parameters[name].mul_(mask)
 
 
-def _reason_to_stop(training: Training, spec: Schedule, clock: _Clock) -> str | None:
+def _reason_to_stop(
+    training: Training, spec: Schedule, clock: _Clock, is_stopped: Callable[[], bool]
+) -> str | None:
     if training.steps >= spec.max_steps:
         return "max_steps"
     # One step at least: a student that was never trained says nothing about the settings.
     if training.steps > 0 and clock.is_up():
         return "max_seconds"
+    if training.steps > 0 and is_stopped():
+        return "request"
     losses = training.counted
     looks_without = len(losses) - 1 - losses.index(training.best) if training.best in losses else len(losses)
     return "patience" if looks_without >= spec.patience else None

@@ -74,6 +74,7 @@ def prune_channels(step: PruneChannels, context: StepContext) -> StepOutcome:
             seed=context.seed,
             snapshots=Snapshots(Path(work)),
             progress=lambda share, what: context.progress(_OBSERVED + (_TRAINED - _OBSERVED) * share, what),
+            is_stopped=context.stop_training,
         )
     write_network(network.eval(), context.target / MODEL_FILE)
     check_same(network, context.target / MODEL_FILE, threads=context.threads)
@@ -121,10 +122,14 @@ def fine_tune(  # noqa: PLR0913 - two networks, what they see, and how
     seed: int,
     snapshots: Snapshots,
     progress: Progress,
+    is_stopped: Callable[[], bool],
 ) -> Training:
     """Train a network, in place, to give the teacher's outputs and the labels; the best state is left."""
     lessons = ImageLessons(network, teacher, images.held_out(), step)
-    return train(lessons, images.batches(seed), step, zeros={}, snapshots=snapshots, progress=progress)
+    batches = images.batches(seed)
+    return train(
+        lessons, batches, step, zeros={}, snapshots=snapshots, progress=progress, is_stopped=is_stopped
+    )
 
 
 @torch.no_grad()
