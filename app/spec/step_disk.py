@@ -8,6 +8,7 @@ from app.spec.base import Step
 from app.spec.distill import DistillLogits
 from app.spec.gguf import QuantizeGguf
 from app.spec.prune import PruneCalibrated, PruneDepth, PruneHeads, PruneWidth
+from app.spec.prune_experts import PruneExperts
 from app.spec.prune_training import PruneTraining
 from app.spec.quantize import QuantizeCalibrated
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -65,9 +66,10 @@ def _(step: PruneCalibrated, on: Surroundings) -> int:
 
 
 @step_disk.register(PruneDepth)
+@step_disk.register(PruneExperts)
 @step_disk.register(QuantizeGguf)
 @step_disk.register(QuantizeOnnx)
-def _(step: PruneDepth | QuantizeGguf | QuantizeOnnx, on: Surroundings) -> int:
+def _(step: PruneDepth | PruneExperts | QuantizeGguf | QuantizeOnnx, on: Surroundings) -> int:
     # Images stay in memory.
     return 0 if on.facts.preprocessing is not None else 2 * _states(step.calibration_tokens, on)
 
