@@ -70,7 +70,7 @@ class PlanRequest(Documented):
 class CancelRequest(Documented):
     """How to stop a job."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"keep_best": False}]})
 
     keep_best: bool = False
     """End the training alone, and let the job go on with the best state so far. 409 where nothing is left to train."""

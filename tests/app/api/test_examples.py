@@ -65,7 +65,9 @@ def examples_of(operation: dict[str, Any], document: Document) -> Iterator[dict[
     if "example" in content:
         yield {"content": content["example"], "headers": headers}
         return
-    schema = document["components"]["schemas"][content["schema"]["$ref"].rsplit("/", 1)[1]]
+    # A body that may be left out is one of several things, the last of them null.
+    reference = content["schema"].get("anyOf", [content["schema"]])[0]["$ref"]
+    schema = document["components"]["schemas"][reference.rsplit("/", 1)[1]]
     yield from ({"content": json.dumps(example), "headers": headers} for example in schema["examples"])
 
 

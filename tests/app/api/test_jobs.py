@@ -63,7 +63,8 @@ def test_a_job_is_accepted_with_its_stages_and_first_event(
 def test_the_spec_of_a_job_has_every_default_written_out(client: TestClient, add_model: AddModel) -> None:
     job = submit(client, add_model(), recipe=None, spec=INT8)
     assert job["spec"]["steps"][0] == {
-        "technique": "quantize.weights", "bits": 8, "group_size": None, "symmetric": True, "scale_search": "mse",
+        "technique": "quantize.weights", "bits": 8, "group_size": None, "double_quantized": False,
+        "symmetric": True, "scale_search": "mse",
         "number_format": "int", "activations": "none", "ignore": [], "overrides": [], "include_head": False,
     }  # fmt: skip
     assert job["spec"]["evaluation"]["tokens"] == 4096
