@@ -27,6 +27,7 @@ from app.db.engine import get_database
 from app.db.migrate import migrate
 from app.errors import Unavailable
 from app.services.sweeping import sweep_forever
+from app.services.webhook_delivery import deliver_forever
 from app.settings import Settings, get_settings
 
 _log = structlog.get_logger(__name__)
@@ -48,11 +49,12 @@ def embedded_services() -> Iterator[Settings]:
         worker_log = settings.data_dir / "worker.log"
         stack.enter_context(_Child("worker", lambda: worker_command(settings), worker_log))
         stop = threading.Event()
-        sweeper = threading.Thread(
-            target=sweep_forever, args=(get_database(), settings, stop), name="sweeper", daemon=True
-        )
-        sweeper.start()
-        stack.callback(sweeper.join, timeout=_LEAVE_SECONDS)
+        for name, work in (("sweeper", sweep_forever), ("webhooks", deliver_forever)):
+            thread = threading.Thread(
+                target=work, args=(get_database(), settings, stop), name=name, daemon=True
+            )
+            thread.start()
+            stack.callback(thread.join, timeout=_LEAVE_SECONDS)
         stack.callback(stop.set)
         yield settings
 

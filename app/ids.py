@@ -7,7 +7,7 @@ import time
 from typing import Literal
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
-Kind = Literal["upl", "mdl", "dst", "job", "art", "key", "aud"]
+Kind = Literal["upl", "mdl", "dst", "job", "art", "key", "aud", "whe", "msg"]
 
 
 def new_id(kind: Kind) -> str:

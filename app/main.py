@@ -26,6 +26,7 @@ from app.api import (
     plans,
     quota,
     uploads,
+    webhooks,
 )
 from app.api.authentication import Authentication
 from app.api.middleware import BodyLimit, RateLimit, RequestContext
@@ -64,6 +65,7 @@ def _v1() -> APIRouter:
         keys,
         audit,
         quota,
+        webhooks,
         health,
     ):
         router.include_router(module.router)

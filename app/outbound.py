@@ -65,6 +65,13 @@ def check_url(url: str) -> None:
         raise Refused("It must not hold a user name or a password.")
 
 
+def check_address(url: str, allowed: Sequence[Network]) -> None:
+    """Raise Refused for a URL that would not be called today, Unanswered for a name that has no address."""
+    check_url(url)
+    parts = urlsplit(url)
+    _open_addresses(str(parts.hostname), parts.port or 443, allowed)
+
+
 def post(url: str, body: bytes, headers: Mapping[str, str], bounds: Bounds) -> Answer:
     """POST a body. Raises Refused and Unanswered; a status of any kind is an answer."""
     with _stream("POST", url, headers, body, bounds) as response:
@@ -133,13 +140,7 @@ class _CheckedBackend(httpcore.NetworkBackend):
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.NetworkStream:
         """A connection to the first of the addresses of a name, all of which must be open."""
-        addresses = _resolve(host, port)
-        for address in addresses:
-            if not address_is_open(address, self._allowed):
-                raise Refused(
-                    f"{host} is at {address}, which is not on the open internet. An administrator may allow its "
-                    "network: MODELPRESS_OUTBOUND_NETWORKS."
-                )
+        addresses = _open_addresses(host, port, self._allowed)
         stream = self._plain.connect_tcp(
             str(addresses[0]), port, _left(self._deadline, timeout), local_address, socket_options
         )
@@ -185,6 +186,18 @@ def _left(deadline: float, timeout: float | None) -> float:
     if left <= 0:
         raise httpcore.ReadTimeout("the time for the whole call is up")
     return left if timeout is None else min(timeout, left)
+
+
+def _open_addresses(host: str, port: int, allowed: Sequence[Network]) -> list[Address]:
+    """The addresses of a name, if all of them are open. Raises Refused and Unanswered."""
+    addresses = _resolve(host, port)
+    for address in addresses:
+        if not address_is_open(address, allowed):
+            raise Refused(
+                f"{host} is at {address}, which is not on the open internet. An administrator may allow its "
+                "network: MODELPRESS_OUTBOUND_NETWORKS."
+            )
+    return addresses
 
 
 def _resolve(host: str, port: int) -> list[Address]:

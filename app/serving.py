@@ -20,6 +20,7 @@ from app.logging import configure_logging
 from app.services.keys import server_secret
 from app.services.store_check import Fault, find_faults
 from app.services.sweeping import sweep_forever
+from app.services.webhook_delivery import deliver_forever
 from app.settings import Settings, get_settings, is_loopback
 from app.storage import get_store
 
@@ -51,14 +52,19 @@ def run_worker() -> None:
 
 
 def run_sweeper() -> None:
-    """Sweep until SIGINT or SIGTERM."""
+    """Sweep and send webhooks until SIGINT or SIGTERM."""
     settings = get_settings()
     _require_broker(settings)
     configure_logging(settings)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
+    webhooks = threading.Thread(
+        target=deliver_forever, args=(get_database(), settings, stop), name="webhooks", daemon=True
+    )
+    webhooks.start()
     sweep_forever(get_database(), settings, stop)
+    webhooks.join(timeout=settings.webhook_timeout_seconds)
 
 
 def require_announced_worker() -> None:

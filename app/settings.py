@@ -6,10 +6,10 @@ import ipaddress
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MIB = 2**20
 GIB = 2**30
@@ -76,6 +76,11 @@ class Settings(BaseSettings):
     """Where `hf://` imports go."""
     hub_token: str | None = None
 
+    outbound_networks: Annotated[tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...], NoDecode] = ()
+    """Networks that are not on the open internet to which webhooks may be sent all the same."""
+    webhook_timeout_seconds: float = 15
+    """For one attempt, from resolving the name to the end of the answer."""
+
     lease_seconds: float = 60
     heartbeat_seconds: float = 10
     sweep_seconds: float = 5
@@ -105,6 +110,13 @@ class Settings(BaseSettings):
         if 0 < len(key) < 32:
             raise ValueError("needs 32 characters or more; make one with: openssl rand -hex 32")
         return key
+
+    @field_validator("outbound_networks", mode="before")
+    @classmethod
+    def _separate(cls, networks: object) -> object:
+        return (
+            [n.strip() for n in networks.split(",") if n.strip()] if isinstance(networks, str) else networks
+        )
 
     def resolved_database_url(self) -> str:
         """The database URL, with psycopg 3 as PostgreSQL's driver."""

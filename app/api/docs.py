@@ -31,6 +31,8 @@ _PATH_EXAMPLES = {
     "artifact_id": f"art_{_EXAMPLE_ID}",
     "upload_id": f"upl_{_EXAMPLE_ID}",
     "key_id": f"key_{_EXAMPLE_ID}",
+    "webhook_id": f"whe_{_EXAMPLE_ID}",
+    "message_id": f"msg_{_EXAMPLE_ID}",
     "number": 1,
     "path": "config.json",
 }
@@ -86,6 +88,7 @@ TAGS = [
     {"name": "datasets", "description": "Your own text to calibrate, train and evaluate on."},
     {"name": "catalogue", "description": "What can be done, with which presets, into which formats, by which workers."},
     {"name": "keys", "description": "Who may call the service and what they changed, for administrators."},
+    {"name": "webhooks", "description": "Be told when jobs start and end, by signed calls to your own server."},
     {"name": "ops", "description": "Health and metrics, for those who run the service."},
 ]  # fmt: skip
 

@@ -16,6 +16,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
+from app.db import webhook_queries
 from app.db.engine import db_now
 from app.db.tables import Artifact, Job, JobEvent, JobStage
 
@@ -118,6 +119,9 @@ def add_events(session: Session, job_id: str, events: Sequence[tuple[str, dict[s
             for offset, (kind, data) in enumerate(events)
         ],
     )
+    for kind, data in events:
+        if kind == "status":
+            webhook_queries.tell(session, job_id, job.tenant_id, data)
 
 
 def ended_among(session: Session, job_ids: Sequence[str], *, seconds_ago: float) -> set[str]:

@@ -288,6 +288,45 @@ class AuditEntry(TenantRow, Base):
     created_at: Mapped[float] = mapped_column(default=db_now())
 
 
+class WebhookEndpoint(TenantRow, Base):
+    """Where a tenant wants to hear of its jobs. Its secret is not here: it is derived from the service's."""
+
+    __tablename__ = "webhook_endpoints"
+    __table_args__ = (_of_a_tenant(), Index("ix_webhook_endpoints_tenant_id_id", "tenant_id", "id"))
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    url: Mapped[str]
+    events: Mapped[list[Any]]
+    description: Mapped[str]
+    secret_version: Mapped[int] = mapped_column(default=1)
+    previous_secret_until: Mapped[float | None]
+    disabled_reason: Mapped[str | None]
+    created_at: Mapped[float] = mapped_column(default=db_now())
+
+
+class WebhookMessage(TenantRow, Base):
+    """Something an endpoint is to be told: written in the transaction in which it happened, sent afterwards."""
+
+    __tablename__ = "webhook_messages"
+    __table_args__ = (
+        Index("ix_webhook_messages_status_next_attempt_at", "status", "next_attempt_at"),
+        Index("ix_webhook_messages_endpoint_id_id", "endpoint_id", "id"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    endpoint_id: Mapped[str] = mapped_column(ForeignKey("webhook_endpoints.id", ondelete="CASCADE"))
+    type: Mapped[str]
+    data: Mapped[dict[str, Any]]
+    status: Mapped[str] = mapped_column(default="pending")
+    """`pending`, `delivered` or `dead`."""
+    attempts: Mapped[int] = mapped_column(default=0)
+    next_attempt_at: Mapped[float] = mapped_column(default=db_now())
+    answer_status: Mapped[int | None]
+    error: Mapped[str | None]
+    created_at: Mapped[float] = mapped_column(default=db_now())
+    ended_at: Mapped[float | None]
+
+
 class Worker(Base):
     """A worker that has announced itself; gone when it has not been seen for a while."""
 

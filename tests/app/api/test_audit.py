@@ -50,6 +50,9 @@ def changing_calls(client: TestClient, database: Database) -> dict[str, Call]:
     dataset = client.put("/v1/datasets/content", params={"name": "a.txt"}, content=b"some words").json()["id"]
     other = client.put("/v1/models/content", **named).json()["id"]  # type: ignore[arg-type]
     key = client.post("/v1/keys", json={"name": "k", "role": "reader"}).json()["id"]
+    hook = {"json": {"url": "https://93.184.215.14/"}}
+    webhook, dropped = (client.post("/v1/webhooks", **hook).json()["urls"] for _ in range(2))  # type: ignore[arg-type]
+    message = client.post(webhook["test"]).json()["id"]
     part = client.post("/v1/uploads", json={"name": "d.txt", "size": 3}).json()["id"]
     return {
         "create_upload": ("POST", "/v1/uploads", {"json": {"name": "a", "size": 1}}),
@@ -77,6 +80,12 @@ def changing_calls(client: TestClient, database: Database) -> dict[str, Call]:
         "retry_job": ("POST", f"/v1/jobs/{jobs[2]}/retry", {}),
         "create_key": ("POST", "/v1/keys", {"json": {"name": "k", "role": "reader"}}),
         "revoke_key": ("DELETE", f"/v1/keys/{key}", {}),
+        "create_webhook": ("POST", "/v1/webhooks", hook),
+        "test_webhook": ("POST", webhook["test"], {}),
+        "rotate_webhook_secret": ("POST", f"{webhook['self']}/rotate-secret", {}),
+        "enable_webhook": ("POST", f"{webhook['self']}/enable", {}),
+        "replay_webhook_message": ("POST", f"{webhook['messages']}/{message}/replay", {}),
+        "delete_webhook": ("DELETE", dropped["self"], {}),
     }
 
 

@@ -13,12 +13,30 @@ from model_files import llama_files, zipped
 
 from app.db.engine import Database
 
-# A person chooses the file, or the hub serves it: nothing to run without them.
-NEED_MORE = {"put_model_content", "compress", "create_model"}
+# A person chooses the file, the hub serves it, a name has to be resolved: nothing to run without them.
+NEED_MORE = {"put_model_content", "compress", "create_model", "create_webhook"}
 # In the order in which a person meets them; reading calls come between making and deleting.
 MAKING = ("create_upload", "put_upload_part", "complete_upload", "create_dataset", "put_dataset_content")
-JOBS = ("create_key", "create_plan", "create_job", "cancel_job", "retry_job")
-DELETING = ("revoke_key", "delete_dataset", "delete_job", "delete_model", "create_upload", "delete_upload")
+JOBS = (
+    "create_key",
+    "test_webhook",
+    "replay_webhook_message",
+    "rotate_webhook_secret",
+    "enable_webhook",
+    "create_plan",
+    "create_job",
+    "cancel_job",
+    "retry_job",
+)
+DELETING = (
+    "revoke_key",
+    "delete_webhook",
+    "delete_dataset",
+    "delete_job",
+    "delete_model",
+    "create_upload",
+    "delete_upload",
+)
 Call = tuple[str, str, dict[str, Any]]
 Document = dict[str, Any]
 
@@ -36,7 +54,10 @@ def ids(client: TestClient, database: Database) -> dict[str, str]:
     files = {"model.safetensors": ("model", b"1"), "report.json": ("report", b"{}")}
     (artifact, _) = finish(database, claim(database, job["id"]), files)
     key = client.post("/v1/keys", json={"name": "k", "role": "reader"}).json()
-    made = (model["id"], job["id"], artifact, key["id"])
+    # No name has to be resolved for an address.
+    webhook = client.post("/v1/webhooks", json={"url": "https://93.184.215.14/"}).json()
+    message = client.post(webhook["urls"]["test"]).json()
+    made = (model["id"], job["id"], artifact, key["id"], webhook["id"], message["id"])
     return {example_of(real): real for real in made}
 
 

@@ -62,9 +62,11 @@ def everything_of(owner: Tenant, database: Database) -> dict[str, str]:
     files = {"model.safetensors": ("model", b"w"), "report.json": ("report", b"{}")}
     (artifact, _) = finish(database, claim(database, job), files)
     key = owner.call("POST", "/v1/keys", json={"name": "k", "role": "reader"}).json()["id"]
+    webhook = owner.call("POST", "/v1/webhooks", json={"url": "https://93.184.215.14/"}).json()
+    message = owner.call("POST", webhook["urls"]["test"]).json()["id"]
     return {
         "upload_id": upload, "model_id": model, "dataset_id": dataset, "job_id": job, "artifact_id": artifact,
-        "key_id": key,
+        "key_id": key, "webhook_id": webhook["id"], "message_id": message,
     }  # fmt: skip
 
 
