@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -214,6 +215,12 @@ def test_below_the_configured_minimum_nothing_runs(
 
 def test_a_level_that_does_not_hold_is_not_believed(settings: Settings) -> None:
     assert sandbox_levels.probe("process", settings.scratch_dir) == "a file outside can be read"
+
+
+def test_a_data_directory_where_jobs_may_read_is_noticed(level: SandboxLevel) -> None:
+    """Everything below the interpreter's prefix is open to them, other tenants' models too if they are kept there."""
+    with tempfile.TemporaryDirectory(dir=sys.prefix) as directory:
+        assert sandbox_levels.probe(level, Path(directory)) == "a file outside can be read"
 
 
 def left_behind() -> list[psutil.Process]:
