@@ -40,8 +40,8 @@ TRAINING_BYTES_PER_PARAMETER = 16
 """Float32 weight, gradient, and Adam's two moments."""
 TRAINING_LOGITS_COPIES = 5
 """Teacher, student, both log-softmaxes, and the gradient."""
-SCHEDULED_GATE_BYTES = 13
-"""Of a weight that is gated on a schedule: mask, score, and the product that is kept for the way back, beside its gradient."""
+SCHEDULED_GATE_BYTES = 20
+"""Of a weight that is gated on a schedule: mask, score, the product that is kept for the way back, and its rank at a cut."""
 LEARNED_GATE_BYTES = 40
 """Log-odds of a gate, their gradient and moments; of one that is drawn, six floats kept for the way back."""
 ACTIVATION_FLOATS_PER_HIDDEN = 34
