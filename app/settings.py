@@ -7,8 +7,9 @@ import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, Field, SecretStr, field_validator
+from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MIB = 2**20
@@ -54,6 +55,12 @@ class Settings(BaseSettings):
     secret_key: SecretStr = SecretStr("")
     """Digests of API keys are made with it: 32 characters or more. Empty: a file inside `data_dir`, on loopback alone."""
 
+    oidc_issuer: str = ""
+    """Whose bearer tokens are taken beside API keys, e.g. `https://login.example.org/realms/ml`. Empty: nobody's."""
+    oidc_audience: str = ""
+    """What tokens must be meant for (`aud`). Needed with an issuer."""
+    oidc_tenant_claim: str = "tenant"
+    oidc_role_claim: str = "role"
     rate_limit_per_minute: int = Field(default=0, ge=0)
     """Calls a tenant may make; 0: as many as it likes."""
 
@@ -117,6 +124,19 @@ class Settings(BaseSettings):
         return (
             [n.strip() for n in networks.split(",") if n.strip()] if isinstance(networks, str) else networks
         )
+
+    @model_validator(mode="after")
+    def _oidc_is_whole(self) -> Settings:
+        if not self.oidc_issuer:
+            return self
+        parts = urlsplit(self.oidc_issuer)
+        if not (parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))):
+            raise ValueError("MODELPRESS_OIDC_ISSUER must be an https:// URL")
+        if not self.oidc_audience:
+            raise ValueError(
+                "MODELPRESS_OIDC_ISSUER needs MODELPRESS_OIDC_AUDIENCE: tokens for others must not open this"
+            )
+        return self
 
     def resolved_database_url(self) -> str:
         """The database URL, with psycopg 3 as PostgreSQL's driver."""

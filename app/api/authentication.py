@@ -80,9 +80,7 @@ class Authentication:
                 code="key_unknown",
                 hint="Send `Authorization: Bearer mp_…`.",
             )
-        return await run_sync(
-            keys.authenticate, get_database(), get_settings(), token.strip(), limiter=self._lookups
-        )
+        return await run_sync(_identify, token.strip(), limiter=self._lookups)
 
     def _without_key(self, scope: Scope) -> Principal:
         if not self._anonymous:
@@ -99,6 +97,17 @@ class Authentication:
                 hint="Set MODELPRESS_ANONYMOUS=false and make keys with `modelpress keys create`.",
             )
         return ANONYMOUS
+
+
+def _identify(token: str) -> Principal:
+    """Whoever a bearer token stands for: an API key, or a token of the issuer in the settings."""
+    settings = get_settings()
+    if settings.oidc_issuer and not token.startswith(keys.PREFIX):
+        # Cryptography is a tenth of the API's start, and most services have no issuer.
+        from app.services import oidc
+
+        return oidc.authenticate(get_database(), settings, token)
+    return keys.authenticate(get_database(), settings, token)
 
 
 def _require(principal: Principal, role: Role) -> None:

@@ -29,8 +29,13 @@ class KeyState:
 
 def ensure_tenant(session: Session, tenant: str) -> None:
     """Insert a tenant, unless it is there."""
-    if session.get(Tenant, tenant) is None:
+    if not has_tenant(session, tenant):
         session.add(Tenant(id=tenant))
+
+
+def has_tenant(session: Session, tenant: str) -> bool:
+    """Whether there is such a tenant."""
+    return session.get(Tenant, tenant) is not None
 
 
 def add_key(session: Session, key: ApiKey, *, expires_in_seconds: float | None) -> ApiKey:

@@ -26,7 +26,8 @@ from app.ids import new_id, new_secret
 from app.settings import Settings, is_loopback
 
 TENANT_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-_KEY = re.compile(r"mp_([0-9a-z]{26})_[0-9a-z]{52}")
+PREFIX = "mp_"
+_KEY = re.compile(rf"{PREFIX}([0-9a-z]{{26}})_[0-9a-z]{{52}}")
 _UNKNOWN_DIGEST = "0" * 64
 
 
@@ -54,7 +55,7 @@ def create_key(
 ) -> NewKey:
     """Make a key for the session's tenant that expires after `days`; None: never. Raises what `server_secret` raises."""
     key_id, secret = new_id("key"), new_secret()
-    token = f"mp_{key_id.removeprefix('key_')}_{secret}"
+    token = f"{PREFIX}{key_id.removeprefix('key_')}_{secret}"
     row = ApiKey(
         id=key_id,
         name=name,
