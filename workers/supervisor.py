@@ -19,7 +19,7 @@ from typing import Any
 
 import structlog
 
-from app.db import job_claims
+from app.db import job_claims, job_turns
 from app.db.engine import Database
 from app.db.job_claims import Claim
 from app.errors import JobFailed, ModelpressError, OutOfMemory, Unavailable
@@ -67,15 +67,16 @@ class Supervisor:
     """What runs a job; the job file and the number of the pipe are appended."""
 
     def run(self, job_id: str) -> str:
-        """Run a job if it is free. Returns what became of it: a status, `queued`, `lost`, or `not_claimed`."""
+        """Run the job whose turn it is where `job_id` waits. Returns what became of it: a status, `queued`, `lost`, or
+        `not_claimed`."""
         owner = f"{socket.gethostname()}:{os.getpid()}"
         seconds = self.settings.lease_seconds
         claim = write_patiently(
-            self.database, lambda s: job_claims.claim_job(s, job_id, owner=owner, lease_seconds=seconds)
+            self.database, lambda s: job_turns.claim_next(s, job_id, owner=owner, lease_seconds=seconds)
         )
         if claim is None:
             return "not_claimed"
-        with structlog.contextvars.bound_contextvars(job_id=job_id, fence=claim.fence):
+        with structlog.contextvars.bound_contextvars(job_id=claim.job_id, fence=claim.fence):
             outcome = _Attempt(self, claim).to_end()
             _log.info("job_left", outcome=outcome, attempt=claim.attempt)
         return outcome

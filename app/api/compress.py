@@ -96,7 +96,9 @@ async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
 def _submit(stores: Stores, body: JobRequest, model_id: str) -> JobView:
     wish = body.model_copy(update={"model": model_id}).wish()
     with stores.database.write() as session:
-        return jobs.submit_job(session, stores.settings, Submission(wish, body.name, dict(body.labels)))
+        return jobs.submit_job(
+            session, stores.settings, Submission(wish, body.name, dict(body.labels), body.priority)
+        )
 
 
 def _drop_model(stores: Stores, model_id: str) -> None:

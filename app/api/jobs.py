@@ -16,7 +16,7 @@ from app.api.problems import problem_responses
 from app.api.streams import BlobResponse, tar_response
 from app.errors import InvalidRequest
 from app.services import jobs
-from app.services.job_view import ArtifactView, EventView, JobStatus, JobView
+from app.services.job_view import ArtifactView, EventView, JobStatus, JobView, Priority
 from app.services.jobs import JobFilter, Submission
 from app.services.planning import Wish
 from app.spec.compression import CompressionSpec
@@ -83,6 +83,8 @@ class JobRequest(PlanRequest):
     """What to call it; for people."""
     labels: Annotated[dict[LabelName, LabelValue], Field(max_length=32)] = Field(default_factory=dict)
     """Words of your own to find it by (`GET /v1/jobs?label=team:search`)."""
+    priority: Priority = "normal"
+    """Which of your jobs are started first. Between tenants workers are shared evenly, whatever this says."""
 
 
 class JobResult(Documented):
@@ -117,7 +119,9 @@ def create_job(
     Everything that can be known to fail is refused now, with the place of every fault in the spec. The answer comes
     at once; follow the job with its `events`, or ask for it again.
     """
-    job = jobs.submit_job(session, settings, Submission(body.wish(), body.name, dict(body.labels)))
+    job = jobs.submit_job(
+        session, settings, Submission(body.wish(), body.name, dict(body.labels), body.priority)
+    )
     response.headers["Location"] = job.urls.self
     return job
 

@@ -54,6 +54,8 @@ class Tenant(Base):
     max_stored_bytes: Mapped[int | None]
     """Null, here and below: no limit."""
     max_queued_jobs: Mapped[int | None]
+    turn: Mapped[int] = mapped_column(default=0)
+    """Grows with every job that is started, over all tenants: whoever has the lowest was served longest ago."""
     created_at: Mapped[float] = mapped_column(default=db_now())
 
 
@@ -147,6 +149,7 @@ class Job(TenantRow, Base):
         _of_a_tenant(),
         Index("ix_jobs_tenant_id_id", "tenant_id", "id"),
         Index("ix_jobs_tenant_id_status", "tenant_id", "status"),
+        Index("ix_jobs_turn", "tenant_id", "queue", "status", "priority", "queued_at"),
         Index("ix_jobs_status_lease_until", "status", "lease_until"),
         Index("ix_jobs_status_dispatched_at", "status", "dispatched_at"),
     )
@@ -161,6 +164,8 @@ class Job(TenantRow, Base):
     recipe: Mapped[str | None]
     labels: Mapped[dict[str, Any]] = mapped_column(default=dict)
     queue: Mapped[str]
+    priority: Mapped[int] = mapped_column(default=1)
+    """0 high, 1 normal, 2 low: the order among one tenant's jobs."""
 
     status: Mapped[str] = mapped_column(default="queued")
     """queued → running → succeeded | failed | cancelled."""

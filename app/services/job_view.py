@@ -16,6 +16,9 @@ from app.spec.compression import CompressionSpec
 from app.spec.documented import Documented
 from app.spec.report import Verdict
 
+Priority = Literal["high", "normal", "low"]
+PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")
+"""In the order in which jobs of a tenant are started; rows have the place."""
 JobStatus = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 
 
@@ -116,6 +119,7 @@ class JobView(View):
     """0 to 1, over all stages."""
     eta_seconds: float | None
     queue: str
+    priority: Priority
     attempt: int
     """Which try this is, from 1; 0 before the first."""
     created_at: datetime
@@ -157,6 +161,7 @@ def job_view(job: Job, stages: Sequence[JobStage], artifacts: Sequence[Artifact]
         progress=round(job.progress, 4),
         eta_seconds=None if job.eta_seconds is None else round(job.eta_seconds, 1),
         queue=job.queue,
+        priority=PRIORITIES[job.priority],
         attempt=job.attempt,
         created_at=as_time(job.created_at),
         queued_at=as_time(job.queued_at),

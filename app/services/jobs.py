@@ -14,8 +14,10 @@ from app.errors import Conflict, JobFailed, NotFound
 from app.ids import new_id
 from app.services.job_view import (
     NAME_LABEL,
+    PRIORITIES,
     EventView,
     JobView,
+    Priority,
     event_view,
     has_ended,
     job_view,
@@ -41,6 +43,7 @@ class Submission:
     wish: Wish
     name: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
+    priority: Priority = "normal"
 
 
 @dataclass(frozen=True)
@@ -153,13 +156,12 @@ def retry_job(session: Session, job_id: str) -> JobView:
             code="input_deleted",
             hint="Upload the model again and post a new job.",
         )
+    # Asked before the quota, whose lock on the tenant must not wait for a worker that starts the job.
+    if job.status not in ("failed", "cancelled"):
+        raise _not_retryable(job)
     require_queue(session)
     if not job_moves.retry_job(session, job_id):
-        raise Conflict(
-            f"Only failed and cancelled jobs can be retried; this one is {job.status}.",
-            code="job_not_retryable",
-            hint="To run it once more, post a new job with the same spec.",
-        )
+        raise _not_retryable(job)
     _send_after_commit(session, job)
     session.refresh(job)
     return _view(session, job)
@@ -224,6 +226,14 @@ def require_job(session: Session, job_id: str) -> Job:
     return job
 
 
+def _not_retryable(job: Job) -> Conflict:
+    return Conflict(
+        f"Only failed and cancelled jobs can be retried; this one is {job.status}.",
+        code="job_not_retryable",
+        hint="To run it once more, post a new job with the same spec.",
+    )
+
+
 def _new_job(planned: Planned, settings: Settings, submission: Submission) -> Job:
     name = {NAME_LABEL: submission.name} if submission.name else {}
     return Job(
@@ -235,6 +245,7 @@ def _new_job(planned: Planned, settings: Settings, submission: Submission) -> Jo
         recipe=planned.recipe,
         labels=submission.labels | name,
         queue=planned.queue,
+        priority=PRIORITIES.index(submission.priority),
         max_attempts=settings.max_attempts,
         warnings=[],
     )

@@ -134,7 +134,7 @@ def test_raw_sql_reaches_no_row_of_another_tenant(
     [
         'INSERT INTO models SELECT * FROM (SELECT (json_populate_record(m, \'{"tenant_id": "umbrella", "id": "mdl_x"}\')).* FROM models m) x',
         "UPDATE jobs SET tenant_id = 'umbrella'",
-        "INSERT INTO tenants VALUES ('new', 0)",
+        "INSERT INTO tenants (id, created_at) VALUES ('new', 0)",
         "UPDATE tenants SET created_at = 0",
         "UPDATE tenants SET id = 'umbrella'",
         "DELETE FROM workers",
