@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from app.terminal import console
+
+if TYPE_CHECKING:
+    from app.db.quota_queries import Limits
 
 cli = typer.Typer(help="Tenants and their quotas, by whoever runs the service.", no_args_is_help=True)
 
@@ -15,13 +18,12 @@ cli = typer.Typer(help="Tenants and their quotas, by whoever runs the service.",
 def list_() -> None:
     """List tenants with their limits."""
     from app.db.engine import get_database
-    from app.db.quota_queries import list_tenants
+    from app.db.quota_queries import Limits, list_tenants
 
     with get_database().read() as session:
         tenants = list_tenants(session)
     for tenant in tenants:
-        stored, queued = _shown(tenant.max_stored_bytes), _shown(tenant.max_queued_jobs)
-        console.print(f"{tenant.id}  stored bytes: {stored}  queued jobs: {queued}", highlight=False)
+        _print(tenant.id, Limits(tenant.max_stored_bytes, tenant.max_queued_jobs, tenant.max_running_jobs))
 
 
 @cli.command()
@@ -29,17 +31,22 @@ def limit(
     tenant: Annotated[str, typer.Argument(help="Name of the tenant.")],
     stored_bytes: Annotated[int | None, typer.Option(min=0, help="[default: no limit]")] = None,
     queued_jobs: Annotated[int | None, typer.Option(min=0, help="[default: no limit]")] = None,
+    running_jobs: Annotated[int | None, typer.Option(min=0, help="[default: no limit]")] = None,
 ) -> None:
     """Set what a tenant may use; a limit that is not given ends."""
     from app.db.engine import get_database
     from app.db.quota_queries import Limits
     from app.services.quotas import set_limits
 
+    limits = Limits(stored_bytes, queued_jobs, running_jobs)
     with get_database().write() as session:
-        set_limits(session, tenant, Limits(stored_bytes, queued_jobs))
-    console.print(
-        f"{tenant}  stored bytes: {_shown(stored_bytes)}  queued jobs: {_shown(queued_jobs)}", highlight=False
-    )
+        set_limits(session, tenant, limits)
+    _print(tenant, limits)
+
+
+def _print(tenant: str, limits: Limits) -> None:
+    shown = (f"{name.replace('_', ' ')}: {_shown(limit)}" for name, limit in vars(limits).items())
+    console.print(f"{tenant}  {'  '.join(shown)}", highlight=False, soft_wrap=True)
 
 
 def _shown(limit: int | None) -> str:

@@ -25,14 +25,17 @@ class Quota(Documented):
     stored_bytes: Usage
     """Of models, datasets, artifacts and announced uploads."""
     queued_jobs: Usage
+    running_jobs: Usage
+    """Over this limit nothing is refused: jobs wait."""
 
 
 @router.get("", operation_id="get_quota", summary="See your quota")
 def get_quota(session: ReadSession) -> Quota:
     """What your tenant uses, and where calls would be refused (403 `quota_stored_bytes`, 429 `quota_queued_jobs`)."""
     limits = quota_queries.read_limits(session)
-    stored, queued = quota_queries.count_stored_bytes(session), quota_queries.count_queued_jobs(session)
+    queued, running = (quota_queries.count_jobs(session, status) for status in ("queued", "running"))
     return Quota(
-        stored_bytes=Usage(used=stored, limit=limits.stored_bytes),
+        stored_bytes=Usage(used=quota_queries.count_stored_bytes(session), limit=limits.stored_bytes),
         queued_jobs=Usage(used=queued, limit=limits.queued_jobs),
+        running_jobs=Usage(used=running, limit=limits.running_jobs),
     )

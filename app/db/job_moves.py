@@ -26,6 +26,7 @@ from sqlalchemy.orm import Session
 
 from app.db.engine import db_now
 from app.db.job_queries import TERMINAL, add_events
+from app.db.job_turns import at_their_limit
 from app.db.tables import Job, JobStage
 
 
@@ -141,6 +142,7 @@ def take_undispatched(session: Session, *, stale_seconds: float, limit: int = 50
     """Queued jobs whose message was never sent, or so long ago that it may be lost: (id, queue), now marked sent."""
     due = and_(
         Job.status == "queued",
+        Job.tenant_id.not_in(at_their_limit()),
         or_(Job.run_after.is_(None), Job.run_after <= db_now()),
         or_(Job.dispatched_at.is_(None), Job.dispatched_at < db_now() - stale_seconds),
     )

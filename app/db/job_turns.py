@@ -17,20 +17,54 @@ from app.db.tables import Job, Tenant
 
 
 def claim_next(session: Session, job_id: str, *, owner: str, lease_seconds: float) -> Claim | None:
-    """Take the job whose turn it is in the queue of `job_id`; where none waits, that one, if its lease has run out.
+    """Take the job whose turn it is in the queue of `job_id`; where none may start, that one, if its lease has run out.
 
-    For the service: sees every tenant. None: there is nothing to take.
+    For the service: sees every tenant. None: there is nothing to take. The message is spent then: if its job still
+    waits, for a place among its tenant's running jobs, the sweeper sends another.
     """
-    queue = session.execute(select(Job.queue).where(Job.id == job_id)).scalar_one_or_none()
-    if queue is None:
+    job = session.execute(select(Job.queue, Job.status).where(Job.id == job_id)).one_or_none()
+    if job is None:
         return None
-    while (turn := session.execute(next_turn(queue)).one_or_none()) is not None:
-        claim = claim_job(session, turn.job_id, owner=owner, lease_seconds=lease_seconds)
+    while (turn := session.execute(next_turn(job.queue)).one_or_none()) is not None:
+        claim = _take_turn(session, turn.tenant_id, turn.job_id, owner=owner, lease_seconds=lease_seconds)
         if claim is not None:
-            session.execute(update(Tenant).where(Tenant.id == turn.tenant_id).values(turn=_last_turn() + 1))
             return claim
-        # Another worker took it a moment ago.
-    return claim_job(session, job_id, owner=owner, lease_seconds=lease_seconds)
+    if job.status == "running":
+        return claim_job(session, job_id, owner=owner, lease_seconds=lease_seconds)
+    session.execute(update(Job).where(Job.id == job_id, Job.status == "queued").values(dispatched_at=None))
+    return None
+
+
+def _take_turn(
+    session: Session, tenant: str, job_id: str, *, owner: str, lease_seconds: float
+) -> Claim | None:
+    """Claim a job. None: another worker was faster, to it or to the tenant's last place."""
+    with session.begin_nested() as attempt:
+        claim = claim_job(session, job_id, owner=owner, lease_seconds=lease_seconds)
+        if claim is None:
+            return None
+        # From here on the tenant's row is locked, and what is counted stays true.
+        session.execute(update(Tenant).where(Tenant.id == tenant).values(turn=_last_turn() + 1))
+        over = select(Tenant.id).where(Tenant.id == tenant, running_jobs() > Tenant.max_running_jobs)
+        if session.execute(over).one_or_none() is not None:
+            attempt.rollback()
+            return None
+    return claim
+
+
+def running_jobs() -> ScalarSelect[int]:
+    """How many jobs of a tenant run, inside a query of tenants."""
+    return (
+        select(func.count())
+        .where(Job.tenant_id == Tenant.id, Job.status == "running")
+        .correlate(Tenant)
+        .scalar_subquery()
+    )
+
+
+def at_their_limit() -> Select[str]:
+    """Tenants none of whose waiting jobs may start now."""
+    return select(Tenant.id).where(Tenant.max_running_jobs <= running_jobs())
 
 
 def next_turn(queue: str) -> Select[tuple[str, str]]:
@@ -50,21 +84,19 @@ def next_turn(queue: str) -> Select[tuple[str, str]]:
         .correlate(Tenant)
         .scalar_subquery()
     )
-    running = (
-        select(func.count())
-        .where(Job.tenant_id == Tenant.id, Job.status == "running")
-        .correlate(Tenant)
-        .scalar_subquery()
-    )
     tenants = select(
         Tenant.id.label("tenant_id"),
         first.label("job_id"),
-        running.label("running"),
+        running_jobs().label("running"),
         Tenant.turn,
+        Tenant.max_running_jobs,
     ).subquery()
     return (
         select(tenants.c.tenant_id, tenants.c.job_id)
-        .where(tenants.c.job_id.is_not(None))
+        .where(
+            tenants.c.job_id.is_not(None),
+            or_(tenants.c.max_running_jobs.is_(None), tenants.c.running < tenants.c.max_running_jobs),
+        )
         .order_by(tenants.c.running, tenants.c.turn, tenants.c.tenant_id)
         .limit(1)
     )

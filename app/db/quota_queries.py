@@ -18,11 +18,13 @@ class Limits:
 
     stored_bytes: int | None
     queued_jobs: int | None
+    running_jobs: int | None = None
 
 
 def read_limits(session: Session) -> Limits:
     """The limits of the session's tenant."""
-    query = select(Tenant.max_stored_bytes, Tenant.max_queued_jobs).where(Tenant.id == tenant_of(session))
+    columns = (Tenant.max_stored_bytes, Tenant.max_queued_jobs, Tenant.max_running_jobs)
+    query = select(*columns).where(Tenant.id == tenant_of(session))
     return Limits(*session.execute(query).one())
 
 
@@ -38,9 +40,9 @@ def count_stored_bytes(session: Session) -> int:
     return sum(_sum(session, column) for column in (Model.bytes, Dataset.bytes, Artifact.bytes, Upload.size))
 
 
-def count_queued_jobs(session: Session) -> int:
-    """Jobs that wait."""
-    return session.execute(select(func.count()).select_from(Job).where(Job.status == "queued")).scalar_one()
+def count_jobs(session: Session, status: str) -> int:
+    """Jobs with this status."""
+    return session.execute(select(func.count()).select_from(Job).where(Job.status == status)).scalar_one()
 
 
 def list_tenants(session: Session) -> Sequence[Tenant]:

@@ -54,6 +54,7 @@ class Tenant(Base):
     max_stored_bytes: Mapped[int | None]
     """Null, here and below: no limit."""
     max_queued_jobs: Mapped[int | None]
+    max_running_jobs: Mapped[int | None]
     turn: Mapped[int] = mapped_column(default=0)
     """Grows with every job that is started, over all tenants: whoever has the lowest was served longest ago."""
     created_at: Mapped[float] = mapped_column(default=db_now())

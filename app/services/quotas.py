@@ -32,7 +32,7 @@ def require_queue(session: Session) -> None:
     if limit is None:
         return
     quota_queries.lock_usage(session)
-    waiting = quota_queries.count_queued_jobs(session)
+    waiting = quota_queries.count_jobs(session, "queued")
     if waiting >= limit:
         raise TooManyRequests(
             f"{waiting} jobs wait, and no more than {limit} may.",
@@ -47,4 +47,5 @@ def set_limits(session: Session, tenant: str, limits: quota_queries.Limits) -> T
     if row is None:
         raise NotFound(f"There is no tenant {tenant}.", hint="`modelpress keys create --tenant` makes one.")
     row.max_stored_bytes, row.max_queued_jobs = limits.stored_bytes, limits.queued_jobs
+    row.max_running_jobs = limits.running_jobs
     return row

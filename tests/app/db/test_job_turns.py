@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import func, insert, select, text, update
 
-from app.db import job_claims, job_turns
+from app.db import job_claims, job_moves, job_turns
 from app.db.engine import Database, db_now
 from app.db.job_claims import Claim
+from app.db.quota_queries import Limits
 from app.db.tables import Job, Tenant
+from app.services.quotas import set_limits
 
 Queue = Callable[..., list[str]]
 
@@ -39,6 +41,11 @@ def queue(any_database: Database) -> Queue:
         return [str(row["id"]) for row in rows]
 
     return add
+
+
+def limit(database: Database, tenant: str, running_jobs: int) -> None:
+    with database.write() as session:
+        set_limits(session, tenant, Limits(None, None, running_jobs))
 
 
 def take(database: Database, hint: str) -> Claim | None:
@@ -104,6 +111,45 @@ def test_workers_that_ask_at_once_get_different_jobs_and_leave_none(
         claims = list(pool.map(lambda job: take(any_database, job), jobs))
     assert sorted(claim.job_id for claim in claims if claim) == jobs
     assert {claim.fence for claim in claims if claim} == {1}
+
+
+def test_over_its_limit_a_tenants_jobs_wait_and_others_go_on(any_database: Database, queue: Queue) -> None:
+    acme, umbrella = queue("acme", 4), queue("umbrella", 1)
+    limit(any_database, "acme", 2)
+    with any_database.write() as session:
+        job_moves.take_undispatched(session, stale_seconds=60)
+    assert taken(any_database, acme[0], 4) == [acme[0], umbrella[0], acme[1], None]
+    with any_database.write() as session:
+        assert job_moves.take_undispatched(session, stale_seconds=60) == []
+    end(any_database, acme[0])
+    with any_database.write() as session:
+        sent = job_moves.take_undispatched(session, stale_seconds=60)
+    assert sent == [], "the message of the first was spent on itself, those of the others are under way"
+    assert taken(any_database, acme[2], 2) == [acme[2], None]
+
+
+def test_a_job_whose_message_found_no_place_is_sent_again_when_there_is_one(
+    any_database: Database, queue: Queue
+) -> None:
+    first, second = queue("acme", 2)
+    limit(any_database, "acme", 1)
+    with any_database.write() as session:
+        job_moves.take_undispatched(session, stale_seconds=60)
+    assert taken(any_database, first, 1) == [first]
+    assert taken(any_database, second, 1) == [None]
+    end(any_database, first)
+    with any_database.write() as session:
+        assert job_moves.take_undispatched(session, stale_seconds=60) == [(second, "cpu")]
+
+
+def test_workers_that_ask_at_once_do_not_start_more_than_the_limit(
+    any_database: Database, queue: Queue
+) -> None:
+    jobs = queue("acme", 8)
+    limit(any_database, "acme", 3)
+    with ThreadPoolExecutor(8) as pool:
+        claims = list(pool.map(lambda job: take(any_database, job), jobs))
+    assert len([claim for claim in claims if claim]) == 3
 
 
 def test_whose_turn_it_is_is_found_by_index_among_many(any_database: Database, queue: Queue) -> None:
