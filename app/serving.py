@@ -36,6 +36,7 @@ def serve(host: str, port: int, *, api_only: bool, announce: Callable[[str], Non
             _require_broker(get_settings())
         else:
             stack.enter_context(embedded_services())
+        get_store().check()
         url = f"http://{_for_browsers(host)}:{listener.getsockname()[1]}"
         config = uvicorn.Config(
             "app.main:app", log_config=None, timeout_graceful_shutdown=_GRACEFUL_SECONDS, server_header=False
@@ -47,6 +48,7 @@ def run_worker() -> None:
     """Become a Celery worker: this process is replaced, so that signals reach Celery itself."""
     settings = get_settings()
     _require_broker(settings)
+    get_store().check()
     command = worker_command(settings)
     os.execv(command[0], command)  # noqa: S606 - a list of our own words
 
@@ -56,6 +58,7 @@ def run_sweeper() -> None:
     settings = get_settings()
     _require_broker(settings)
     configure_logging(settings)
+    get_store().check()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

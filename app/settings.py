@@ -37,11 +37,21 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="MODELPRESS_", frozen=True, extra="ignore")
 
     data_dir: Path = Path("modelpress-data")
-    """Everything kept on disk: database (SQLite), blobs, staging, scratch."""
+    """Everything kept on disk: database (SQLite), blobs unless `store` says otherwise, staging, scratch."""
     database_url: str = Field(
         default="", validation_alias=AliasChoices("DATABASE_URL", "MODELPRESS_DATABASE_URL")
     )
     """SQLAlchemy URL. Empty: SQLite inside `data_dir`."""
+    store: str = Field(default="", pattern=r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?)?$")
+    """Where blobs are kept: s3://bucket/prefix. Empty: inside `data_dir`."""
+    s3_endpoint_url: str = ""
+    """An S3-compatible service, e.g. https://minio.example.org:9000. Empty: AWS."""
+    s3_public_endpoint_url: str = ""
+    """The same service as clients reach it, for presigned URLs. Empty: as we do."""
+    s3_region: str = ""
+    """Empty: that of the AWS configuration, else us-east-1."""
+    s3_downloads: Literal["presigned", "streamed"] = "presigned"
+    """`streamed`: downloads pass through the API, for clients that cannot reach the S3 service."""
     redis_url: str = Field(default="", validation_alias=AliasChoices("REDIS_URL", "MODELPRESS_REDIS_URL"))
     """Broker. Empty: one-command mode starts its own on a unix socket."""
 

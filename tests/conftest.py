@@ -27,11 +27,13 @@ import uvicorn
 from alembic import command
 from alembic.config import Config
 from fastapi.testclient import TestClient
+from s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server
 from sqlalchemy import create_engine, make_url, text
 from waiting import wait_until
 
 from app.db.engine import Database, get_database
 from app.settings import Settings, get_settings
+from app.storage import ArtifactStore, forget_store, get_store
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,6 +52,7 @@ def forget_process_state() -> None:
     """Drop what a process keeps for its lifetime, so that the next test reads its own environment."""
     from app.queue import get_celery
 
+    forget_store()
     if get_database.cache_info().currsize:
         get_database().engine.dispose()
     for cached in (get_settings, get_database, get_celery):
@@ -257,6 +260,53 @@ class GivenBroker(Broker):
     def kill(self) -> None:
         """Lose its data, which is as much as we may do to a server that is not ours."""
         self.start()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """One S3 service for all tests that do not kill it."""
+    yield from _s3_server()
+
+
+@pytest.fixture
+def own_s3_server() -> Iterator[S3Server]:
+    """An S3 service of this test's own."""
+    yield from _s3_server()
+
+
+def _s3_server() -> Iterator[S3Server]:
+    with short_directory() as directory:
+        server = S3Server(directory)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.kill()
+
+
+@pytest.fixture
+def use_s3(
+    override_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Settings]:
+    """Call with a server, and other settings, to have this test's store there, below a prefix of its own."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+
+    def use(server: S3Server, **values: object) -> Settings:
+        store = f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}"
+        return override_settings(**{"store": store, "s3_endpoint_url": server.url} | values)
+
+    return use
+
+
+@pytest.fixture(params=["local", "s3"])
+def any_store(
+    request: pytest.FixtureRequest, settings: Settings, use_s3: Callable[..., Settings]
+) -> ArtifactStore:
+    """The process's store, once on the disk and once in S3."""
+    if request.param == "s3":
+        use_s3(request.getfixturevalue("s3_server"))
+    return get_store()
 
 
 def _binary(kind: str) -> Path:

@@ -133,7 +133,7 @@ def test_images_are_unprivileged_and_the_api_holds_no_worker() -> None:
     assert "HEALTHCHECK" in stages["api"]
     assert "HEALTHCHECK" in stages["worker"]
     assert "torch" not in stages["build-api"]
-    assert "'.[worker]'" not in stages["build-api"]
+    assert "worker]'" not in stages["build-api"]
     for name in ("base", "api", "worker", "worker-gpu"):
         assert not re.search(r"apt-get|pip install|USER root", stages[name]), name
 
@@ -158,4 +158,4 @@ def test_compose_and_its_example_of_an_environment_agree() -> None:
     assert named == set(re.findall(r"^(\w+)=", example, re.MULTILINE))
     variables = {name.upper() for name in Settings.model_fields}
     for name in compose()["x-environment"]:
-        assert name.removeprefix("MODELPRESS_") in variables
+        assert name.removeprefix("MODELPRESS_") in variables or name.startswith("AWS_")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Path, Request
 from fastapi.responses import FileResponse
 
 from app.api.dependencies import ReadSession
@@ -12,7 +12,6 @@ from app.api.problems import problem_responses
 from app.api.streams import BlobResponse
 from app.services import artifacts
 from app.services.job_view import ArtifactView, artifact_view
-from app.storage import get_store
 
 router = APIRouter(prefix="/artifacts", tags=["artifacts"])
 
@@ -25,6 +24,9 @@ _CONTENT: dict[int | str, dict[str, Any]] = {
     },
     206: {"description": "The bytes of the `Range` that was asked for."},
     304: {"description": "You have it already (`If-None-Match`)."},
+    307: {
+        "description": "The file is in S3: ask the URL in `Location`, good for minutes, without your credentials."
+    },
 }
 
 
@@ -41,7 +43,11 @@ def get_artifact(artifact_id: ArtifactId, session: ReadSession) -> ArtifactView:
     operation_id="head_artifact_content",
     summary="Size and digest of an artifact",
     response_class=FileResponse,
-    responses={200: {"description": "The headers that GET would answer with."}, **problem_responses(404)},
+    responses={
+        200: {"description": "The headers that GET would answer with."},
+        307: _CONTENT[307],
+        **problem_responses(404),
+    },
 )
 @router.get(
     "/{artifact_id}/content",
@@ -50,7 +56,7 @@ def get_artifact(artifact_id: ArtifactId, session: ReadSession) -> ArtifactView:
     response_class=FileResponse,
     responses={**_CONTENT, **problem_responses(404, 416)},
 )
-def get_artifact_content(artifact_id: ArtifactId, session: ReadSession) -> BlobResponse:
+def get_artifact_content(artifact_id: ArtifactId, request: Request, session: ReadSession) -> BlobResponse:
     """The bytes. A download that broke off goes on with `Range: bytes=<n>-` and `If-Range: <ETag>`."""
     artifact = artifacts.require_artifact(session, artifact_id)
-    return BlobResponse(artifact, get_store().path_of(artifact.sha256))
+    return BlobResponse(artifact, request.method)

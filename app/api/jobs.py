@@ -22,7 +22,6 @@ from app.services.planning import Wish
 from app.spec.compression import CompressionSpec
 from app.spec.documented import Documented
 from app.spec.report import Report, Verdict
-from app.storage import get_store
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=IdempotentRoute)
 
@@ -237,7 +236,7 @@ def get_job_report(job_id: JobId, request: Request, session: ReadSession) -> Blo
     """The report of a job that has succeeded: sizes, quality, latency and memory of original and result."""
     html = _prefers_html(request.headers.get("accept", ""))
     artifact = jobs.read_report(session, job_id, html=html)
-    return BlobResponse(artifact, get_store().path_of(artifact.sha256), inline=True, varies=True)
+    return BlobResponse(artifact, request.method, inline=True, varies=True)
 
 
 @router.get(

@@ -22,7 +22,6 @@ from app.spec.base import Family
 from app.spec.documented import Documented
 from app.spec.facts import ModelFacts
 from app.spec.preprocessing import Preprocessing
-from app.storage import get_store
 
 router = APIRouter(prefix="/models", tags=["models"], route_class=IdempotentRoute)
 
@@ -227,13 +226,13 @@ def delete_model(model_id: ModelId, session: WriteSession, stores: CurrentStores
     response_class=FileResponse,
     responses={**_FILE_RESPONSES, **problem_responses(404, 416)},
 )
-def get_model_file(model_id: ModelId, path: str, session: ReadSession) -> BlobResponse:
+def get_model_file(model_id: ModelId, path: str, request: Request, session: ReadSession) -> BlobResponse:
     """The bytes of one file, as they were uploaded."""
     file = models.get_model_file(session, model_id, path)
     media_type = mimetypes.guess_type(path)[0] or "application/octet-stream"
     # Only carries the file's facts to the response; it is never added to the session.
     shown = Artifact(path=file.path, media_type=media_type, sha256=file.sha256, bytes=file.bytes)
-    return BlobResponse(shown, get_store().path_of(file.sha256))
+    return BlobResponse(shown, request.method)
 
 
 def model_view(state: ModelState) -> Model:

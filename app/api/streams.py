@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import tarfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from typing import BinaryIO, Literal
 from urllib.parse import quote
 
-from fastapi.responses import FileResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, RedirectResponse, Response, StreamingResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Receive, Scope, Send
 
@@ -24,17 +24,20 @@ _BLOCK = tarfile.BLOCKSIZE
 _REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; sandbox allow-scripts"
 
 
-class BlobResponse(FileResponse):
-    """The bytes of an artifact. One range is served as asked; several, or a range we do not understand, as the whole."""
+class BlobResponse(Response):
+    """The bytes of an artifact. One range is served as asked; several, or a range we do not understand, as the whole.
 
-    chunk_size = _CHUNK_BYTES
+    They come from the file, from a presigned URL the client is sent to, or through us, as the store has it.
+    """
 
-    def __init__(self, artifact: Artifact, path: Path, *, inline: bool = False, varies: bool = False) -> None:
-        """`varies`: the same URL answers with another artifact for another `Accept`."""
+    def __init__(
+        self, artifact: Artifact, method: str, *, inline: bool = False, varies: bool = False
+    ) -> None:
+        """`inline`: shown in the browser under our own policy, so never from elsewhere. `varies`: the same URL answers
+        with another artifact for another `Accept`."""
         digest = base64.b64encode(bytes.fromhex(artifact.sha256)).decode()
         self.size = artifact.bytes
         super().__init__(
-            path,
             media_type=artifact.media_type,
             headers={
                 "ETag": f'"{artifact.sha256}"',
@@ -46,9 +49,23 @@ class BlobResponse(FileResponse):
                 "Content-Security-Policy": _REPORT_POLICY,
             },
         )
+        del self.headers["content-length"]
+        self.source = self._source(artifact, "HEAD" if method == "HEAD" else "GET", inline=inline)
+
+    def _source(self, artifact: Artifact, method: Literal["GET", "HEAD"], *, inline: bool) -> Response:
+        """Where the bytes come from. Raises NotFound (`blob_missing`)."""
+        store = get_store()
+        path = store.path_of(artifact.sha256)
+        if path is not None:
+            return _File(path, headers=dict(self.headers))
+        shown = {"media_type": artifact.media_type, "disposition": self.headers["content-disposition"]}
+        url = None if inline else store.url_of(artifact.sha256, method=method, **shown)
+        if url is None:
+            return _Stored(store.open(artifact.sha256), artifact.bytes, dict(self.headers))
+        return RedirectResponse(url, status_code=307, headers={"Cache-Control": "private, no-store"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 304, 416, 206 or 200."""
+        """Answer 304, 416, 307, 206 or 200."""
         headers = Headers(scope=scope)
         if _matches(headers.get("if-none-match"), self.headers["etag"]):
             kept = {k: v for k, v in self.headers.items() if k in ("etag", "cache-control", "repr-digest")}
@@ -62,7 +79,38 @@ class BlobResponse(FileResponse):
         if wanted is None and "range" in headers:
             without = MutableHeaders(raw=[pair for pair in scope["headers"] if pair[0].lower() != b"range"])
             scope = {**scope, "headers": without.raw}
-        await super().__call__(scope, receive, send)
+        await self.source(scope, receive, send)
+
+
+class _File(FileResponse):
+    chunk_size = _CHUNK_BYTES
+
+
+class _Stored(Response):
+    """A blob that is read through the store, in one range of it that exists or whole."""
+
+    def __init__(self, file: BinaryIO, size: int, headers: dict[str, str]) -> None:
+        super().__init__()
+        self.file, self.size, self.blob_headers = file, size, headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        wanted = Headers(scope=scope)
+        same = wanted.get("if-range") in (None, self.blob_headers["etag"])
+        ranged = parse_range(wanted.get("range"), self.size) if same else None
+        start, end = ranged or (0, self.size)
+        headers = self.blob_headers | {"accept-ranges": "bytes", "content-length": str(end - start)}
+        if ranged:
+            headers["content-range"] = f"bytes {start}-{end - 1}/{self.size}"
+        chunks = _chunks(self.file, start, end) if scope["method"] == "GET" else iter(())
+        status = 206 if ranged else 200
+        await StreamingResponse(chunks, status_code=status, headers=headers)(scope, receive, send)
+
+
+def _chunks(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
+    with file:
+        file.seek(start)
+        while chunk := file.read(min(_CHUNK_BYTES, end - file.tell())):
+            yield chunk
 
 
 def parse_range(header: str | None, size: int) -> tuple[int, int] | None:

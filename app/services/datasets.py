@@ -16,11 +16,18 @@ from app.db.tables import Dataset
 from app.errors import Conflict, NotFound
 from app.ids import new_id
 from app.intake.read_dataset import read_dataset
-from app.services.models import Stores, completed_upload, discarding_blobs, receive_body, using_up
+from app.services.models import (
+    Stores,
+    completed_upload,
+    discarding_blobs,
+    publishing,
+    receive_body,
+    using_up,
+)
 from app.services.quotas import require_storage
 from app.services.uploads import use_uploads
 from app.spec.compression import CompressionSpec
-from app.storage.references import remove_unreferenced
+from app.storage.references import discard_unreferenced
 from app.storage.staging import StagedFile, WorkDirectory
 
 
@@ -90,11 +97,9 @@ def _create(
         images=None if found.images is None else found.images.model_dump(mode="json"),
         texts=None if found.texts is None else found.texts.model_dump(mode="json"),
     )
-    with discarding_blobs(stores, {kept.sha256}), stores.database.write() as session:
-        queries.hold_blobs(session)
+    with discarding_blobs(stores, {kept.sha256}), publishing(stores, [kept]) as session:
         use(session)
         require_storage(session, kept.bytes)
-        stores.blobs.put_file(kept.path, kept.sha256)
         return queries.add_dataset(session, dataset)
 
 
@@ -103,7 +108,7 @@ def _use_nothing(session: Session) -> None:
 
 
 def _drop_blob(stores: Stores, sha256: str) -> None:
-    remove_unreferenced(stores.database, stores.blobs, {sha256})
+    discard_unreferenced(stores.database, stores.blobs, {sha256})
 
 
 def _found(dataset: Dataset | None, dataset_id: str) -> Dataset:

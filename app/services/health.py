@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,6 +14,8 @@ from app.db.health_queries import database_version
 from app.errors import ModelpressError
 from app.settings import SANDBOX_LEVELS, SandboxLevel, Settings
 from app.spec.documented import Documented
+from app.storage import get_store
+from app.storage.disk import probe_disk
 
 _SANDBOX_DETAILS: dict[SandboxLevel, str] = {
     "namespaces": "jobs run in namespaces of their own, without network",
@@ -76,12 +76,11 @@ def _database() -> Check:
 
 
 def _storage(settings: Settings) -> Check:
-    """A file is really written: a full or read-only disk has been known to look well otherwise."""
+    """The store, and the disk, which uploads pass through on their way into it. Both are really written to."""
     directory = settings.data_dir.absolute()
-    with tempfile.TemporaryFile(dir=directory) as probe:
-        probe.write(b"modelpress")
-        probe.flush()
-        os.fsync(probe.fileno())
+    get_store().check()
+    if settings.store:
+        probe_disk(directory)
     # How much is free exactly would tell everybody when a blob was stored anew, and when others had it already.
     enough = shutil.disk_usage(directory).free > settings.min_free_disk_bytes
     detail = "writable" if enough else f"nearly full: less than {settings.min_free_disk_bytes} bytes free"

@@ -28,7 +28,7 @@ from app.services.quotas import require_queue
 from app.settings import Settings
 from app.spec.compression import CompressionSpec
 from app.storage import get_store
-from app.storage.references import remove_unreferenced
+from app.storage.references import discard_unreferenced
 
 _NO_GPU = (
     "No worker with a GPU has been seen lately (GET /v1/workers): the job waits until one starts. Cancel it and leave "
@@ -268,7 +268,7 @@ def _send(job_id: str, queue: str) -> None:
 
 
 def _remove_blobs(digests: list[str]) -> None:
-    remove_unreferenced(get_database(), get_store(), digests)
+    discard_unreferenced(get_database(), get_store(), digests)
 
 
 def _view(session: Session, job: Job) -> JobView:

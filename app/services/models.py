@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -29,7 +29,7 @@ from app.services.uploads import remove_uploads, use_uploads
 from app.settings import Settings
 from app.spec.compression import CompressionSpec
 from app.storage.parts import pump
-from app.storage.references import remove_unreferenced
+from app.storage.references import discard_unreferenced
 from app.storage.staging import StagedFile, Staging, WorkDirectory
 from app.storage.store import ArtifactStore
 
@@ -187,6 +187,21 @@ def discarding_blobs(stores: Stores, digests: set[str]) -> Iterator[None]:
 
 
 @contextmanager
+def publishing(stores: Stores, files: Collection[StagedFile]) -> Iterator[Session]:
+    """A transaction to insert the rows in that refer to these files, which are in the store until it is committed."""
+    # Sending them may take minutes, which nobody should have to wait for. In between somebody may have deleted the last
+    # other reference to one of them, and with it the blob.
+    for file in files:
+        stores.blobs.put_file(file.path, file.sha256)
+    with stores.database.write() as session:
+        queries.hold_blobs(session)
+        for file in files:
+            if not stores.blobs.exists(file.sha256):
+                stores.blobs.put_file(file.path, file.sha256)
+        yield session
+
+
+@contextmanager
 def using_up(stores: Stores, upload_ids: Sequence[str]) -> Iterator[None]:
     """A refused file leaves nothing behind, its upload included."""
     try:
@@ -233,13 +248,10 @@ def _publish(
     """Put the blobs and insert the rows that refer to them, together."""
     with (
         discarding_blobs(stores, {file.sha256 for file in files.values()}),
-        stores.database.write() as session,
+        publishing(stores, files.values()) as session,
     ):
-        queries.hold_blobs(session)
         use(session)
         require_storage(session, model.bytes)
-        for file in files.values():
-            stores.blobs.put_file(file.path, file.sha256)
         rows = [
             ModelFile(model_id=model.id, path=path, sha256=file.sha256, bytes=file.bytes)
             for path, file in sorted(files.items())
@@ -279,7 +291,7 @@ def _default_name(fetched: Fetched) -> str:
 
 
 def _drop_blobs(stores: Stores, digests: set[str]) -> None:
-    remove_unreferenced(stores.database, stores.blobs, digests)
+    discard_unreferenced(stores.database, stores.blobs, digests)
 
 
 def _found(model: Model | None, model_id: str) -> Model:

@@ -23,6 +23,8 @@ from app.storage.references import remove_orphans
 
 _ORPHANS_SECONDS = 3600
 """Between two walks over all blobs for what a process that died has left."""
+_UNFINISHED_SECONDS = 86_400
+"""A blob that has been on its way into the store for so long is not going to arrive."""
 
 _log = structlog.get_logger(__name__)
 
@@ -49,7 +51,7 @@ def sweep(database: Database, settings: Settings) -> Sweep:
         remove_expired_uploads(session)
     for job in lost:
         _log.warning("job_lost", job_id=job.job_id, status=job.status)
-    return Sweep(len(lost), len(due) - len(unsent), _remove_scratch(database, settings))
+    return Sweep(len(lost), len(due) - len(unsent), remove_old_scratch(database, settings))
 
 
 def sweep_forever(database: Database, settings: Settings, stop: threading.Event) -> None:
@@ -61,12 +63,13 @@ def sweep_forever(database: Database, settings: Settings, stop: threading.Event)
             if time.monotonic() >= next_orphans:
                 next_orphans = time.monotonic() + _ORPHANS_SECONDS
                 remove_orphans(database, get_store())
+                get_store().remove_unfinished(older_than_seconds=_UNFINISHED_SECONDS)
         except ModelpressError as error:
             _log.warning("sweep_failed", code=error.code, error=error.detail)
 
 
-def _remove_scratch(database: Database, settings: Settings) -> int:
-    """Remove scratch directories of jobs that ended so long ago that a retry may start anew."""
+def remove_old_scratch(database: Database, settings: Settings) -> int:
+    """Remove scratch directories of this machine whose jobs ended so long ago that a retry may start anew. Returns how many."""
     if not settings.scratch_dir.is_dir():
         return 0
     here = [entry.name for entry in settings.scratch_dir.iterdir()]

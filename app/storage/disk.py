@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,3 +46,11 @@ def sync_directory(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def probe_disk(directory: Path) -> None:
+    """Write a few bytes and sync them. Raises OSError where that cannot be done."""
+    with tempfile.TemporaryFile(dir=directory) as probe:
+        probe.write(b"modelpress")
+        probe.flush()
+        os.fsync(probe.fileno())

@@ -5,20 +5,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from app.errors import NotFound
-from app.storage.disk import full_disk_translated, sync_directory
+from app.storage.disk import full_disk_translated, probe_disk, sync_directory
 from app.storage.staging import StagedWriter
-from app.storage.store import BlobInfo
+from app.storage.store import Beat, BlobInfo, blob_name, is_digest, still
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 # linux/fs.h: share the extents of another file until one of the two is written to.
 _FICLONE = 0x40049409
 _CANNOT_CLONE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
@@ -29,9 +28,14 @@ class LocalStore:
     """An ArtifactStore below `root`. Any number of processes may use the same one."""
 
     def __init__(self, root: Path, *, min_free_bytes: int = 0) -> None:
-        self._blobs = root / "blobs"
+        self._root = root
         self._incoming = root / "staging" / "incoming"
         self._min_free = min_free_bytes
+
+    def check(self) -> None:
+        """Write a file: a full or read-only disk has been known to look well otherwise. Raises OSError."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        probe_disk(self._root)
 
     def path_of(self, sha256: str) -> Path:
         """The file of a blob. Read only."""
@@ -40,7 +44,10 @@ class LocalStore:
             raise NotFound(f"The blob {sha256} is not in the store.", code="blob_missing")
         return path
 
-    def put_file(self, path: Path, sha256: str) -> None:
+    def url_of(self, sha256: str, **_: str) -> None:
+        """None: the bytes of a file pass through us."""
+
+    def put_file(self, path: Path, sha256: str, *, beat: Beat = still) -> None:
         """Keep a file whose sha256 the caller has computed; on the same disk it is linked, not copied.
 
         The file becomes read only. Its bytes and its name are synced before this returns. Raises StorageFull.
@@ -52,6 +59,7 @@ class LocalStore:
             incoming = self._incoming_name()
             try:
                 _link_or_copy(path, incoming)
+                beat()
                 incoming.chmod(0o444)
                 _sync_file(incoming)
                 # Unlike a rename of the original, this leaves the caller's file there if the transaction fails.
@@ -78,13 +86,14 @@ class LocalStore:
         """Open a blob for reading."""
         return self.path_of(sha256).open("rb")
 
-    def materialize(self, sha256: str, target: Path) -> None:
+    def materialize(self, sha256: str, target: Path, *, beat: Beat = still) -> None:
         """Make a blob appear as the read-only file `target`: cloned, else linked, else copied."""
         source = self.path_of(sha256)
         target.parent.mkdir(parents=True, exist_ok=True)
         with full_disk_translated():
             if not _clone(source, target):
                 _link_or_copy(source, target)
+            beat()
             target.chmod(0o444)
 
     def exists(self, sha256: str) -> bool:
@@ -101,16 +110,25 @@ class LocalStore:
 
     def iter_blobs(self) -> Iterator[BlobInfo]:
         """Every blob, in no order; `put_at` is when it was last put."""
-        for path in self._blobs.glob("??/*"):
+        for path in self._root.glob("blobs/??/*"):
             with suppress(FileNotFoundError):
                 stat = path.stat()
-                if _SHA256.fullmatch(path.name):
+                if is_digest(path.name):
                     yield BlobInfo(path.name, stat.st_size, stat.st_mtime)
 
+    def remove_unfinished(self, *, older_than_seconds: float) -> int:
+        """Remove files that were on their way in when their process died. Returns how many."""
+        removed = 0
+        for path in self._incoming.iterdir() if self._incoming.is_dir() else ():
+            with suppress(FileNotFoundError):
+                # When the link was made: the other times are those of the file it shares.
+                if time.time() - path.stat().st_ctime > older_than_seconds:
+                    path.unlink()
+                    removed += 1
+        return removed
+
     def _place(self, sha256: str) -> Path:
-        if not _SHA256.fullmatch(sha256):
-            raise ValueError(f"{sha256!r} is no sha256 in lower-case hex")
-        return self._blobs / sha256[:2] / sha256
+        return self._root / blob_name(sha256)
 
     def _incoming_name(self) -> Path:
         self._incoming.mkdir(parents=True, exist_ok=True)

@@ -5,11 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
+import structlog
+
 from app.db import model_queries
 from app.db.engine import Database
+from app.errors import Unavailable
 from app.storage.store import ArtifactStore
 
-_BATCH = 500
+# Deleting in S3 takes two calls a blob, and others wait for the lock meanwhile.
+_BATCH = 100
+
+_log = structlog.get_logger(__name__)
 
 
 def remove_unreferenced(database: Database, store: ArtifactStore, digests: Collection[str]) -> int:
@@ -23,6 +29,14 @@ def remove_unreferenced(database: Database, store: ArtifactStore, digests: Colle
         model_queries.hold_blobs(session)
         orphans = set(digests) - model_queries.referenced_blobs(session, digests)
         return sum(store.delete(sha256) for sha256 in sorted(orphans))
+
+
+def discard_unreferenced(database: Database, store: ArtifactStore, digests: Collection[str]) -> None:
+    """The same after what needed these blobs is gone: what cannot be removed now is left for the sweeper."""
+    try:
+        remove_unreferenced(database, store, digests)
+    except Unavailable as error:
+        _log.warning("blobs_left", count=len(digests), error=error.detail)
 
 
 def remove_orphans(database: Database, store: ArtifactStore, *, older_than_seconds: float = 3600) -> int:

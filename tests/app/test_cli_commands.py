@@ -162,3 +162,19 @@ def test_serve_says_where_it_is_and_ctrl_c_ends_it_well(run: Run, tmp_path: Path
         assert run("healthy", "api", MODELPRESS_PORT=url.rsplit(":", 1)[1]).returncode == 0
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
+
+
+@pytest.mark.parametrize("words", [["serve", "--api-only", "--port", "0"], ["worker"]])
+def test_nothing_starts_on_a_store_that_is_not_there(run: Run, words: list[str]) -> None:
+    done = run(
+        *words,
+        REDIS_URL="redis://127.0.0.1:9",
+        MODELPRESS_STORE="s3://models",
+        MODELPRESS_S3_ENDPOINT_URL="http://127.0.0.1:9",
+        AWS_ACCESS_KEY_ID="any",
+        AWS_SECRET_ACCESS_KEY="any",
+    )
+    assert done.returncode == 1
+    assert "The S3 service does not answer" in done.stderr
+    assert "MODELPRESS_S3_ENDPOINT_URL" in done.stderr
+    assert "Traceback" not in done.stderr

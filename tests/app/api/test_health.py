@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from s3_server import S3Server
 
 from app.db import worker_queries
 from app.db.engine import get_database
@@ -56,6 +57,22 @@ def test_a_full_disk_makes_it_unavailable(
     answer = client.get("/v1/health/ready")
     assert answer.status_code == 503
     assert "nearly full" in answer.json()["checks"]["storage"]["detail"]
+
+
+def test_a_store_that_is_away_or_refuses_us_makes_it_unavailable_and_says_why(
+    s3_server: S3Server, use_s3: Callable[..., Settings], request: pytest.FixtureRequest
+) -> None:
+    use_s3(s3_server)
+    client: TestClient = request.getfixturevalue("client")
+    assert client.get("/v1/health/ready").json()["checks"]["storage"]["ok"]
+    for changes, why in (
+        ({"s3_endpoint_url": "http://127.0.0.1:9"}, "does not answer"),
+        ({"store": "s3://nobodys-bucket"}, "no bucket nobodys-bucket"),
+    ):
+        use_s3(s3_server, **changes)
+        answer = client.get("/v1/health/ready")
+        assert answer.status_code == 503
+        assert why in answer.json()["checks"]["storage"]["detail"]
 
 
 def test_the_weakest_sandbox_is_shown_and_must_not_be_below_the_minimum(
