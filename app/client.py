@@ -198,7 +198,7 @@ class Client:
         if have >= artifact["bytes"]:
             return
         headers = {"Range": f"bytes={have}-"} if have else {}
-        with self._http.stream("GET", artifact["urls"]["content"], headers=headers) as response:
+        with self._content(artifact["urls"]["content"], headers) as response:
             _raise_for_problem(response)
             resumed = response.status_code == httpx.codes.PARTIAL_CONTENT
             with partial.open("ab" if resumed else "wb") as file:
@@ -206,6 +206,21 @@ class Client:
                 for piece in response.iter_bytes(_PIECE):
                     file.write(piece)
                     on_bytes(len(piece))
+
+    @contextlib.contextmanager
+    def _content(self, url: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
+        """The answer with the bytes: the service's own, or that of the store it sends us to."""
+        with self._http.stream("GET", url, headers=headers) as response:
+            elsewhere = response.headers.get("location") if response.has_redirect_location else None
+            if elsewhere is None:
+                yield response
+                return
+        # A client of its own: nothing that we show the service, a key least of all, goes to the store.
+        with (
+            httpx.Client(timeout=_SECONDS) as bare,
+            bare.stream("GET", elsewhere, headers=headers) as response,
+        ):
+            yield response
 
     def _json(self, method: str, url: str, **request: Any) -> Json:
         """One call, sent again when the connection breaks or the service is busy, once it has been reached at all."""
