@@ -17,7 +17,9 @@ from app.db.engine import get_database
 from app.errors import Unavailable
 from app.logging import configure_logging
 from app.queue import broker_url
+from app.services.sweeping import remove_old_scratch
 from app.settings import SandboxLevel, get_settings
+from app.storage import forget_store
 from workers import hardware, sandbox, sandbox_levels
 from workers.watchdog import Watchdog
 
@@ -90,6 +92,7 @@ def _in_pool_process(**_: Any) -> None:
     sandbox.die_with_parent()
     # A connection opened before the fork belongs to the parent.
     get_database.cache_clear()
+    forget_store()
 
 
 @signals.worker_ready.connect  # type: ignore[untyped-decorator]
@@ -123,6 +126,8 @@ def _announce_until_leaving() -> None:
                 _log.error("worker_is_deaf", hint="It ends, and whoever started it should start it again.")
                 # It has no job; its pool follows it. A deaf worker may not hear that it should shut down.
                 os._exit(1)
+            # The sweeper may be on another machine, and have another disk.
+            remove_old_scratch(database, settings)
             if _leaving.wait(_ANNOUNCE_SECONDS):
                 with database.write() as session:
                     worker_queries.withdraw(session, worker_id)

@@ -6,7 +6,7 @@ import hashlib
 import mimetypes
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from app.db.tables import Artifact
 from app.errors import JobFailed
 from app.ids import new_id
 from app.storage import ArtifactStore
+from app.storage.store import Beat
 
+_CHUNK_BYTES = 2**20
 _MAX_FILES = 10_000
 _PLAIN_NAME = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,1024}")
 REPORTS = {
@@ -36,19 +38,18 @@ class Published:
 
 
 def store_files(
-    job_id: str, *, model: Path, report: Path, store: ArtifactStore, beat: Callable[[], None]
+    job_id: str, *, model: Path, report: Path, store: ArtifactStore, beat: Beat
 ) -> list[Published]:
-    """Store every file of a result and its reports; `beat` is called after each, since large files take long.
+    """Store every file of a result and its reports; `beat` is called all the while, since large files take long.
 
-    Safe to repeat: a file already in the store is not written again. Nothing is visible until `publish` commits.
+    Safe to repeat. Nothing is visible until `publish` commits.
     """
     published = []
     files = [*_model_files(model), *_report_files(report)]
     _check_files([path for path, *_ in files], model.parents[1])
     for path, kind, name, media_type in files:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        store.put_file(path, sha256)
+        sha256 = _digest(path, beat)
+        store.put_file(path, sha256, beat=beat)
         artifact = Artifact(
             id=new_id("art"),
             job_id=job_id,
@@ -59,7 +60,6 @@ def store_files(
             bytes=path.stat().st_size,
         )
         published.append(Published(path, artifact))
-        beat()
     return published
 
 
@@ -68,11 +68,21 @@ def publish(
 ) -> bool:
     """End a job well and make its files visible, in the caller's transaction. False: lease lost, or cancelled."""
     # Between store_files and now somebody may have deleted the last other reference to one of these blobs, and with
-    # it the blob. Under the lock nobody can, and putting a blob that is there costs nothing.
+    # it the blob. Under the lock nobody can.
     model_queries.hold_blobs(session)
     for file in files:
-        store.put_file(file.path, file.artifact.sha256)
+        if not store.exists(file.artifact.sha256):
+            store.put_file(file.path, file.artifact.sha256)
     return job_claims.succeed(session, claim, verdict=verdict, artifacts=[file.artifact for file in files])
+
+
+def _digest(path: Path, beat: Beat) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            beat()
+    return digest.hexdigest()
 
 
 def _check_files(paths: Sequence[Path], stages: Path) -> None:

@@ -1,6 +1,6 @@
 """A job's scratch directory: inputs, one directory a committed stage, one job file an attempt.
 
-    scratch/<job>/inputs/model/…          the model's files, hard links into the store
+    scratch/<job>/inputs/model/…          the model's files: links into a local store, or fetched from S3
                   inputs/student/…        the uploaded student, if there is one
                   inputs/datasets/<id>    text
                   stages/02-5/…           files of stage 2, written under fence 5
@@ -31,6 +31,7 @@ from app.errors import JobFailed
 from app.settings import Settings
 from app.spec.compression import CompressionSpec
 from app.storage import ArtifactStore
+from app.storage.store import Beat, still
 
 STOP_FILE = "stop-training"
 STAGE_FILE = "stage.json"
@@ -108,16 +109,20 @@ class Scratch:
         self.job_id = job_id
         self.directory = settings.scratch_dir / job_id
 
-    def fetch_inputs(self, assignment: Assignment, store: ArtifactStore, fence: int) -> None:
+    def fetch_inputs(
+        self, assignment: Assignment, store: ArtifactStore, fence: int, *, beat: Beat = still
+    ) -> None:
         """Bring the inputs here, all or nothing; what an earlier attempt fetched is used again."""
         inputs = self.directory / "inputs"
         if inputs.exists():
             return
         arriving = self.directory / f"inputs-{fence}"
-        for blob in assignment.inputs:
-            target = arriving / blob.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            store.materialize(blob.sha256, target)
+        try:
+            for blob in assignment.inputs:
+                store.materialize(blob.sha256, arriving / blob.path, beat=beat)
+        except BaseException:
+            shutil.rmtree(arriving, ignore_errors=True)
+            raise
         try:
             arriving.rename(inputs)
         except OSError:

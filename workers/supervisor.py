@@ -22,7 +22,7 @@ import structlog
 from app.db import job_claims, job_turns
 from app.db.engine import Database
 from app.db.job_claims import Claim
-from app.errors import JobFailed, ModelpressError, OutOfMemory, Unavailable
+from app.errors import JobFailed, ModelpressError, OutOfMemory, StorageFull, Unavailable
 from app.settings import GIB, SandboxLevel, Settings
 from app.storage import ArtifactStore
 from workers import events, sandbox
@@ -91,8 +91,6 @@ class _Watch:
     deadline: float
     inside: sandbox.Sandbox
     budget: int
-    next_beat: float
-    next_poll: float = 0.0
     next_progress: float = 0.0
     event_count: int = 0
     began: tuple[float, float] | None = None
@@ -108,6 +106,8 @@ class _Attempt:
         self.settings = supervisor.settings
         self.lease = Lease(supervisor.database, claim, lease_seconds=supervisor.settings.lease_seconds)
         self.scratch = Scratch(supervisor.settings, claim.job_id)
+        self.next_look = 0.0
+        self.next_beat = time.monotonic() + self.settings.heartbeat_seconds
 
     def to_end(self) -> str:
         """Do the job, and whatever happens leave its row in a state somebody will pick up."""
@@ -123,7 +123,7 @@ class _Attempt:
             if isinstance(error, _DiskFull):
                 self.scratch.remove()
             facts = {"code": error.code, "detail": error.detail, "hint": error.hint}
-            return self._fail(facts, retryable=isinstance(error, Unavailable))
+            return self._fail(facts, retryable=isinstance(error, Unavailable | StorageFull))
         except OSError as error:
             _log.exception("attempt_failed")
             return self._fail(
@@ -134,7 +134,8 @@ class _Attempt:
         with self.supervisor.database.read() as session:
             assignment = read_assignment(session, self.lease.claim.job_id)
         committed = self._committed_stages(assignment)
-        self.scratch.fetch_inputs(assignment, self.supervisor.store, self.lease.claim.fence)
+        store, fence = self.supervisor.store, self.lease.claim.fence
+        self.scratch.fetch_inputs(assignment, store, fence, beat=self.keep)
         wanted = assignment.spec.resources.device
         device = self.supervisor.device if wanted == "auto" else wanted
         job_file = self.scratch.write_job_file(
@@ -152,7 +153,6 @@ class _Attempt:
             deadline=now + assignment.spec.resources.timeout_seconds,
             inside=self._sandbox(assignment.spec.resources.timeout_seconds, gpu=device != "cpu"),
             budget=self.settings.memory_for(assignment.spec.resources.memory_budget),
-            next_beat=now + self.settings.heartbeat_seconds,
         )
         end = self._supervise(job_file, watch)
         if isinstance(end, events.Failed):
@@ -223,20 +223,29 @@ class _Attempt:
                         )
                 self._look_around(process, watch)
 
-    def _look_around(self, process: subprocess.Popen[bytes], watch: _Watch) -> None:
+    def keep(self) -> bool:
+        """Keep the lease and look for reasons to stop, as often as is needed: call it at will. True: it looked.
+
+        Raises Draining, CancelRequested and LeaseLost.
+        """
         now = time.monotonic()
-        if now >= watch.next_poll:
-            watch.next_poll = now + _POLL_SECONDS
-            if self.supervisor.draining():
-                raise Draining
-            if self.lease.check_requests():
-                self.scratch.stop_training()
+        if now >= self.next_beat:
+            self.next_beat = now + self.settings.heartbeat_seconds
+            self.lease.beat()
+        if now < self.next_look:
+            return False
+        self.next_look = now + _POLL_SECONDS
+        if self.supervisor.draining():
+            raise Draining
+        if self.lease.check_requests():
+            self.scratch.stop_training()
+        return True
+
+    def _look_around(self, process: subprocess.Popen[bytes], watch: _Watch) -> None:
+        if self.keep():
             _check_memory(process.pid, watch.budget)
             self._check_disk()
-        if now >= watch.next_beat:
-            watch.next_beat = now + self.settings.heartbeat_seconds
-            self.lease.beat()
-        if now >= watch.deadline:
+        if time.monotonic() >= watch.deadline:
             raise JobFailed(
                 "The job ran longer than its timeout.",
                 code="timeout",
@@ -301,7 +310,7 @@ class _Attempt:
             model=self.scratch.stages / watch.directories[export] / "model",
             report=self.scratch.stages / watch.directories[report],
             store=store,
-            beat=self.lease.beat,
+            beat=self.keep,
         )
         done = self.lease.write(lambda s, claim: publish(s, claim, files, verdict=end.verdict, store=store))
         if not done:

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server
 from sqlalchemy import create_engine
 from waiting import wait_until
 
@@ -26,7 +27,7 @@ SPEC = {
 
 
 class Deployment:
-    """Processes that share nothing but settings: a database, a broker and a data directory."""
+    """Processes that share nothing but settings: a database, a broker, and a data directory or a bucket."""
 
     def __init__(self, directory: Path, database_url: str, redis_url: str) -> None:
         ours = {name: value for name, value in os.environ.items() if not name.startswith("MODELPRESS_")}
@@ -38,6 +39,7 @@ class Deployment:
             "COLUMNS": "200",
         }
         self.directory = directory
+        self.on_s3 = False
         self.processes: list[subprocess.Popen[str]] = []
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -46,11 +48,24 @@ class Deployment:
             _command(*words), env=self.environment, capture_output=True, text=True, check=False, timeout=120
         )
 
+    def keep_in_s3(self, server: S3Server) -> None:
+        """Have everything started from now on keep blobs in S3."""
+        self.on_s3 = True
+        self.environment |= {
+            "MODELPRESS_STORE": f"s3://{BUCKET}/distributed",
+            "MODELPRESS_S3_ENDPOINT_URL": server.url,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        }
+
     def start(self, *words: str) -> subprocess.Popen[str]:
-        """Start a command; its log is a file named after it."""
+        """Start a command; its log is a file named after it. With S3, it has a disk of its own."""
+        environment = dict(self.environment)
+        if self.on_s3:
+            environment["MODELPRESS_DATA_DIR"] = str(self.directory / f"data-of-{words[0]}")
         with (self.directory / f"{words[0]}.log").open("w") as log:
             process = subprocess.Popen(
-                _command(*words), env=self.environment, stdout=subprocess.PIPE, stderr=log, text=True
+                _command(*words), env=environment, stdout=subprocess.PIPE, stderr=log, text=True
             )
         self.processes.append(process)
         return process
@@ -95,11 +110,14 @@ def _maps_torch(process: psutil.Process) -> bool:
     return "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
 
 
+@pytest.mark.parametrize("store", ["local", "s3"])
 def test_a_job_goes_through_processes_that_share_only_settings(
-    deployment: Deployment, tmp_path: Path
+    store: str, deployment: Deployment, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     from tiny_models import tiny_model
 
+    if store == "s3":
+        deployment.keep_in_s3(request.getfixturevalue("s3_server"))
     model = tiny_model("LlamaForCausalLM", tmp_path / "tiny")
     (tmp_path / "spec.json").write_text(json.dumps(SPEC))
     assert deployment.run("migrate").returncode == 0
@@ -120,6 +138,7 @@ def test_a_job_goes_through_processes_that_share_only_settings(
     assert (result / "model.safetensors").exists()
     config = json.loads((result / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert store == "local" or not list(tmp_path.rglob("blobs"))
 
     for process in (api, worker):
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]

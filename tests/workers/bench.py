@@ -66,6 +66,11 @@ class Bench:
             job_moves.create_job(session, job, STAGES)
         return job.id
 
+    def due_now(self, job_id: str) -> None:
+        """Let a job that was given back be claimed at once."""
+        with self.database.write() as session:
+            session.get_one(Job, job_id).run_after = None
+
     def job(self, job_id: str) -> Job:
         """The job as it is now."""
         with self.database.read() as session:

@@ -62,7 +62,7 @@ def test_a_killed_process_is_tried_again_from_the_last_committed_stage(bench: Be
     assert bench.supervisor(*script).run(job_id) == "queued"
     job = bench.job(job_id)
     assert (job.stage, job.error["code"]) == (2, "process_died")
-    _due_now(bench, job_id)
+    bench.due_now(job_id)
     assert bench.supervisor(*script).run(job_id) == "succeeded"
     with bench.database.read() as session:
         fences = [stage.metrics["fence"] for stage in job_queries.list_stages(session, job_id)]
@@ -76,7 +76,7 @@ def test_stages_whose_files_are_elsewhere_are_done_again_and_it_is_said(fast_ben
     for path in (get_settings().scratch_dir / job_id / "stages" / "01-1").iterdir():
         if path.is_file():
             path.unlink()
-    _due_now(fast_bench, job_id)
+    fast_bench.due_now(job_id)
     assert fast_bench.supervisor(*script).run(job_id) == "succeeded"
     logs = [data["message"] for kind, data in fast_bench.events(job_id) if kind == "log"]
     assert any("stages 2 to 2 are done again" in message for message in logs)
@@ -85,7 +85,7 @@ def test_stages_whose_files_are_elsewhere_are_done_again_and_it_is_said(fast_ben
 def test_attempts_end(bench: Bench) -> None:
     job_id = bench.submit()
     for expected in ("queued", "queued", "failed"):
-        _due_now(bench, job_id)
+        bench.due_now(job_id)
         assert bench.supervisor(("die", signal.SIGKILL)).run(job_id) == expected
     job = bench.job(job_id)
     assert (job.status, job.attempt) == ("failed", 3)
@@ -218,7 +218,7 @@ def test_a_job_that_fills_the_disk_is_ended_and_its_files_go(
     assert fast_bench.job(job_id).error["code"] == "disk_full"
     assert not (get_settings().scratch_dir / job_id).exists()
     override_settings(min_free_disk_bytes=0)
-    _due_now(fast_bench, job_id)
+    fast_bench.due_now(job_id)
     assert fast_bench.supervisor(("stages", ALL), FINISHED).run(job_id) == "succeeded"
 
 
@@ -300,13 +300,6 @@ def test_a_deleted_input_fails_the_job_by_name(fast_bench: Bench) -> None:
     get_store().delete(blobs[0].sha256)
     assert fast_bench.supervisor(FINISHED).run(job_id) == "failed"
     assert fast_bench.job(job_id).error["code"] == "blob_missing"
-
-
-def _due_now(bench: Bench, job_id: str) -> None:
-    with bench.database.write() as session:
-        bench_job = job_queries.get_job(session, job_id)
-        assert bench_job is not None
-        bench_job.run_after = None
 
 
 def _expire_lease(bench: Bench, job_id: str) -> None:
