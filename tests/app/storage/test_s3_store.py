@@ -171,3 +171,28 @@ def test_a_service_that_was_killed_has_what_was_put_and_nothing_half(
     store.materialize(sha256, tmp_path / "copy")
     assert sha256_of(tmp_path / "copy") == sha256
     assert len(list(store.iter_blobs())) == 2
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from app.storage import get_store
+
+store = get_store()
+store.check()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+store.put_file(Path(sys.argv[1]), sys.argv[2])
+store.materialize(sys.argv[2], Path(sys.argv[3]))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_file(s3_server: S3Server, use_s3: UseS3, tmp_path: Path) -> None:
+    use_s3(s3_server)
+    path = tmp_path / "large"
+    path.write_bytes(os.urandom(MIB) * 192)
+    words = [sys.executable, "-c", PEAK, str(path), sha256_of(path), str(tmp_path / "copy")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ)
+    assert int(done.stdout.splitlines()[-1]) < 128 * MIB
+    assert sha256_of(tmp_path / "copy") == sha256_of(path)
