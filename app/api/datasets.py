@@ -35,7 +35,8 @@ class CreateDataset(Documented):
     )
 
     upload: UploadId
-    """Id of a completed upload: a .txt or .jsonl of text, or an .npz or .safetensors of images."""
+    """Id of a completed upload: a .txt or .jsonl of text; an .npz or .safetensors of images, or a zip, tar or
+    tar.gz of picture files."""
     name: DisplayName | None = None
     """What to call it; for people. Left out: the file's name."""
 
@@ -46,7 +47,8 @@ class Dataset(Documented):
     id: str = Field(examples=["dst_01k0b6x2v9m4c8d7e5f3g1h0j2"])
     name: str = Field(examples=["support-chats.jsonl"])
     format: str = Field(examples=["jsonl"])
-    """What it came as: `txt` or `jsonl`; `npz` or `safetensors` of images."""
+    """What it came as: `txt` or `jsonl`; `npz` or `safetensors` of images; `zip`, `tar` or `tar.gz` of picture
+    files."""
     bytes: int = Field(examples=[1048576])
     """Bytes as it is kept."""
     sha256: str
@@ -97,7 +99,8 @@ async def put_dataset_content(
     For classifiers each line of a .jsonl may have a `label` too: an integer from 0, or the name that the model's config.json
     (id2label) has for the class.
     Or images: an .npz or a .safetensors of `images` (or `x`), uint8 of (images, height, width, channels) or (images,
-    channels, height, width) as they are before any preprocessing, and, if they have any, `labels` (or `y`), integers from 0.
+    channels, height, width) as they are before any preprocessing, and, if they have any, `labels` (or `y`), integers from 0. Or a zip, tar or tar.gz of JPEG, PNG, WebP and BMP
+    files; where they lie in several folders, side by side, the folders are their labels.
     """
     dataset = await datasets.create_from_body(
         stores, chunks_of(request), file_name=name, sha256=parse_digest(content_digest)

@@ -14,7 +14,7 @@ from app.intake.refusals import refused
 MAX_LINE_BYTES = 16 * 2**20
 TEXTS_ACCEPTED = (
     'Accepted: text as .txt (UTF-8, blank lines between documents) and .jsonl (one {"text": …} a line, with a "label" for '
-    "classifiers), images as .npz and .safetensors."
+    "classifiers), images as .npz and .safetensors, or as picture files in folders by class (zip, tar, tar.gz)."
 )
 _BLANK_LINES = re.compile(r"\n\s*\n")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from app.intake.byte_stream import ByteStream
 from app.intake.limits import ArchiveLimits, Entry
 from app.intake.npy_header import ITEM_BYTES, ArrayHeader, read_npy_header
 from app.intake.refusals import refused
@@ -126,7 +127,7 @@ def _in_npz(path: Path, max_bytes: int) -> dict[str, _Stored]:
         if key in found:
             raise refused("archive_duplicate", f"{entry.name[:100]!r} is in the archive twice.")
         if key in (*_IMAGES, *_LABELS):
-            with closing(_Stream(entry.chunks)) as stream:
+            with closing(ByteStream(entry.chunks)) as stream:
                 header = read_npy_header(stream.read, entry.name)
             found[key] = _Stored(key, header, _opening(path, max_bytes, entry.name, header))
     return found
@@ -149,7 +150,7 @@ def _opening(path: Path, max_bytes: int, name: str, header: ArrayHeader) -> Call
 def _elements(entry: Entry, header: ArrayHeader) -> Iterator[bytes]:
     """The bytes behind an array's header: exactly as many as it promises."""
     left = header.nbytes
-    with closing(_Stream(entry.chunks)) as stream:
+    with closing(ByteStream(entry.chunks)) as stream:
         read_npy_header(stream.read, entry.name)
         while piece := stream.read(min(_READ_BYTES, left + 1)):
             left -= len(piece)
@@ -187,27 +188,3 @@ def _range(path: Path, start: int, length: int) -> Callable[[], Iterator[bytes]]
                 yield piece
 
     return chunks
-
-
-class _Stream:
-    """Chunks of any size, read by so many bytes at a time."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-        self._held = b""
-
-    def read(self, size: int) -> bytes:
-        """So many bytes, or fewer at the end."""
-        parts, have = [self._held], len(self._held)
-        while have < size and (piece := next(self._chunks, b"")):
-            parts.append(piece)
-            have += len(piece)
-        whole = b"".join(parts)
-        self._held = whole[size:]
-        return whole[:size]
-
-    def close(self) -> None:
-        """Close what the chunks come from."""
-        close = getattr(self._chunks, "close", None)
-        if close is not None:
-            close()

@@ -22,8 +22,6 @@ _READ_BYTES = 2**20
 _BINARY = {
     "parquet": "a Parquet file",
     "numpy": "a NumPy file",
-    "tar": "a tar archive",
-    "tar.gz": "a gzip file",
     "hdf5": "an HDF5 file",
     "gguf": "a GGUF model",
     "pickle": "a pickle",

@@ -27,6 +27,7 @@ Code = Literal[
     "import_refused",
     "labels_invalid",
     "onnx_unsupported",
+    "picture_invalid",
     "preprocessing_unknown",
     "preprocessor_missing",
     "quantized_model",
@@ -76,6 +77,7 @@ _HINTS: dict[Code, str] = {
         "Convolutional image classifiers are read: export in float32 and evaluation mode, opset 13 or newer, with plain "
         "operators, a free batch and a fixed image size."
     ),
+    "picture_invalid": "Save it again as JPEG, PNG, WebP or BMP, or leave it out of the archive.",
     "preprocessing_unknown": (
         "Known are the image processors of ViT, DeiT, ConvNeXT (ResNet) and MobileNet, with resize, crop, rescale and normalize."
     ),
@@ -102,7 +104,8 @@ _HINTS: dict[Code, str] = {
     "unsupported_format": (
         "Models: a Hugging Face folder with safetensors (zip, tar, tar.gz, or separate files) or one GGUF file, or an image classifier as one "
         ".onnx file with its preprocessor_config.json (zip or tar). "
-        'Datasets: .txt, .jsonl with one {"text": …} a line (and a "label", for classifiers), or images as .npz or .safetensors.'
+        'Datasets: .txt, .jsonl with one {"text": …} a line (and a "label", for classifiers), or images as .npz or .safetensors, or as '
+        "picture files in folders by class (zip, tar, tar.gz)."
     ),
     "weights_ambiguous": "Upload one set of weights: model.safetensors, or the shards of one index.",
     "weights_missing": "Put model.safetensors (or its shards and their index) beside config.json.",

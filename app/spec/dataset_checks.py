@@ -54,15 +54,19 @@ def _check_dataset(facts: ModelFacts, dataset: str, found: DatasetFacts, pointer
         yield Fault(pointer, f"{dataset} holds text, and this model takes images.")
         return
     channels = len(facts.preprocessing.mean)
-    if found.channels != channels:
+    if found.channels not in (None, channels):
         yield Fault(pointer, f"Its images have {found.channels} channels; this model takes {channels}.")
     height, width = facts.preprocessing.size
     if facts.preprocessing.resize is None and (found.height < height or found.width < width):
         yield Fault(
             pointer,
-            f"Its images are {found.height} by {found.width}, smaller than the {height} by {width} that the model takes, and "
+            f"Its images are {_least(found)}{found.height} by {found.width}, smaller than the {height} by {width} that the model takes, and "
             "preprocessor_config.json says that images are not resized.",
         )
+
+
+def _least(found: ImageSetFacts) -> str:
+    return "down to " if found.layout == "files" else ""
 
 
 def _check_labels(

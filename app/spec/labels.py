@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import ClassVar
 
 from app.spec.base import Frozen
 from app.spec.facts import ModelFacts
@@ -13,6 +14,9 @@ _NAMED = 5
 
 class LabelFacts(Frozen):
     """What is known of a dataset's labels."""
+
+    in_order: ClassVar[bool] = False
+    """Whether names that are not the model's may stand for its classes in order, as folders do for torchvision and others."""
 
     largest_label: int | None
     """Labels count from 0; null where there are none."""
@@ -24,7 +28,7 @@ def check_labels(labels: LabelFacts, model: ModelFacts) -> str | None:
     """Why labels are not all among a model's classes, in words that say what would do; None where they are, or there are none."""
     if labels.label_names is not None:
         try:
-            classes_of(labels.label_names, model)
+            classes_of(labels.label_names, model, in_order=labels.in_order)
         except ValueError as error:
             return str(error)
     elif labels.largest_label is not None and labels.largest_label >= (model.num_labels or 0):
@@ -32,8 +36,14 @@ def check_labels(labels: LabelFacts, model: ModelFacts) -> str | None:
     return None
 
 
-def classes_of(names: Sequence[str], model: ModelFacts) -> tuple[int, ...]:
-    """The model's class for each name, in upper or lower case alike. Raises ValueError that says which name fits none."""
+def classes_of(names: Sequence[str], model: ModelFacts, *, in_order: bool = False) -> tuple[int, ...]:
+    """The model's class for each name, in upper or lower case alike. Raises ValueError that says which name fits none.
+
+    `in_order`: where the model knows none of the names, and there is one for each class, they are its classes in order.
+    """
+    strangers = not {n.casefold() for n in names} & {n.casefold() for n in model.label_names or ()}
+    if in_order and strangers and len(names) == model.num_labels:
+        return tuple(range(len(names)))
     if model.label_names is None:
         raise ValueError(
             "Its labels are names, and the model's config.json has no id2label that says which class each is: use numbers."

@@ -192,7 +192,7 @@ class EvaluationImages(Frozen):
     """Of what the models saw."""
     width: int
     overlap_share: float | None = None
-    """Share of them that are, pixel for pixel, also among the calibration images; null when there were none."""
+    """Share of them that are, pixel for pixel (of picture files byte for byte), also among the calibration images; null when there were none."""
 
 
 class TextSample(Frozen):

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from safetensors.numpy import load_file
 
 from app.settings import Settings
 from app.spec.base import Family
@@ -36,6 +35,7 @@ def put(client: TestClient, content: bytes, name: str = "a.jsonl") -> dict[str, 
 
 def kept(dataset: dict[str, Any]) -> tuple[str, list[int]]:
     """What safetensors' own reader makes of the file."""
+    load_file = pytest.importorskip("safetensors.numpy").load_file
     arrays = load_file(get_store().path_of(dataset["sha256"]))
     assert arrays["labels"].dtype == np.int64
     return arrays["text"].tobytes().decode(), arrays["labels"].tolist()

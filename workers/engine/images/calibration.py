@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.spec.report import Flag
-from workers.engine.images.geometry import fitted
+from workers.engine.images.fitting import fitted_images
 from workers.engine.images.image_set import ImageSet
 from workers.engine.images.pixels import pixel_values
 from workers.engine.technique import StepContext
@@ -19,8 +19,8 @@ def calibration_pixels(context: StepContext, count: int) -> NDArray[np.float32]:
     preprocessing = context.facts.preprocessing
     if context.calibration_images is None or preprocessing is None:
         raise ValueError("the step needs calibration images")
-    chunks = ImageSet(context.calibration_images).chunks(count)
-    return np.concatenate([pixel_values(fitted(chunk, preprocessing), preprocessing) for chunk in chunks])
+    chunks = fitted_images(ImageSet(context.calibration_images), count, preprocessing)
+    return np.concatenate([pixel_values(chunk, preprocessing) for chunk in chunks])
 
 
 def calibration_image_flags(images: int, *, wanted: int) -> Iterator[Flag]:

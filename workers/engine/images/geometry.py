@@ -12,7 +12,7 @@ from workers.engine.images.image_set import Images
 def fitted(images: Images, preprocessing: Preprocessing) -> Images:
     """Images of the size the model takes: (images, channels, height, width), uint8; those that have it stay as they are."""
     height, width = images.shape[2:]
-    wanted = _resized_size((height, width), preprocessing.resize)
+    wanted = resized_size((height, width), preprocessing.resize)
     if wanted != (height, width):
         pixels = functional.interpolate(
             torch.from_numpy(images.copy()).float(),
@@ -23,10 +23,11 @@ def fitted(images: Images, preprocessing: Preprocessing) -> Images:
         )
         # Bicubic interpolation overshoots.
         images = pixels.round().clamp(0, 255).to(torch.uint8).numpy()
-    return images if preprocessing.crop is None else _cut(images, preprocessing.crop)
+    return images if preprocessing.crop is None else cut(images, preprocessing.crop)
 
 
-def _resized_size(size: Size, resize: Size | int | None) -> Size:
+def resized_size(size: Size, resize: Size | int | None) -> Size:
+    """Height and width that an image of this size is brought to, before it is cut."""
     if resize is None:
         return size
     if isinstance(resize, tuple):
@@ -36,6 +37,7 @@ def _resized_size(size: Size, resize: Size | int | None) -> Size:
     return int(resize * height / short), int(resize * width / short)
 
 
-def _cut(images: Images, crop: Size) -> Images:
-    top, left = ((have - want) // 2 for have, want in zip(images.shape[2:], crop, strict=True))
-    return images[:, :, top : top + crop[0], left : left + crop[1]]
+def cut(images: Images, crop: Size) -> Images:
+    """The centre of images: (…, height, width)."""
+    top, left = ((have - want) // 2 for have, want in zip(images.shape[-2:], crop, strict=True))
+    return images[..., top : top + crop[0], left : left + crop[1]]

@@ -9,7 +9,7 @@ from app.spec.compression import Evaluation
 from app.spec.facts import ModelFacts
 from app.spec.report import EvaluationImages
 from workers.engine.images.batches import save_images
-from workers.engine.images.geometry import fitted
+from workers.engine.images.fitting import fitted_images
 from workers.engine.images.image_set import ImageSet
 from workers.engine.measure.results import Prepared
 
@@ -26,9 +26,9 @@ def prepare_images(
     images = ImageSet(dataset)
     count = min(evaluation.images, images.count)
     height, width = facts.preprocessing.size
-    chunks = (fitted(chunk, facts.preprocessing) for chunk in images.chunks(count))
+    chunks = fitted_images(images, count, facts.preprocessing)
     save_images(images_file, chunks, (count, len(facts.preprocessing.mean), height, width))
-    labels = images.labels(count)
+    labels = images.labels(count, facts)
     return Prepared(
         kind="image_classifier",
         windows_file=images_file,

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from app.errors import InvalidRequest
+from app.spec.facts import ModelFacts
 from app.spec.preprocessing import Preprocessing
 from app.spec.prune_channels import PruneChannels
 from workers.engine.distill.losses import soft_loss
 from workers.engine.images.batches import save_images
-from workers.engine.images.geometry import fitted
+from workers.engine.images.fitting import fitted_images
 from workers.engine.images.image_set import ImageSet
 from workers.engine.images.pixels import pixel_values
 from workers.engine.onnx_network import Network
@@ -43,14 +44,24 @@ class ImageBatch:
 class TrainingImages:
     """A dataset resized for a network once, in a file; the last images are held out."""
 
-    def __init__(self, dataset: Path, file: Path, preprocessing: Preprocessing, step: PruneChannels) -> None:
-        """Write `file` (.npy). Raises InvalidRequest (`too_few_images`) where not one batch is left to train on."""
+    def __init__(
+        self,
+        dataset: Path,
+        file: Path,
+        preprocessing: Preprocessing,
+        step: PruneChannels,
+        facts: ModelFacts | None = None,
+    ) -> None:
+        """Write `file` (.npy); `facts` say which class a label's name is.
+
+        Raises InvalidRequest (`too_few_images`) where not one batch is left to train on.
+        """
         images = ImageSet(dataset)
         height, width = preprocessing.size
         shape = (images.count, len(preprocessing.mean), height, width)
-        save_images(file, (fitted(chunk, preprocessing) for chunk in images.chunks(images.count)), shape)
+        save_images(file, fitted_images(images, images.count, preprocessing), shape)
         self._images: NDArray[np.uint8] = np.load(file, mmap_mode="r", allow_pickle=False)
-        self.labels = images.labels(images.count)
+        self.labels = images.labels(images.count, facts)
         self._preprocessing = preprocessing
         self._batch_size = step.batch_size
         self._trained = images.count - min(

@@ -55,7 +55,9 @@ def prune_channels(step: PruneChannels, context: StepContext) -> StepOutcome:
     network, teacher = read_network(path), read_network(context.original / MODEL_FILE)
     check_same(network, path, threads=context.threads)
     with TemporaryDirectory(dir=context.target.parent, prefix="images-") as work:
-        images = TrainingImages(context.training_images, Path(work) / "images.npy", preprocessing, step)
+        images = TrainingImages(
+            context.training_images, Path(work) / "images.npy", preprocessing, step, context.facts
+        )
         context.progress(_CHECKED, "reading the network")
         before = find_channels(network)
         counts = prune(
