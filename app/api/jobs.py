@@ -21,6 +21,7 @@ from app.services.jobs import JobFilter, Submission
 from app.services.planning import Wish
 from app.spec.compression import CompressionSpec
 from app.spec.documented import Documented
+from app.spec.recipes import RecipeDatasets
 from app.spec.report import Report, Verdict
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=IdempotentRoute)
@@ -52,6 +53,8 @@ class PlanRequest(Documented):
     """Id of the model to compress."""
     recipe: str | None = None
     """Name of a recipe (`GET /v1/recipes`). Give this or `spec`."""
+    datasets: RecipeDatasets | None = None
+    """What a recipe works on in place of the text that ships with Modelpress. A spec names its own."""
     spec: CompressionSpec | None = None
     """What to do, in full (`GET /v1/techniques` lists the steps there are). Give this or `recipe`."""
 
@@ -59,11 +62,15 @@ class PlanRequest(Documented):
     def _one_of_the_two(self) -> PlanRequest:
         if (self.recipe is None) == (self.spec is None):
             raise ValueError('give either "recipe" (a name) or "spec" (an object), and not both')
+        if self.datasets is not None and self.recipe is None:
+            raise ValueError(
+                "datasets are for a recipe: a spec names them in calibration, training and evaluation"
+            )
         return self
 
     def wish(self) -> Wish:
         """What the services are asked for."""
-        return Wish(self.model, self.recipe, self.spec)
+        return Wish(self.model, self.recipe, self.spec, self.datasets)
 
 
 class CancelRequest(Documented):

@@ -14,9 +14,16 @@ from app.spec.dataset_checks import DatasetFacts, check_datasets
 from app.spec.distill import DistillLogits, StudentFromModel
 from app.spec.facts import ModelFacts
 from app.spec.image_set import ImageSetFacts
-from app.spec.recipes import Recipe
+from app.spec.recipes import Recipe, RecipeDatasets
 from app.spec.text_set import TextSetFacts
 from app.spec.tokenizer_files import check_tokenizer
+
+_IN_RECIPE = {
+    "/calibration/dataset": "/datasets/calibration",
+    "/training/dataset": "/datasets/training",
+    "/evaluation/text/dataset": "/datasets/evaluation",
+}
+"""Where a recipe is told of a dataset, by its place in a spec."""
 
 
 def read_facts(model: Model) -> ModelFacts:
@@ -25,15 +32,12 @@ def read_facts(model: Model) -> ModelFacts:
 
 
 def fitting_spec(
-    session: Session, model: Model, facts: ModelFacts, *, recipe: Recipe | None, spec: CompressionSpec | None
+    session: Session, model: Model, facts: ModelFacts, spec: CompressionSpec | None
 ) -> tuple[CompressionSpec, dict[str, ModelFacts]]:
     """The spec to run, and the facts of uploaded students by id; datasets and students stay until the transaction ends.
 
-    Raises UnsupportedForModel with every fault, pointing into `/spec`, or at `/recipe`.
+    Raises UnsupportedForModel with every fault, pointing into `/spec`.
     """
-    files = {file.path for file in model_queries.list_model_files(session, model.id)}
-    if recipe is not None:
-        return _of_recipe(recipe, facts, files), {}
     if spec is None:
         raise InvalidRequest("Give a recipe or a spec.", faults=[Fault("", "Give `recipe` or `spec`.")])
     students, missing = _students(session, spec)
@@ -43,22 +47,34 @@ def fitting_spec(
         *unknown,
         *check_spec(spec, facts, students),
         *check_datasets(spec, facts, sets),
-        *check_tokenizer(spec, facts, files),
+        *check_tokenizer(spec, facts, _files_of(session, model)),
     ]
     _refuse(facts, [Fault("/spec" + fault.pointer, fault.detail) for fault in faults])
     return spec, students
 
 
-def _of_recipe(recipe: Recipe, facts: ModelFacts, files: set[str]) -> CompressionSpec:
-    """A recipe's spec for this model, without the limits that are meant for other families."""
+def spec_of_recipe(
+    session: Session, model: Model, facts: ModelFacts, recipe: Recipe, datasets: RecipeDatasets
+) -> tuple[CompressionSpec, dict[str, ModelFacts]]:
+    """The same of a recipe: its spec without the limits that are meant for other families, and no students.
+
+    Raises UnsupportedForModel with every fault, pointing at `/recipe` or into `/datasets`.
+    """
     if facts.family not in recipe.families:
         served = " and ".join(sorted(recipe.families))
         _refuse(facts, [Fault("/recipe", f"{recipe.name} is for {served} models.")])
     limits = applicable_acceptance(recipe.spec.acceptance, facts)
-    spec = recipe.spec.model_copy(update={"acceptance": limits})
-    faults = [*check_spec(spec, facts), *check_tokenizer(spec, facts, files)]
+    spec = recipe.on(datasets).model_copy(update={"acceptance": limits})
+    faults = [*check_spec(spec, facts), *check_tokenizer(spec, facts, _files_of(session, model))]
     _refuse(facts, [Fault("/recipe", f"{f.pointer}: {f.detail}") for f in faults])
-    return spec
+    unknown, sets = _datasets(session, spec)
+    found = [*unknown, *check_datasets(spec, facts, sets)]
+    _refuse(facts, [Fault(_IN_RECIPE.get(f.pointer, "/recipe"), f.detail) for f in found])
+    return spec, {}
+
+
+def _files_of(session: Session, model: Model) -> set[str]:
+    return {file.path for file in model_queries.list_model_files(session, model.id)}
 
 
 def _refuse(facts: ModelFacts, faults: list[Fault]) -> None:

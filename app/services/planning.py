@@ -10,22 +10,23 @@ from sqlalchemy.orm import Session
 from app.db import model_queries, worker_queries
 from app.db.tables import Model
 from app.errors import Fault, InvalidRequest, NotFound, UnsupportedForModel
-from app.services.compatibility import fitting_spec, read_facts
+from app.services.compatibility import fitting_spec, read_facts, spec_of_recipe
 from app.spec.compression import CompressionSpec
 from app.spec.facts import ModelFacts
 from app.spec.plan import Plan, nearest_spec, plan_job
-from app.spec.recipes import RECIPES, Recipe
+from app.spec.recipes import RECIPES, Recipe, RecipeDatasets
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What a user asks for: a model, and either the name of a recipe or a spec."""
+    """What a user asks for: a model, and either the name of a recipe, on some datasets, or a spec."""
 
     model_id: str
     recipe: str | None = None
     spec: CompressionSpec | None = None
+    datasets: RecipeDatasets | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,10 @@ def plan_wish(session: Session, wish: Wish) -> Planned:
         raise NotFound(f"There is no model {wish.model_id}.", hint="GET /v1/models lists those there are.")
     facts = read_facts(model)
     recipe = None if wish.recipe is None else find_recipe(wish.recipe)
-    spec, students = fitting_spec(session, model, facts, recipe=recipe, spec=wish.spec)
+    if recipe is not None:
+        spec, students = spec_of_recipe(session, model, facts, recipe, wish.datasets or RecipeDatasets())
+    else:
+        spec, students = fitting_spec(session, model, facts, wish.spec)
     plan = _plan(session, model, spec, facts, students)
     nearest = None
     if not plan.fits:

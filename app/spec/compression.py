@@ -57,13 +57,16 @@ STEP_CLASSES: tuple[type[Step], ...] = (
 )
 
 
+DatasetId = Annotated[str, Field(pattern=r"^dst_[0-9a-z]+$")]
+
+
 class TextSource(Frozen):
     """Where text comes from: an uploaded dataset, or the English prose that ships with Modelpress.
 
     For models of images, an uploaded dataset of images; none ship with Modelpress.
     """
 
-    dataset: Annotated[str, Field(pattern=r"^dst_[0-9a-z]+$")] | None = None
+    dataset: DatasetId | None = None
     """Id of an uploaded dataset. Null: the built-in text; fine to try things out, not for a model of another
     language or purpose."""
 

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from app.spec.base import TEXT_FAMILIES, Family
-from app.spec.compression import Acceptance, CompressionSpec
+from app.spec.base import TEXT_FAMILIES, Family, Frozen
+from app.spec.compression import Acceptance, CompressionSpec, DatasetId, TextSource
 from app.spec.distill import DistillLogits, StudentFromPreviousStep
 from app.spec.gguf import QuantizeGguf
 from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneCalibrated, PruneDepth
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_onnx import QuantizeOnnx
+
+
+class RecipeDatasets(Frozen):
+    """Datasets of your own for a recipe; models of images need them, since none ship with Modelpress."""
+
+    calibration: DatasetId | None = None
+    """Id of what to calibrate on, in recipes that do."""
+    training: DatasetId | None = None
+    """Id of what to train on, in recipes that do."""
+    evaluation: DatasetId | None = None
+    """Id of what to judge the result on. Not what it was calibrated or trained on."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,19 @@ class Recipe:
     spec: CompressionSpec
     families: frozenset[Family] = TEXT_FAMILIES
 
+    def on(self, datasets: RecipeDatasets) -> CompressionSpec:
+        """The spec, to be carried out on these datasets."""
+        text = TextSource(dataset=datasets.evaluation)
+        return self.spec.model_copy(
+            update={
+                "calibration": TextSource(dataset=datasets.calibration),
+                "training": TextSource(dataset=datasets.training),
+                "evaluation": self.spec.evaluation.model_copy(update={"text": text}),
+            }
+        )
+
+
+_OF_IMAGES = frozenset({Family.IMAGE_CLASSIFIER})
 
 _ALL = (
     Recipe(
@@ -135,6 +159,34 @@ _ALL = (
         summary="ONNX with dynamic int8, for CPUs",
         reason="The quickest way to serve an encoder on CPUs: onnxruntime, no PyTorch at run time.",
         spec=CompressionSpec(steps=(OptimizeOnnx(),), acceptance=Acceptance(min_cosine=0.95)),
+    ),
+    Recipe(
+        name="image-cpu-int8",
+        summary="ONNX of an image classifier for CPUs: every convolution and linear layer in int8, static (QDQ)",
+        reason="What onnxruntime runs in integers from end to end, for ResNet, MobileNet, ViT and DeiT. Calibrate on images of the "
+        "kind the model will see.",
+        spec=CompressionSpec(
+            steps=(QuantizeOnnx(method="qdq"),), acceptance=Acceptance(min_top1_agreement=0.95)
+        ),
+        families=_OF_IMAGES,
+    ),
+    Recipe(
+        name="vit-int8",
+        summary="8-bit weights in the blocks of a vision transformer, one scale per output channel",
+        reason="A quarter of a float32 model's blocks, and needs no calibration. Loads with transformers.",
+        spec=CompressionSpec(
+            steps=(QuantizeWeights(bits=8),), acceptance=Acceptance(min_top1_agreement=0.95)
+        ),
+        families=_OF_IMAGES,
+    ),
+    Recipe(
+        name="vit-int4",
+        summary="4-bit weights in the blocks of a vision transformer, groups of 32, calibrated",
+        reason="The smallest of these, calibrated so that it stays closer to the original than rounding alone. Loads with transformers.",
+        spec=CompressionSpec(
+            steps=(QuantizeCalibrated(bits=4, group_size=32),), acceptance=Acceptance(min_top1_agreement=0.9)
+        ),
+        families=_OF_IMAGES,
     ),
 )
 
