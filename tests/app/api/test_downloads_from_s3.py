@@ -139,15 +139,14 @@ def test_a_client_shows_the_store_none_of_its_credentials(
     s3_server: S3Server,
     use_s3: UseS3,
     request: pytest.FixtureRequest,
-    settings: Settings,
     add_model: Callable[..., str],
+    make_key: Callable[..., str],
     tmp_path: Path,
 ) -> None:
     with recording_server(CONTENT) as (public_url, asked):
         use_s3(s3_server, s3_public_endpoint_url=public_url)
         service: str = request.getfixturevalue("server_url")
-        with Client(service) as client:
-            client._http.headers["Authorization"] = "Bearer mp_secret"
+        with Client(service, key=make_key()) as client:
             job = make_job(client._http, add_model())
             artifact = next(a for a in job["artifacts"] if a["path"] == NAME)
             client.download(artifact, tmp_path / "weights.bin")
