@@ -314,7 +314,7 @@ def test_each_bad_model_gets_its_code_and_leaves_nothing_behind(
 def test_every_code_is_met_by_a_test_and_has_a_hint() -> None:
     elsewhere = {
         "hash_mismatch", "import_refused", "text_invalid", "file_too_large", "preprocessing_unknown",
-        "preprocessor_missing", "images_invalid", "onnx_unsupported",
+        "preprocessor_missing", "images_invalid", "onnx_unsupported", "labels_invalid", "picture_invalid",
     }  # fmt: skip
     assert {code for code, _ in BAD.values()} | elsewhere == set(get_args(Code)) == set(_HINTS)
 
