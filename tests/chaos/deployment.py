@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import psutil
-from conftest import Broker
+from servers import Broker
 from waiting import wait_until
 
 _SKEWED = (

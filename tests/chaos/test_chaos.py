@@ -21,9 +21,9 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import migrate, own_postgres
 from deployment import Deployment
 from faults import FAULTS, WORKERS, fill_disk
+from servers import migrate, own_postgres
 from waiting import wait_until
 from workload import Accepted, Workload
 
