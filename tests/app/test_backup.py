@@ -53,6 +53,8 @@ def _dump_and_restore(settings: Settings, target: Path, new_database: Callable[[
     with engine.begin() as connection:
         connection.exec_driver_sql("DROP SCHEMA public CASCADE")
         connection.exec_driver_sql("CREATE SCHEMA public")
+        # As createdb leaves it.
+        connection.exec_driver_sql("GRANT USAGE ON SCHEMA public TO PUBLIC")
     engine.dispose()
     subprocess.run(
         [programs / "pg_restore", "--no-owner", "--dbname", url, dump], check=True, capture_output=True
