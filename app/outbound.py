@@ -7,6 +7,7 @@ changes its mind in between leads nowhere else. Redirects are not followed; answ
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _CONNECT_SECONDS = 5.0
+_PRINTABLE = re.compile(r"[!-~]+")
 _SIXTOFOUR, _NAT64 = ipaddress.ip_network("2002::/16"), ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -54,6 +56,10 @@ class Bounds:
 
 def check_url(url: str) -> None:
     """Raise Refused unless it is an http or https URL with a host, and without credentials."""
+    if not _PRINTABLE.fullmatch(url):
+        raise Refused(
+            "It must be of printable ASCII: write other characters as %XX, and names of hosts as xn--."
+        )
     parts = urlsplit(url)
     try:
         port = parts.port

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, exists, func, select, update
+from sqlalchemy import ColumnElement, delete, exists, func, select, update
 from sqlalchemy.orm import Session
 
 from app.db.engine import db_now
@@ -79,7 +79,7 @@ def get_endpoint(session: Session, endpoint_id: str) -> WebhookEndpoint | None:
 
 def count_endpoints(session: Session) -> int:
     """How many there are."""
-    return len(session.scalars(select(WebhookEndpoint.id)).all())
+    return session.scalar(select(func.count(WebhookEndpoint.id))) or 0
 
 
 def list_endpoints(session: Session, *, limit: int, after: str | None) -> Sequence[WebhookEndpoint]:
@@ -150,19 +150,17 @@ def send_again(session: Session, message_id: str) -> None:
 
 def is_any_due(session: Session) -> bool:
     """Whether there is anything to take: asked every second, and so without a lock."""
-    due = (WebhookMessage.status == "pending", WebhookMessage.next_attempt_at <= db_now())
-    return bool(session.scalar(select(exists().where(*due))))
+    return bool(session.scalar(select(exists().where(*_due()))))
 
 
 def take_due(session: Session, *, limit: int, claim_seconds: float) -> list[Due]:
     """Take messages whose time has come for one attempt each. Who dies with one lets it be taken again after the claim."""
-    due = (WebhookMessage.status == "pending", WebhookMessage.next_attempt_at <= db_now())
     chosen = (
-        select(WebhookMessage.id).where(*due).order_by(WebhookMessage.next_attempt_at).limit(limit)
+        select(WebhookMessage.id).where(*_due()).order_by(WebhookMessage.next_attempt_at).limit(limit)
     ).scalar_subquery()
     taken = session.execute(
         update(WebhookMessage)
-        .where(WebhookMessage.id.in_(chosen), *due)
+        .where(WebhookMessage.id.in_(chosen), *_due())
         .values(attempts=WebhookMessage.attempts + 1, next_attempt_at=db_now() + claim_seconds)
         .returning(WebhookMessage.id)
         .execution_options(synchronize_session=False)
@@ -216,3 +214,7 @@ def end_attempt(
 def forget_old(session: Session, *, seconds_ago: float) -> None:
     """Delete messages that ended so long ago."""
     session.execute(delete(WebhookMessage).where(WebhookMessage.ended_at < db_now() - seconds_ago))
+
+
+def _due() -> tuple[ColumnElement[bool], ...]:
+    return (WebhookMessage.status == "pending", WebhookMessage.next_attempt_at <= db_now())

@@ -156,6 +156,10 @@ def test_an_answer_that_drips_ends_with_the_time_for_all_of_it(serve: Serve, hea
         "http://a:b@example.org/",
         "file:///etc/passwd",
         "http://x:99999/",
+        "http://example.org/\u00fc",
+        "http://\u00fc.example/",
+        "http://a\0b/",
+        "http://a/ b",
     ],
 )
 def test_urls_that_are_none_of_ours_are_refused(url: str) -> None:
