@@ -12,21 +12,22 @@ DEMO_ARGS ?=
 # Threads that spin while they wait take the core that another process needs; tests and benchmarks run several processes.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-# Processes that share the tests of the engine, which start no servers.
+# Processes that share the tests of the engine and of the API. Others drive whole services: by themselves.
 WORKERS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 TORCH := $(shell grep "^torch==" requirements.lock)
 
-# $(call tests,MARKERS): the engine's tests in parallel, then all others; where ARGS names files, those alone.
+# $(call tests,MARKERS): those in parallel, then all others; where ARGS names files, those alone.
 # That ARGS finds nothing in one of the two is no failure (pytest's status 5).
 PYTEST := $(BIN)/pytest -q
+SHARED := tests/engine tests/app
 define tests
 	$(if $(findstring tests/,$(ARGS)),$(PYTEST) -m "$(1)" $(ARGS),\
-	$(PYTEST) -m "$(1)" -n $(WORKERS) --dist loadgroup $(ARGS) tests/engine; first=$$?; \
+	$(PYTEST) -m "$(1)" -n $(WORKERS) --dist loadgroup $(ARGS) $(SHARED); first=$$?; \
 	test $$first -eq 0 || test $$first -eq 5 || exit $$first; \
-	$(PYTEST) -m "$(1)" --ignore=tests/engine $(ARGS); second=$$?; \
+	$(PYTEST) -m "$(1)" $(SHARED:%=--ignore=%) $(ARGS); second=$$?; \
 	test $$first -eq 0 && test $$second -eq 5 || exit $$second)
 endef
 

@@ -30,6 +30,13 @@ from app.storage import ArtifactStore, forget_store, get_store
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep together what shares a costly fixture: the tests of a file, and of the contract those of one run."""
+    for item in items:
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")  # type: ignore[attr-defined]
+        item.add_marker(pytest.mark.xdist_group(str(case or item.path)))
+
+
 def forget_process_state() -> None:
     """Drop what a process keeps for its lifetime, so that the next test reads its own environment."""
     from app.queue import get_celery

@@ -14,13 +14,6 @@ from tiny_models import tiny_model, write_text
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together what shares a costly fixture: the tests of a file, and of the contract those of one run."""
-    for item in items:
-        case = getattr(item, "callspec", None) and item.callspec.params.get("case")  # type: ignore[attr-defined]
-        item.add_marker(pytest.mark.xdist_group(str(case or item.path)))
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The directory of the tiny model of an architecture. Shared by all tests: read it, never write to it."""
