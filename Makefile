@@ -12,7 +12,7 @@ DEMO_ARGS ?=
 # Threads that spin while they wait take the core that another process needs; tests and benchmarks run several processes.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-# Processes that share the tests of the engine and of the API. Others drive whole services: by themselves.
+# Processes that share the tests. Those that bound seconds run by themselves afterwards.
 WORKERS ?= 2
 
 BIN := .venv/bin
@@ -22,12 +22,11 @@ TORCH := $(shell grep "^torch==" requirements.lock)
 # $(call tests,MARKERS): those in parallel, then all others; where ARGS names files, those alone.
 # That ARGS finds nothing in one of the two is no failure (pytest's status 5).
 PYTEST := $(BIN)/pytest -q
-SHARED := tests/engine tests/app
 define tests
 	$(if $(findstring tests/,$(ARGS)),$(PYTEST) -m "$(1)" $(ARGS),\
-	$(PYTEST) -m "$(1)" -n $(WORKERS) --dist loadgroup $(ARGS) $(SHARED); first=$$?; \
+	$(PYTEST) -m "not timed and $(1)" -n $(WORKERS) --dist loadgroup $(ARGS); first=$$?; \
 	test $$first -eq 0 || test $$first -eq 5 || exit $$first; \
-	$(PYTEST) -m "$(1)" $(SHARED:%=--ignore=%) $(ARGS); second=$$?; \
+	$(PYTEST) -m "timed and $(1)" $(ARGS); second=$$?; \
 	test $$first -eq 0 && test $$second -eq 5 || exit $$second)
 endef
 

@@ -16,9 +16,11 @@ from waiting import wait_until
 
 from app.queue import enqueue_job, get_celery
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timed]
 
 Start = Callable[[str], Service]
+# What is tested here is the worker's part, and that is the same over either database.
+ON_POSTGRESQL = pytest.mark.parametrize("any_database", ["postgresql"], indirect=True)
 # Few tokens: what is tested is the service, not the figures.
 EVALUATION = {"tokens": 256, "sequence_length": 64, "latency_rounds": 3}
 QUANTIZE = {"steps": [{"technique": "quantize.weights", "bits": 8}], "evaluation": EVALUATION}
@@ -48,23 +50,27 @@ def test_a_killed_worker_loses_nothing_and_repeats_no_stage(
     _check_clean(service, job_id)
 
 
+@pytest.mark.parametrize(
+    ("any_database", "any_broker"), [("sqlite", "valkey"), ("postgresql", "redis")], indirect=True
+)
 def test_a_broker_that_dies_with_its_data_costs_a_sweep_and_no_job(
     start_service: Start, any_broker: Any, tiny_llama: Path
 ) -> None:
     service = start_service(any_broker.url)
     model_id = service.upload(tiny_llama)
-    waiting = [service.submit(model_id, spec=QUANTIZE) for _ in range(2)]
+    waiting = service.submit(model_id, spec=QUANTIZE)
     any_broker.kill()
     unsent = service.submit(model_id, spec=QUANTIZE)
     any_broker.start()
     worker = service.start_worker()
-    for job_id in (*waiting, unsent):
+    for job_id in (waiting, unsent):
         assert service.wait_for(job_id, "succeeded", "failed")["status"] == "succeeded"
         assert service.job(job_id)["attempt"] == 1
         _check_clean(service, job_id)
     assert worker.process.poll() is None
 
 
+@ON_POSTGRESQL
 def test_a_worker_survives_its_broker(start_service: Start, valkey: Any, tiny_llama: Path) -> None:
     service = start_service(valkey.url)
     service.start_worker()
@@ -121,6 +127,7 @@ def test_a_running_job_is_cancelled_within_two_seconds(
     assert service.client.get(f"/v1/jobs/{job_id}/result").status_code == 409
 
 
+@ON_POSTGRESQL
 def test_a_training_that_is_stopped_leaves_its_best_state_and_a_job_that_succeeds(
     start_service: Start, valkey: Any, tiny_llama: Path
 ) -> None:
@@ -160,6 +167,7 @@ def test_the_same_message_twice_runs_a_job_once(start_service: Start, valkey: An
     _check_clean(service, job_id)
 
 
+@ON_POSTGRESQL
 def test_a_worker_told_to_leave_gives_its_job_back(
     start_service: Start, valkey: Any, tiny_llama: Path
 ) -> None:
@@ -178,6 +186,7 @@ def test_a_worker_told_to_leave_gives_its_job_back(
     assert (job["status"], job["attempt"]) == ("succeeded", 1)
 
 
+@ON_POSTGRESQL
 def test_a_worker_that_hears_no_messages_ends_so_that_another_can_start(
     start_service: Start, valkey: Any, tiny_llama: Path
 ) -> None:

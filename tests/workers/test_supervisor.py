@@ -18,6 +18,8 @@ from app.storage import get_store
 from workers import supervisor
 from workers.scratch import Scratch
 
+pytestmark = pytest.mark.timed
+
 ALL = len(STAGES)
 FINISHED = ("emit", {"type": "finished", "verdict": "accepted"})
 
