@@ -35,14 +35,17 @@ from workers.engine.distill.preparation import student_directory
 from workers.engine.distill.texts import stream_text
 from workers.engine.technique import StepContext, StepOutcome, run_step
 
+# The clock ends both, and the learning rate follows the clock: as many steps as 18 minutes hold.
 ENCODER = DistillLogits(
     student=StudentFromDepthCut(drop_ratio=0.5),
     batch_size=32,
-    max_steps=300,
+    max_steps=5000,
+    max_seconds=1080,
     learning_rate=5e-4,
     hidden_weight=1.0,
+    evaluate_every=50,
+    patience=100,
 )
-# The clock ends it, and the learning rate follows the clock: as many steps as 18 minutes hold.
 LANGUAGE_MODEL = DistillLogits(
     student=StudentFromDepthCut(drop_ratio=0.2),
     max_steps=5000,
