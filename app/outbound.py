@@ -60,11 +60,11 @@ def check_url(url: str) -> None:
         raise Refused(
             "It must be of printable ASCII: write other characters as %XX, and names of hosts as xn--."
         )
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        port = 0
+        raise Refused("It is no URL: its host or its port cannot be read.") from None
     if parts.scheme not in ("https", "http") or not parts.hostname or port == 0:
         raise Refused("It must be an absolute http:// or https:// URL.")
     if parts.username is not None or parts.password is not None:

@@ -118,7 +118,7 @@ class _Attempt:
         except CancelRequested:
             return "cancelled" if self.lease.write(job_claims.end_cancelled) else "lost"
         except Draining:
-            return "queued" if self.lease.write(job_claims.release) else "lost"
+            return self.lease.write(job_claims.release) or "lost"
         except ModelpressError as error:
             if isinstance(error, _DiskFull):
                 self.scratch.remove()

@@ -38,6 +38,9 @@ def is_open(path: str) -> bool:
 
 def required_role(method: str, path: str) -> Role:
     """The least role that may make a call."""
+    # No route holds control characters, and the router's patterns end before a last newline: these must not.
+    if not path.isprintable():
+        return Role.ADMINISTRATOR
     call = f"{method} {path}"
     return next((role for pattern, role in _ROLES if pattern.fullmatch(call)), Role.SUBMITTER)
 
@@ -48,6 +51,7 @@ class Authentication:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
         self._anonymous = settings.anonymous
+        self._public_host = _authority(settings.public_url)
         self._lookups = CapacityLimiter(_MAX_LOOKUPS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,7 +100,25 @@ class Authentication:
                 "Without a key this service answers its own machine alone.",
                 hint="Set MODELPRESS_ANONYMOUS=false and make keys with `modelpress keys create`.",
             )
+        if not self._is_addressed_to_us(Headers(scope=scope)):
+            raise Unauthenticated(
+                "Without a key this service answers no web page of another site, and no name of the open internet.",
+                hint="Call it by localhost or 127.0.0.1, set MODELPRESS_PUBLIC_URL to the URL it has, or send a key.",
+            )
         return ANONYMOUS
+
+    def _is_addressed_to_us(self, headers: Headers) -> bool:
+        """Whether no page of a stranger's can be behind a call that a browser on this machine makes.
+
+        Such a page has an origin of its own, or reaches us by a name of its own that leads here (DNS rebinding).
+        """
+        host = headers.get("host", "")
+        origin = headers.get("origin")
+        if origin is not None and _authority(origin) not in (host, self._public_host):
+            return False
+        name = re.sub(r":\d+$", "", host)
+        is_public_name = "." in name and not re.fullmatch(r"[\d.]+|.*\.localhost|\[.*\]", name)
+        return not is_public_name or host == self._public_host
 
 
 def _identify(token: str) -> Principal:
@@ -108,6 +130,11 @@ def _identify(token: str) -> Principal:
 
         return oidc.authenticate(get_database(), settings, token)
     return keys.authenticate(get_database(), settings, token)
+
+
+def _authority(url: str) -> str:
+    """Host and port as they stand in a URL, empty where there is none."""
+    return url.partition("://")[2].partition("/")[0]
 
 
 def _require(principal: Principal, role: Role) -> None:

@@ -11,7 +11,7 @@ router = APIRouter(prefix="/health", tags=["ops"])
 
 
 @router.get("/live", operation_id="get_liveness", summary="Is this process alive?")
-def get_liveness() -> dict[str, str]:
+async def get_liveness() -> dict[str, str]:
     """Say that this process answers. Asks no dependency: a broken database is no reason to restart the API."""
     return {"status": "ok"}
 

@@ -11,14 +11,15 @@ from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.types import Float
 
 from app.db import tenancy
-from app.errors import Unavailable
+from app.errors import InvalidRequest, Unavailable
 from app.settings import get_settings
 
 _AFTER_COMMIT = "after_commit"
@@ -140,6 +141,17 @@ def _translated() -> Iterator[None]:
     """Turn a database that does not answer into an error a client can act on."""
     try:
         yield
+    except PoolTimeout as error:
+        raise Unavailable(
+            "All connections to the database are in use.",
+            code="database_busy",
+            hint="Try again in a few seconds.",
+        ) from error
+    except DataError as error:
+        raise InvalidRequest(
+            "The database cannot store or look for one of these values.",
+            hint="Leave out NUL characters, and numbers beyond 64 bits.",
+        ) from error
     except DBAPIError as error:
         if not (isinstance(error, OperationalError) or error.connection_invalidated):
             raise

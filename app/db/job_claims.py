@@ -24,6 +24,7 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    true,
     update,
 )
 from sqlalchemy.orm import Session
@@ -31,6 +32,9 @@ from sqlalchemy.orm import Session
 from app.db.engine import db_now
 from app.db.job_queries import add_events
 from app.db.tables import Artifact, Job, JobStage
+
+# Nobody may claim a job that is to be cancelled: queued, it would stay for ever.
+_CANCELLED = Job.cancel_requested == true()
 
 
 @dataclass(frozen=True)
@@ -200,13 +204,13 @@ def give_back(session: Session, claim: Claim, error: dict[str, Any], *, delay_se
         update(Job)
         .where(*_held(claim))
         .values(
-            status=case((last, "failed"), else_="queued"),
+            status=case((_CANCELLED, "cancelled"), (last, "failed"), else_="queued"),
             error=error,
             lease_owner=None,
             lease_until=None,
             dispatched_at=None,
             run_after=db_now() + delay_seconds,
-            ended_at=case((last, db_now()), else_=null()),
+            ended_at=case((or_(_CANCELLED, last), db_now()), else_=null()),
         )
         .returning(Job.status)
     ).one_or_none()
@@ -216,19 +220,29 @@ def give_back(session: Session, claim: Claim, error: dict[str, Any], *, delay_se
     return str(row.status)
 
 
-def release(session: Session, claim: Claim) -> bool:
-    """Queue a job again because its worker shuts down; the attempt does not count. False: the lease is lost."""
+def release(session: Session, claim: Claim) -> str | None:
+    """Queue a job again because its worker shuts down, or end it if it was to be cancelled; the attempt does not count.
+
+    None: the lease is lost.
+    """
     row = session.execute(
         update(Job)
         .where(*_held(claim))
         .values(
-            status="queued", attempt=Job.attempt - 1, lease_owner=None, lease_until=None, dispatched_at=None
+            status=case((_CANCELLED, "cancelled"), else_="queued"),
+            ended_at=case((_CANCELLED, db_now()), else_=null()),
+            attempt=Job.attempt - 1,
+            lease_owner=None,
+            lease_until=None,
+            dispatched_at=None,
         )
-        .returning(Job.id)
+        .returning(Job.status)
     ).one_or_none()
-    if row is not None:
-        add_events(session, claim.job_id, [("status", {"status": "queued", "reason": "worker_shutdown"})])
-    return row is not None
+    if row is None:
+        return None
+    reason = {"reason": "worker_shutdown"} if row.status == "queued" else {}
+    add_events(session, claim.job_id, [("status", {"status": row.status, **reason})])
+    return str(row.status)
 
 
 def requests(session: Session, job_id: str) -> tuple[bool, bool]:

@@ -38,10 +38,12 @@ def tell(session: Session, job_id: str, tenant: str, status: dict[str, Any]) -> 
     event = f"job.{status['status']}"
     if event not in JOB_EVENTS:
         return
+    # Held, so that none of them is deleted before its message stands.
     endpoints = session.scalars(
-        select(WebhookEndpoint).where(
-            WebhookEndpoint.tenant_id == tenant, WebhookEndpoint.disabled_reason.is_(None)
-        )
+        select(WebhookEndpoint)
+        .where(WebhookEndpoint.tenant_id == tenant, WebhookEndpoint.disabled_reason.is_(None))
+        .order_by(WebhookEndpoint.id)
+        .with_for_update(read=True, key_share=True)
     ).all()
     wanted = [endpoint.id for endpoint in endpoints if event in endpoint.events]
     if not wanted:

@@ -20,7 +20,10 @@ def announce(
 ) -> None:
     """Write down that a worker is there, now."""
     seen = session.execute(
-        update(Worker).where(Worker.id == worker_id).values(seen_at=db_now()).returning(Worker.id)
+        update(Worker)
+        .where(Worker.id == worker_id)
+        .values(seen_at=db_now(), queues=queues, hardware=hardware, sandbox=sandbox)
+        .returning(Worker.id)
     ).one_or_none()
     if seen is None:
         session.add(Worker(id=worker_id, queues=queues, hardware=hardware, sandbox=sandbox))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from app.intake.limits import ArchiveLimits
-from app.intake.names import may_be_kept, safe_path
+from app.intake.names import may_be_kept, refuse_file_as_folder, safe_path
 from app.intake.refusals import refused
 from app.intake.tar_reader import read_tar
 from app.intake.zip_reader import read_zip
@@ -30,6 +30,7 @@ def unpack(path: Path, kind: ArchiveKind, *, write: WriteFile, max_bytes: int) -
     limits = ArchiveLimits(max_bytes=max_bytes, archive_bytes=path.stat().st_size)
     entries = read_zip(path, limits) if kind == "zip" else read_tar(path, limits, gzipped=kind == "tar.gz")
     seen: set[str] = set()
+    folders: set[str] = set()
     written: list[str] = []
     skipped: list[str] = []
     for entry in entries:
@@ -38,6 +39,7 @@ def unpack(path: Path, kind: ArchiveKind, *, write: WriteFile, max_bytes: int) -
         if name.casefold() in seen:
             raise refused("archive_duplicate", f"{name[:100]!r} is in the archive twice.")
         seen.add(name.casefold())
+        refuse_file_as_folder(name.casefold(), seen, folders)
         if may_be_kept(name):
             write(name, entry.chunks)
             written.append(name)

@@ -11,17 +11,24 @@ class ByteStream:
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
         self._held = b""
+        self._at = 0
         self.consumed = 0
         """Bytes that were read."""
 
     def read(self, size: int) -> bytes:
         """So many bytes, or fewer at the end."""
-        parts, have = [self._held], len(self._held)
+        if self._at + size <= len(self._held):
+            piece = self._held[self._at : self._at + size]
+            self._at += size
+            self.consumed += size
+            return piece
+        parts = [self._held[self._at :]]
+        have = len(parts[0])
         while have < size and (piece := next(self._chunks, b"")):
             parts.append(piece)
             have += len(piece)
         whole = b"".join(parts)
-        self._held = whole[size:]
+        self._held, self._at = whole[size:], 0
         self.consumed += min(size, have)
         return whole[:size]
 

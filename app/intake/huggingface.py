@@ -13,7 +13,7 @@ from app.intake.config_values import config_integer, config_labels
 from app.intake.image_models import check_image_shapes, image_values
 from app.intake.names import CONFIG, INDEX, PREPROCESSOR, Selection
 from app.intake.refusals import refused
-from app.intake.safetensors_header import read_header
+from app.intake.safetensors_header import MAX_TENSORS, read_header
 from app.intake.shapes import check_shapes
 from app.intake.strict_json import read_object
 from app.spec.architectures import ARCHITECTURES, Architecture, block_index
@@ -120,6 +120,8 @@ def _tensors(files: Mapping[str, Path], weights: tuple[str, ...]) -> tuple[Tenso
                 raise refused("duplicate_tensor", f"{tensor.name} is in {placed[tensor.name]} and in {name}.")
             placed[tensor.name] = name
             tensors.append(tensor)
+        if len(tensors) > MAX_TENSORS:
+            raise refused("header_invalid", f"The model has more than {MAX_TENSORS} tensors.")
     if INDEX in files and len(weights) > 0 and weights[0] != "model.safetensors":
         _check_index(files[INDEX], placed, set(weights))
     return tuple(tensors)

@@ -60,6 +60,15 @@ def safe_path(name: str) -> str:
     return "/".join(parts)
 
 
+def refuse_file_as_folder(name: str, files: Collection[str], folders: set[str]) -> None:
+    """Raise IntakeError where a name is a folder of another, or has a file for a folder; adds its folders to `folders`."""
+    parts = name.split("/")
+    above = {"/".join(parts[:depth]) for depth in range(1, len(parts))}
+    if name in folders or not above.isdisjoint(files):
+        raise refused("archive_duplicate", f"{name[:100]!r} is a file and a folder.")
+    folders |= above
+
+
 def _unsafe(name: str, parts: list[str]) -> str | None:
     if _CONTROL.search(name):
         return "has characters no file name should have"

@@ -20,6 +20,8 @@ _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # Markers without a length.
 _BARE = frozenset(range(0xD0, 0xD8)) | {0x01}
 _END_OF_HEADER = frozenset({0xD9, 0xDA})
+# Fill bytes count as such: they are read one by one.
+_MOST_MARKERS = 100_000
 
 
 @dataclass(frozen=True)
@@ -87,21 +89,23 @@ def _webp(stream: ByteStream) -> tuple[int, int]:
 def _jpeg(stream: ByteStream, head: bytes) -> tuple[int, int]:
     """Go from marker to marker up to the one that begins the frame."""
     held = _Held(stream, head[2:])
-    while True:
-        if held.read(1) != b"\xff":
-            raise ValueError("no header of this format")
-        marker = 0xFF
-        while marker == 0xFF:
-            (marker,) = struct.unpack("B", held.read(1))
-        if marker in _END_OF_HEADER:
-            raise ValueError("no header of this format")
-        if marker in _BARE:
+    is_marked = False
+    for _ in range(_MOST_MARKERS):
+        if not is_marked and held.read(1) != b"\xff":
+            break
+        (marker,) = struct.unpack("B", held.read(1))
+        # Any number of them may fill the space before a marker.
+        is_marked = marker == 0xFF
+        if is_marked or marker in _BARE:
             continue
+        if marker in _END_OF_HEADER:
+            break
         (length,) = struct.unpack(">H", held.read(2))
         if marker in _FRAMES:
             _, height, width = struct.unpack(">BHH", held.read(5))
             return height, width
         held.skip(length - 2)
+    raise ValueError("no header of this format")
 
 
 class _Held:

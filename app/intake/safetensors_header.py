@@ -20,7 +20,7 @@ from app.spec.facts import BYTES_PER_ELEMENT, TensorFact
 
 # A shard of 5 GB with a tensor for every 10 kB has half of this. The format itself allows 100 MB.
 _MAX_HEADER_BYTES = 16 * 2**20
-_MAX_TENSORS = 200_000
+MAX_TENSORS = 200_000
 _MAX_DIMENSIONS = 8
 _NAME = re.compile(r"[!-~]{1,256}")
 
@@ -69,7 +69,7 @@ def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
 
 def _tensors(header: dict[str, Any], data_bytes: int, name: str) -> tuple[TensorFact, ...]:
     header.pop("__metadata__", None)
-    if not 0 < len(header) <= _MAX_TENSORS:
+    if not 0 < len(header) <= MAX_TENSORS:
         raise refused("header_invalid", f"{name} has {len(header)} tensors.")
     places = sorted(
         (_place(key, entry, name) for key, entry in header.items()), key=lambda p: (p.start, p.end)

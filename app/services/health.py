@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any, Literal
 
+import structlog
 from pydantic import Field
 
 from app.db import worker_queries
@@ -16,6 +17,8 @@ from app.settings import SANDBOX_LEVELS, SandboxLevel, Settings
 from app.spec.documented import Documented
 from app.storage import get_store
 from app.storage.disk import probe_disk
+
+_log = structlog.get_logger(__name__)
 
 _SANDBOX_DETAILS: dict[SandboxLevel, str] = {
     "namespaces": "jobs run in namespaces of their own, without network",
@@ -46,25 +49,31 @@ class Readiness(Documented):
 def check_readiness(settings: Settings) -> Readiness:
     """Ask database, broker, storage and workers."""
     checks = {
-        "database": _guarded(_database),
-        "storage": _guarded(lambda: _storage(settings)),
-        "broker": _guarded(lambda: _broker(settings), required=False),
-        "workers": _guarded(_workers, required=False),
-        "sandbox": _guarded(lambda: _sandbox(settings), required=False),
+        "database": _guarded("database", _database),
+        "storage": _guarded("storage", lambda: _storage(settings)),
+        "broker": _guarded("broker", lambda: _broker(settings), required=False),
+        "workers": _guarded("workers", _workers, required=False),
+        "sandbox": _guarded("sandbox", lambda: _sandbox(settings), required=False),
     }
     if any(not check.ok and check.required for check in checks.values()):
         return Readiness(status="unavailable", checks=checks)
     return Readiness(status="ready" if all(c.ok for c in checks.values()) else "degraded", checks=checks)
 
 
-def _guarded(check: Callable[[], Check], *, required: bool = True) -> Check:
-    """A check that fails says so; it never makes the answer itself fail."""
+def _guarded(name: str, check: Callable[[], Check], *, required: bool = True) -> Check:
+    """A check that fails says so; it never makes the answer itself fail.
+
+    Everybody may ask: names of hosts, buckets and directories are for the log.
+    """
     try:
         return check().model_copy(update={"required": required})
     except ModelpressError as error:
-        return Check(ok=False, required=required, detail=error.detail)
-    except OSError as error:
-        return Check(ok=False, required=required, detail=f"{type(error).__name__}: {error.strerror or error}")
+        _log.warning("not_ready", check=name, code=error.code, error=error.detail)
+        why = error.code
+    except Exception as error:  # noqa: BLE001 - logged with its trace
+        _log.exception("not_ready", check=name)
+        why = type(error).__name__
+    return Check(ok=False, required=required, detail=f"fails ({why}); the API's log says more")
 
 
 def _database() -> Check:

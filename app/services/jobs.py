@@ -113,7 +113,7 @@ def cancel_job(session: Session, job_id: str) -> JobView:
     Raises NotFound; Conflict when it has succeeded or failed.
     """
     job = require_job(session, job_id)
-    if not (job.cancel_requested or job.status == "cancelled"):
+    if job.status == "queued" or not (job.cancel_requested or job.status == "cancelled"):
         status = job_moves.request_cancel(session, job_id)
         session.refresh(job)
         if status is None and job.status != "cancelled":
@@ -150,11 +150,11 @@ def retry_job(session: Session, job_id: str) -> JobView:
     Raises NotFound; Conflict in any other state, or when its model is gone; TooManyRequests.
     """
     job = require_job(session, job_id)
-    if model_queries.get_model_for_use(session, job.model_id) is None:
+    if (deleted := _deleted_input(session, job)) is not None:
         raise Conflict(
-            "The model of this job has been deleted.",
+            f"The {deleted} of this job has been deleted.",
             code="input_deleted",
-            hint="Upload the model again and post a new job.",
+            hint=f"Upload the {deleted} again and post a new job.",
         )
     # Asked before the quota, whose lock on the tenant must not wait for a worker that starts the job.
     if job.status not in ("failed", "cancelled"):
@@ -165,6 +165,18 @@ def retry_job(session: Session, job_id: str) -> JobView:
     _send_after_commit(session, job)
     session.refresh(job)
     return _view(session, job)
+
+
+def _deleted_input(session: Session, job: Job) -> str | None:
+    """What a job would need and is not there any more; what is there is held until the transaction ends."""
+    if model_queries.get_model_for_use(session, job.model_id) is None:
+        return "model"
+    spec = CompressionSpec.model_validate(job.spec)
+    student = spec.student_model_id()
+    if student is not None and model_queries.get_model_for_use(session, student) is None:
+        return "student"
+    found = (model_queries.get_dataset_for_use(session, dataset) for dataset in sorted(spec.dataset_ids()))
+    return "dataset" if any(dataset is None for dataset in found) else None
 
 
 def delete_job(session: Session, job_id: str) -> None:

@@ -21,7 +21,7 @@ from app.db.engine import Database, after_commit
 from app.db.tables import Model, ModelFile
 from app.errors import Conflict, IntakeError, InvalidRequest, NotFound
 from app.ids import new_id
-from app.intake.names import safe_path
+from app.intake.names import refuse_file_as_folder, safe_path
 from app.intake.read_model import ReadModel, read_model, read_single_file
 from app.services.imports import Fetched, fetch
 from app.services.quotas import require_storage
@@ -73,6 +73,9 @@ def create_from_files(stores: Stores, files: Mapping[str, str], name: str | None
                 safe_path(path): completed_upload(stores, upload_id)[1] for path, upload_id in files.items()
             }
         )
+        folders: set[str] = set()
+        for path in fetched.files:
+            refuse_file_as_folder(path, fetched.files.keys(), folders)
         if len(fetched.files) != len(files):
             raise InvalidRequest("Two of the files have the same path.", code="path_named_twice")
         return _create(stores, work, fetched, name, upload_ids)
@@ -229,8 +232,9 @@ def _create(
         )
         if result is not None:
             staged, skipped = unpacked, result.skipped
-        elif not fetched.single.lower().endswith(".gguf"):
-            staged = {fetched.single + ".gguf": only}
+        else:
+            is_named = fetched.single.lower().endswith(".gguf")
+            staged = {safe_path(fetched.single if is_named else f"{fetched.single}.gguf"): only}
     read = read_model({path: file.path for path, file in staged.items()}, skipped)
     files = {path: _staged_at(staged, at) for path, at in read.files.items()}
     model = _model(read, files, name or _default_name(fetched), fetched.source)

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from dataclasses import dataclass
+from itertools import takewhile
 
 import structlog
 
@@ -43,7 +44,9 @@ def sweep(database: Database, settings: Settings) -> Sweep:
     with database.write() as session:
         lost = job_moves.sweep_lost(session)
         due = job_moves.take_undispatched(session, stale_seconds=settings.redispatch_seconds)
-    unsent = [job_id for job_id, queue in due if not enqueue_job(job_id, queue)]
+    # Up to the first that the broker does not take: each attempt at one that is away takes seconds.
+    sent = list(takewhile(lambda job: enqueue_job(*job), due))
+    unsent = [job_id for job_id, _ in due[len(sent) :]]
     if unsent:
         with database.write() as session:
             job_moves.forget_dispatch(session, unsent)
@@ -51,7 +54,7 @@ def sweep(database: Database, settings: Settings) -> Sweep:
         remove_expired_uploads(session)
     for job in lost:
         _log.warning("job_lost", job_id=job.job_id, status=job.status)
-    return Sweep(len(lost), len(due) - len(unsent), remove_old_scratch(database, settings))
+    return Sweep(len(lost), len(sent), remove_old_scratch(database, settings))
 
 
 def sweep_forever(database: Database, settings: Settings, stop: threading.Event) -> None:
@@ -66,6 +69,9 @@ def sweep_forever(database: Database, settings: Settings, stop: threading.Event)
                 get_store().remove_unfinished(older_than_seconds=_UNFINISHED_SECONDS)
         except ModelpressError as error:
             _log.warning("sweep_failed", code=error.code, error=error.detail)
+        except Exception:  # noqa: BLE001 - logged with its trace
+            # This thread is the only one that takes jobs back: whatever happened, it goes on.
+            _log.exception("sweep_failed")
 
 
 def remove_old_scratch(database: Database, settings: Settings) -> int:

@@ -48,6 +48,9 @@ def deliver_forever(database: Database, settings: Settings, stop: threading.Even
                     queries.forget_old(session, seconds_ago=_KEPT_SECONDS)
         except ModelpressError as error:
             _log.warning("webhooks_failed", code=error.code, error=error.detail)
+        except Exception:  # noqa: BLE001 - logged with its trace
+            # This thread sends everybody's: whatever happened, it goes on.
+            _log.exception("webhooks_failed")
 
 
 def deliver_due(database: Database, settings: Settings) -> int:
@@ -82,7 +85,13 @@ def cloud_event(due: Due, public_url: str) -> bytes:
 
 
 def _attempt(database: Database, settings: Settings, due: Due) -> None:
-    status, error = _send(settings, due)
+    try:
+        status, error = _send(settings, due)
+    except Exception:  # noqa: BLE001 - logged with its trace
+        _log.exception("webhook_not_sent", message=due.id)
+        status, error = None, "It could not be sent; the service's log has the reason."
+    # PostgreSQL keeps no NUL in a text.
+    error = error and error.replace("\0", "")
     if status is not None and 200 <= status < 300:
         outcome, wait = "delivered", 0.0
     elif due.attempt > len(WAITS) or status == _GONE:

@@ -136,7 +136,7 @@ class Staging:
     def stray_uploads(self, *, older_than_seconds: float) -> Iterator[str]:
         """Ids of upload files nobody has written to for this long."""
         for path in sorted(self.upload_path("_").parent.iterdir()):
-            if time.time() - path.stat().st_mtime > older_than_seconds:
+            if _age_seconds(path) > older_than_seconds:
                 yield path.name
 
     def remove_stray_work(self, *, older_than_seconds: float) -> int:
@@ -145,8 +145,16 @@ class Staging:
         stray = [
             path
             for path in (work.iterdir() if work.exists() else ())
-            if time.time() - path.stat().st_mtime > older_than_seconds
+            if _age_seconds(path) > older_than_seconds
         ]
         for path in stray:
             shutil.rmtree(path, ignore_errors=True)
         return len(stray)
+
+
+def _age_seconds(path: Path) -> float:
+    """Since it was last written to; 0 for what somebody else has removed meanwhile."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -156,6 +156,8 @@ def test_an_answer_that_drips_ends_with_the_time_for_all_of_it(serve: Serve, hea
         "http://a:b@example.org/",
         "file:///etc/passwd",
         "http://x:99999/",
+        "http://[",
+        "https://[abc]/",
         "http://example.org/\u00fc",
         "http://\u00fc.example/",
         "http://a\0b/",

@@ -22,6 +22,7 @@ from app.access import Role
 from app.db import webhook_queries
 from app.db.engine import Database, get_database
 from app.db.tables import WebhookMessage
+from app.services import webhook_delivery
 from app.services.webhook_delivery import WAITS, deliver_due
 from app.settings import Settings, get_settings
 
@@ -34,6 +35,7 @@ class Receiver:
     def __init__(self) -> None:
         self.got: list[tuple[dict[str, str], bytes]] = []
         self.answer = 200
+        self.word = b"word"
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -43,7 +45,7 @@ class Receiver:
                 self.send_response(outer.answer)
                 self.send_header("content-length", "4")
                 self.end_headers()
-                self.wfile.write(b"word")
+                self.wfile.write(outer.word)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -158,6 +160,27 @@ def test_a_message_is_tried_ten_times_and_then_dead_and_can_be_replayed(
     assert (replayed.status_code, replayed.json()["status"]) == (202, "pending")
     assert deliver(any_database) == 1
     assert messages(client, webhook)[0]["status"] == "delivered"
+
+
+@pytest.mark.usefixtures("allowing")
+def test_whatever_breaks_while_a_message_is_sent_is_an_attempt_that_failed(
+    any_database: Database, client: TestClient, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    webhook = make(client, receiver.url)
+    client.post(webhook["urls"]["test"])
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError("nobody thought of this")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(webhook_delivery, "cloud_event", breaks)
+        assert deliver(any_database) == 1
+    (message,) = messages(client, webhook)
+    assert (message["status"], message["attempts"]) == ("pending", 1)
+    make_due(any_database)
+    receiver.answer, receiver.word = 500, b"w\0rd"
+    assert deliver(any_database) == 1
+    assert messages(client, webhook)[0]["error"] == "wrd"
 
 
 def test_the_attempts_span_three_days() -> None:

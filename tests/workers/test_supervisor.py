@@ -191,6 +191,27 @@ def test_sweeping_ends_a_cancelled_job_of_a_dead_worker(bench: Bench) -> None:
     assert job.error is None
 
 
+@pytest.mark.parametrize("ends_by", ["shutdown", "fault"])
+def test_a_job_whose_cancel_was_not_seen_yet_is_cancelled_and_never_queued_again(
+    bench: Bench, ends_by: str
+) -> None:
+    job_id = bench.submit()
+    with bench.database.write() as session:
+        claim = job_claims.claim_job(session, job_id, owner="leaving", lease_seconds=60)
+        assert claim
+        job_moves.request_cancel(session, job_id)
+    with bench.database.write() as session:
+        if ends_by == "shutdown":
+            assert job_claims.release(session, claim) == "cancelled"
+        else:
+            error = {"code": "worker_io"}
+            assert job_claims.give_back(session, claim, error, delay_seconds=1) == "cancelled"
+    job = bench.job(job_id)
+    assert job.status == "cancelled"
+    assert job.ended_at is not None
+    assert bench.events(job_id)[-1][1]["status"] == "cancelled"
+
+
 def test_a_shutting_down_worker_gives_its_job_back_and_the_attempt_does_not_count(bench: Bench) -> None:
     job_id = bench.submit()
     began = time.monotonic()

@@ -61,6 +61,13 @@ def test_a_role_may_do_what_is_its_own_and_what_those_below_it_may(
                 assert 'error="insufficient_scope"' in answer.headers["www-authenticate"]
 
 
+def test_a_newline_after_a_path_opens_nothing(make_key: MakeKey, client: TestClient) -> None:
+    headers = bearer(make_key(Role.SUBMITTER))
+    for name, method, path in operations(client):
+        if name in ADMINISTRATORS:
+            assert client.request(method, f"{path}%0A", headers=headers).status_code == 403, name
+
+
 def test_the_document_says_which_operations_need_a_key(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
@@ -209,6 +216,28 @@ def test_a_development_service_answers_no_other_machine(client: TestClient) -> N
     for host, status in {"192.0.2.7": 401, "2001:db8::1": 401, "127.0.0.1": 200, "::1": 200}.items():
         elsewhere = TestClient(client.app, client=(host, 50000))
         assert elsewhere.get("/v1/jobs").status_code == status, host
+
+
+def test_a_development_service_answers_no_page_of_another_site(
+    override_settings: Callable[..., Settings], request: pytest.FixtureRequest
+) -> None:
+    override_settings(public_url="https://models.example.org/press")
+    client: TestClient = request.getfixturevalue("client")
+    ours = ("localhost:8000", "127.0.0.1", "[::1]:8000", "models.example.org", "me.localhost")
+    for host in ours:
+        assert client.get("/v1/jobs", headers={"host": host}).status_code == 200, host
+    for host in ("rebound.example.com:8000", "127.0.0.1.nip.io", "models.example.org.evil.net"):
+        assert client.get("/v1/jobs", headers={"host": host}).status_code == 401, host
+        assert client.get("/v1/health/live", headers={"host": host}).status_code == 200
+    origins = {
+        "http://evil.example": 401,
+        "null": 401,
+        "http://testserver": 200,
+        "https://models.example.org": 200,
+    }
+    for origin, status in origins.items():
+        answer = client.post("/v1/plans", json={}, headers={"origin": origin})
+        assert (answer.status_code == 401) == (status == 401), origin
 
 
 def test_without_a_setting_the_secret_is_a_file_for_its_owner_alone(settings: Settings) -> None:

@@ -117,6 +117,7 @@ EDGE = int(MAX_PICTURE_PIXELS**0.5) + 1
         ({"a.bmp": bmp(-4, 4)}, "picture_invalid", "broken header"),
         ({"a.jpg": b"\xff\xd8\xff\xe0\x00\x01" + bytes(90)}, "picture_invalid", "broken header"),
         ({"a.jpg": b"\xff\xd8\xff\xda" + bytes(90)}, "picture_invalid", "broken header"),
+        ({"a.jpg": b"\xff\xd8" + b"\xff" * 2**21 + np.random.default_rng(0).bytes(2**16)}, "picture_invalid", "broken header"),
         ({"a.jpg": b"\xff\xd8\xff\xe0\xff\xff" + bytes(90)}, "picture_invalid", "broken header"),
         ({"a.webp": b"RIFF" + bytes(4) + b"WEBPVP8 " + bytes(40)}, "picture_invalid", "broken header"),
         ({"A.png": png(), "a.PNG": png()}, "archive_duplicate", "twice"),
@@ -142,6 +143,7 @@ def test_what_is_no_set_of_pictures_gets_its_code_and_leaves_nothing_behind(
         (tarred({"a.png": png(rest=bytes(2**25))}, "w:gz"), "archive_bomb"),
         (gzip.compress(b'{"text": "not in an archive"}' * 50), "archive_corrupt"),
     ],
+    ids=["truncated", "bomb", "no archive"],
 )
 def test_a_gzip_that_is_no_archive_of_pictures_is_refused(
     client: TestClient, content: bytes, code: str

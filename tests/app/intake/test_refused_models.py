@@ -234,6 +234,8 @@ BAD: dict[str, tuple[str, Callable[[], bytes]]] = {
     "a pipe": ("archive_special_file", lambda: tarred(llama_files(), extra=(member(tarfile.FIFOTYPE),))),
     "a device in a zip": ("archive_special_file", lambda: zip_member("evil.json", 0o020666)),
     "one name twice": ("archive_duplicate", lambda: tarred({"a.txt": b"1", "./a.txt": b"2"})),
+    "a file that is a folder": ("archive_duplicate", lambda: tarred({"a.txt": b"1", "a.txt/b.txt": b"2"})),
+    "a folder that is a file": ("archive_duplicate", lambda: tarred({"a.txt/b.txt": b"1", "a.txt": b"2"})),
     "one name twice but for its case": ("archive_duplicate", lambda: zipped(llama_files() | {"CONFIG.json": b"{}"})),
     "an encrypted zip": ("archive_encrypted", encrypted),
     "a GGUF of an unknown architecture": ("unknown_architecture", lambda: gguf("mamba")),
