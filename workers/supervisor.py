@@ -264,9 +264,11 @@ class _Attempt:
 
     def _handle(self, event: events.Event, watch: _Watch) -> None:
         """Write down one event of the job's process."""
-        watch.event_count += not isinstance(event, events.Progress)
+        # What is written down at once: progress that has not ended is thinned.
+        watch.event_count += not isinstance(event, events.Progress) or event.fraction >= 1
         if watch.event_count > _MAX_EVENTS:
             raise JobFailed(f"The job's process sent more than {_MAX_EVENTS} events.", code="protocol")
+        _require_own_stages(event, watch)
         match event:
             case events.StageStarted():
                 self.lease.require(lambda s, claim: job_claims.start_stage(s, claim, event.stage))
@@ -355,3 +357,15 @@ def _overall(names: tuple[str, ...], event: events.Progress) -> float:
     fixed = {"load": 1.0, "baseline": 1.0, "export": 0.5, "verify": 5.0, "report": 0.5}
     weights = [fixed.get(name, 5.0) for name in names]
     return (sum(weights[: event.stage]) + weights[event.stage] * event.fraction) / sum(weights)
+
+
+def _require_own_stages(event: events.Event, watch: _Watch) -> None:
+    """Raise JobFailed for a stage that the job does not have, and for an end before that of all stages."""
+    stages = range(len(watch.stage_names))
+    if (
+        isinstance(event, events.StageStarted | events.StageDone | events.Progress)
+        and event.stage not in stages
+    ):
+        raise JobFailed("The job's process named a stage that its job does not have.", code="protocol")
+    if isinstance(event, events.Finished) and len(watch.directories) < len(stages):
+        raise JobFailed("The job's process ended before its stages had.", code="protocol")

@@ -257,9 +257,15 @@ def test_a_job_over_its_time_is_ended(fast_bench: Bench) -> None:
         "not json\n",
         '{"type":"nonsense"}\n',
         '{"type":"stage_done","stage":0,"directory":"../../etc","metrics":{}}\n',
+        '{"type":"stage_started","stage":99}\n',
+        '{"type":"finished","verdict":"accepted"}\n',
+        '{"type":"progress","stage":0,"fraction":1,"message":"m"}\n' * 21,
     ],
 )
-def test_anything_but_an_event_on_the_pipe_fails_the_job(fast_bench: Bench, line: str) -> None:
+def test_anything_but_an_event_on_the_pipe_and_any_flood_fails_the_job(
+    fast_bench: Bench, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "_MAX_EVENTS", 20)
     job_id = fast_bench.submit()
     assert fast_bench.supervisor(("raw", line), ("sleep", 600)).run(job_id) == "failed"
     assert fast_bench.job(job_id).error["code"] == "protocol"
