@@ -167,6 +167,11 @@ def _num_labels(architecture: Architecture, tensors: tuple[TensorFact, ...]) -> 
     head = next((t for t in tensors if t.name in _HEADS and len(t.shape) == 2), None)
     if head is None:
         raise refused("tensor_missing", f"{architecture.name} has no classification head among its tensors.")
+    if head.shape[0] == 1:
+        raise refused(
+            "config_mismatch",
+            "The classifier has one output: it scores texts, and what is compared here are classes.",
+        )
     return head.shape[0]
 
 

@@ -290,3 +290,18 @@ def test_a_training_that_is_never_finite_since_pruning_ended_fails(snapshots: Sn
         train(
             objective, _batches(), settings, zeros={}, snapshots=snapshots, progress=lambda *_: None, pruning=_Settled()
         )  # fmt: skip
+
+
+def test_of_the_best_states_between_two_snapshots_the_last_alone_stays_beside_the_recorded_one(
+    snapshots: Snapshots, tmp_path: Path
+) -> None:
+    state = {"weight": torch.zeros(3)}
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    snapshots.keep_best(1, state)
+    snapshots.save(1, state, optimizer, {})
+    for step in (2, 3, 4):
+        state["weight"] += 1
+        snapshots.keep_best(step, state)
+        assert {path.name for path in tmp_path.glob("best-*")} == {"best-00000001", f"best-{step:08d}"}
+    snapshots.restore_best(read := {"weight": torch.zeros(3)})
+    assert read["weight"].tolist() == [3, 3, 3]

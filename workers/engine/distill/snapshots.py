@@ -30,12 +30,16 @@ class Snapshots:
         self._directory = directory
         self._record = directory / "record.json"
         self._best: Path | None = None
+        self._recorded: Path | None = None
         self._next_at = 0.0
 
     def keep_best(self, step: int, state: Mapping[str, Tensor]) -> None:
         """Write parameters, and what else training changes, at a look that was better than all before."""
-        self._best = self._directory / f"best-{step:08d}"
+        before, self._best = self._best, self._directory / f"best-{step:08d}"
         _write(self._best, {name: tensor.detach() for name, tensor in state.items()})
+        # Between two snapshots there may be many looks: only what the last snapshot names is still needed.
+        if before is not None and before not in (self._best, self._recorded):
+            before.unlink(missing_ok=True)
 
     @torch.no_grad()
     def restore_best(self, state: Mapping[str, Tensor]) -> None:
@@ -64,6 +68,7 @@ class Snapshots:
             written |= {f"{key}/{name}": value for key, value in optimizer.state.get(tensor, {}).items()}
         _write(state, written)
         self._commit(record | {"state": state.name, "best": self._best.name})
+        self._recorded = self._best
         for old in {*self._directory.glob("state-*"), *self._directory.glob("best-*")} - {state, self._best}:
             old.unlink()
         ended = time.monotonic()
@@ -77,7 +82,7 @@ class Snapshots:
         if not self._record.is_file():
             return None
         record: dict[str, Any] = json.loads(self._record.read_text())
-        self._best = self._directory / record["best"]
+        self._best = self._recorded = self._directory / record["best"]
         with safe_open(self._directory / record["state"], "pt") as file:
             for stored in file.keys():  # noqa: SIM118 - no dict
                 key, name = stored.split("/", 1)

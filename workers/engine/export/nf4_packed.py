@@ -133,9 +133,9 @@ def doubly_quantized(weight: Tensor, fit: LayerFit) -> LayerFit:
     live = fit.codes.view(*fit.scale.shape, -1).any(2)
     places, nested = stored_scales(fit.scale * live)
     scale = _restored_scales(places, nested).view_as(fit.scale)
-    # A group of zeros needs a scale to divide by: the largest, which changes none of the others.
+    # A group without a scale, or with one too small to store, divides by the largest: it changes none of the others.
     largest = nested.repeat_interleave(SCALES_PER_BLOCK)[: scale.numel()].view_as(scale)
-    scale = divisor(torch.where(live, scale, largest))
+    scale = divisor(torch.where(scale > 0, scale, largest))
     exact = weight.view(*scale.shape, -1) / scale.unsqueeze(2)
     return replace(fit, scale=scale, codes=fit.grid.nearest_(exact).view_as(weight))
 

@@ -11,6 +11,7 @@ distill.logits does.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -104,7 +105,8 @@ def contributions(calibration: Calibration, down: str, *, by_length: bool) -> di
             added[block.index] = torch.zeros(len(experts.experts()), dtype=torch.float64)
             _watch(experts, added[block.index], down, by_length=by_length)
 
-    stream_blocks(calibration, prepare=prepare)
+    # What hooks add up, the copies of a block on other devices would share.
+    stream_blocks(replace(calibration, more_devices=()), prepare=prepare)
     return added
 
 
