@@ -24,6 +24,9 @@ from app.spec.documented import Documented
 from app.spec.recipes import RecipeDatasets
 from app.spec.report import Report, Verdict
 
+# What a database has for a number.
+_LAST_NUMBER = 2**63 - 1
+
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=IdempotentRoute)
 
 JobId = Annotated[str, Path(pattern=r"^job_[0-9a-z]{1,40}$", description="Id of the job.")]
@@ -173,11 +176,15 @@ def list_job_events(
     job_id: JobId,
     request: Request,
     session: ReadSession,
-    after: Annotated[int, Query(ge=0, description="Number of the last event you have.")] = 0,
+    after: Annotated[int, Query(ge=0, le=_LAST_NUMBER, description="Number of the last event you have.")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000, description="How many to return at most.")] = 200,
     last_event_id: Annotated[
         int | None,
-        Header(ge=0, description="As `after`, for streams: browsers send it when they connect again."),
+        Header(
+            ge=0,
+            le=_LAST_NUMBER,
+            description="As `after`, for streams: browsers send it when they connect again.",
+        ),
     ] = None,
 ) -> Any:
     """Everything that happened to a job, oldest first, numbered without gaps.

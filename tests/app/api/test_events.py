@@ -62,6 +62,15 @@ def test_events_come_in_pages(any_database: Database, http: httpx.Client, job: d
     assert ([e["number"] for e in rest["items"]], rest["has_more"]) == ([4, 5], False)
 
 
+def test_a_number_no_event_can_have_is_refused(
+    any_database: Database, http: httpx.Client, job: dict[str, Any]
+) -> None:
+    stream = {"Accept": "text/event-stream", "Last-Event-ID": str(2**63)}
+    assert http.get(job["urls"]["events"], params={"after": 2**63}).status_code == 422
+    assert http.get(job["urls"]["events"], headers=stream).status_code == 422
+    assert http.get(job["urls"]["events"], params={"after": 2**63 - 1}).json()["items"] == []
+
+
 def test_events_of_an_unknown_job_are_a_problem_even_as_a_stream(http: httpx.Client) -> None:
     answer = http.get("/v1/jobs/job_0/events", headers={"Accept": "text/event-stream"})
     assert (answer.status_code, answer.headers["content-type"]) == (404, "application/problem+json")
