@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
+    JSON,
     ColumnElement,
     and_,
     case,
     false,
+    literal,
     null,
     or_,
     select,
@@ -33,8 +35,8 @@ from app.db.engine import db_now
 from app.db.job_queries import add_events
 from app.db.tables import Artifact, Job, JobStage
 
-# Nobody may claim a job that is to be cancelled: queued, it would stay for ever.
-_CANCELLED = Job.cancel_requested == true()
+_TO_CANCEL = Job.cancel_requested == true()
+LAST_ATTEMPT = Job.attempt >= Job.max_attempts
 
 
 @dataclass(frozen=True)
@@ -199,24 +201,20 @@ def fail(session: Session, claim: Claim, error: dict[str, Any]) -> bool:
 
 def give_back(session: Session, claim: Claim, error: dict[str, Any], *, delay_seconds: float) -> str | None:
     """Queue a job again after a fault that may pass; the last attempt fails it. None: the lease is lost."""
-    last = Job.attempt >= Job.max_attempts
     row = session.execute(
         update(Job)
         .where(*_held(claim))
         .values(
-            status=case((_CANCELLED, "cancelled"), (last, "failed"), else_="queued"),
-            error=error,
-            lease_owner=None,
-            lease_until=None,
-            dispatched_at=None,
+            **without_worker(fails=LAST_ATTEMPT),
+            error=unless_cancelled(error),
             run_after=db_now() + delay_seconds,
-            ended_at=case((or_(_CANCELLED, last), db_now()), else_=null()),
         )
         .returning(Job.status)
     ).one_or_none()
     if row is None:
         return None
-    add_events(session, claim.job_id, [("status", {"status": row.status, "error": error})])
+    why = {} if row.status == "cancelled" else {"error": error}
+    add_events(session, claim.job_id, [("status", {"status": row.status, **why})])
     return str(row.status)
 
 
@@ -228,14 +226,7 @@ def release(session: Session, claim: Claim) -> str | None:
     row = session.execute(
         update(Job)
         .where(*_held(claim))
-        .values(
-            status=case((_CANCELLED, "cancelled"), else_="queued"),
-            ended_at=case((_CANCELLED, db_now()), else_=null()),
-            attempt=Job.attempt - 1,
-            lease_owner=None,
-            lease_until=None,
-            dispatched_at=None,
-        )
+        .values(**without_worker(fails=false()), attempt=Job.attempt - 1)
         .returning(Job.status)
     ).one_or_none()
     if row is None:
@@ -261,6 +252,25 @@ def end_cancelled(session: Session, claim: Claim) -> bool:
     if ended is not None:
         add_events(session, claim.job_id, [("status", {"status": "cancelled"})])
     return ended is not None
+
+
+def without_worker(*, fails: ColumnElement[bool]) -> dict[str, Any]:
+    """What a job becomes whose worker is gone or leaves it: queued, or ended if it is to be cancelled or `fails`.
+
+    Nobody may claim a job that is to be cancelled: queued, it would stay for ever.
+    """
+    return {
+        "status": case((_TO_CANCEL, "cancelled"), (fails, "failed"), else_="queued"),
+        "ended_at": case((or_(_TO_CANCEL, fails), db_now()), else_=null()),
+        "lease_owner": None,
+        "lease_until": None,
+        "dispatched_at": None,
+    }
+
+
+def unless_cancelled(error: dict[str, Any]) -> ColumnElement[Any]:
+    """The error of a job that is not to be cancelled."""
+    return case((_TO_CANCEL, null()), else_=literal(error, JSON))
 
 
 def _held(claim: Claim) -> tuple[ColumnElement[bool], ...]:

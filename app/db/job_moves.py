@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import (
-    JSON,
     and_,
     case,
     delete,
     false,
     insert,
-    literal,
     null,
     or_,
     select,
@@ -25,6 +23,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from app.db.engine import db_now
+from app.db.job_claims import LAST_ATTEMPT, unless_cancelled, without_worker
 from app.db.job_queries import TERMINAL, add_events
 from app.db.job_turns import at_their_limit
 from app.db.tables import Job, JobStage
@@ -112,25 +111,11 @@ def retry_job(session: Session, job_id: str) -> bool:
 
 def sweep_lost(session: Session) -> list[Swept]:
     """Jobs whose worker has not renewed its lease: back to the queue, or ended. Several sweepers may run at once."""
-    lost = literal(
-        {"code": "worker_lost", "detail": "The worker that ran this job stopped renewing its lease."}, JSON
-    )
-    ends = or_(Job.cancel_requested == true(), Job.attempt >= Job.max_attempts)
+    lost = {"code": "worker_lost", "detail": "The worker that ran this job stopped renewing its lease."}
     rows = session.execute(
         update(Job)
         .where(Job.status == "running", Job.lease_until < db_now())
-        .values(
-            status=case(
-                (Job.cancel_requested == true(), "cancelled"),
-                (Job.attempt >= Job.max_attempts, "failed"),
-                else_="queued",
-            ),
-            error=case((Job.cancel_requested == true(), null()), else_=lost),
-            lease_owner=None,
-            lease_until=None,
-            dispatched_at=None,
-            ended_at=case((ends, db_now()), else_=null()),
-        )
+        .values(**without_worker(fails=LAST_ATTEMPT), error=unless_cancelled(lost))
         .returning(Job.id, Job.status)
     ).all()
     for row in rows:

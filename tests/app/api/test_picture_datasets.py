@@ -117,7 +117,7 @@ EDGE = int(MAX_PICTURE_PIXELS**0.5) + 1
         ({"a.bmp": bmp(-4, 4)}, "picture_invalid", "broken header"),
         ({"a.jpg": b"\xff\xd8\xff\xe0\x00\x01" + bytes(90)}, "picture_invalid", "broken header"),
         ({"a.jpg": b"\xff\xd8\xff\xda" + bytes(90)}, "picture_invalid", "broken header"),
-        ({"a.jpg": b"\xff\xd8" + b"\xff" * 2**21 + np.random.default_rng(0).bytes(2**16)}, "picture_invalid", "broken header"),
+        ({"a.jpg": b"\xff\xd8" + b"\xff" * 2**21 + b"\xc0\x00\x11\x08\x00\x04\x00\x04\x03" + np.random.default_rng(0).bytes(2**16)}, "picture_invalid", "broken header"),
         ({"a.jpg": b"\xff\xd8\xff\xe0\xff\xff" + bytes(90)}, "picture_invalid", "broken header"),
         ({"a.webp": b"RIFF" + bytes(4) + b"WEBPVP8 " + bytes(40)}, "picture_invalid", "broken header"),
         ({"A.png": png(), "a.PNG": png()}, "archive_duplicate", "twice"),
