@@ -52,25 +52,34 @@ def test_rope_frequencies_are_not_among_the_tensors(tmp_path: Path) -> None:
     assert len(read(tmp_path, {"m.gguf": gguf(tensors=tensors)}).tensors) == len(gguf_names())
 
 
-def test_the_number_of_labels_is_that_of_the_head(tmp_path: Path) -> None:
+def read_classifier(directory: Path, outputs: int) -> ModelFacts:
     shapes: dict[str, tuple[int, ...]] = {
         "bert.embeddings.word_embeddings.weight": (32, 16),
         "bert.encoder.layer.0.attention.self.query.weight": (16, 16),
         "bert.encoder.layer.0.attention.output.LayerNorm.weight": (16,),
-        "classifier.weight": (5, 16),
+        "classifier.weight": (outputs, 16),
     }
     config = {
         "architectures": ["BertForSequenceClassification"], "hidden_size": 16, "num_hidden_layers": 1,
         "vocab_size": 32, "max_position_embeddings": 8,
     }  # fmt: skip
     weights = safetensors(safetensors_header(shapes, "F16", 2))
-    facts = read(tmp_path, {"config.json": json.dumps(config).encode(), "model.safetensors": weights})
+    return read(directory, {"config.json": json.dumps(config).encode(), "model.safetensors": weights})
+
+
+def test_the_number_of_labels_is_that_of_the_head(tmp_path: Path) -> None:
+    facts = read_classifier(tmp_path, 5)
     assert (facts.num_labels, facts.family, facts.dtype, facts.tied_embeddings) == (
         5,
         "encoder",
         "F16",
         False,
     )
+
+
+def test_a_classifier_that_scores_has_no_classes_to_compare(tmp_path: Path) -> None:
+    with pytest.raises(IntakeError, match="one output"):
+        read_classifier(tmp_path, 1)
 
 
 def test_a_side_file_of_300_megabytes_is_refused(tmp_path: Path) -> None:

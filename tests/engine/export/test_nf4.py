@@ -23,7 +23,7 @@ from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.stored import stored_tensors
 from workers.engine.architectures.loading import load_model
 from workers.engine.checkpoint.layout import DTYPE_NAMES, TensorEntry
-from workers.engine.export.nf4_packed import Nf4Layer, doubly_quantized, dynamic_map
+from workers.engine.export.nf4_packed import Nf4Layer, doubly_quantized, dynamic_map, stored_scales
 from workers.engine.export.nf4_reader import read_nf4
 from workers.engine.measure.results import Loading
 from workers.engine.measure.runner_torch import TorchRunner
@@ -142,6 +142,15 @@ def test_scales_in_8_bits_cost_little_and_groups_of_zeros_nothing() -> None:
     assert before < after < 1.02 * before
     assert not double.restored()[weight == 0].any()
     assert (double.scale > 0).all()
+
+
+def test_a_group_too_small_for_a_stored_scale_costs_the_others_nothing() -> None:
+    weight = weights()
+    weight[5, :64] *= 1e-9
+    layer = layer_of(double=False)
+    fit = doubly_quantized(weight, layer.nearest(weight, layer.grid(0.0)))
+    _, largest = stored_scales(fit.scale)
+    assert float(largest.max()) < 0.5
 
 
 def test_the_numbers_of_scales_are_dense_near_their_largest_and_reach_far_down() -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import EXPERTS, changed, facts_of
+from tiny_models import BLOCKS, EXPERTS, changed, facts_of
 
+from app.spec import calibration_memory
 from app.spec.compatibility import check_spec
 from app.spec.compression import CompressionSpec
 from app.spec.prune_experts import PruneExperts
@@ -22,11 +23,14 @@ Tiny = Callable[[str], Path]
 MIXTURE = "MixtralForCausalLM"
 
 
-def _run(source: Path, target: Path, text: Path, **step: Any) -> StepOutcome:
+def _run(
+    source: Path, target: Path, text: Path, *, more_devices: tuple[str, ...] = (), **step: Any
+) -> StepOutcome:
     target.mkdir()
     context = StepContext(
-        source=source, target=target, original=source, facts=facts_of(source), calibration_text=text
-    )
+        source=source, target=target, original=source, facts=facts_of(source), calibration_text=text,
+        more_devices=more_devices,
+    )  # fmt: skip
     return prune_experts(PruneExperts(**({"calibration_tokens": 256} | step)), context)
 
 
@@ -118,3 +122,18 @@ def test_what_has_no_experts_to_spare_is_refused_at_submit(tiny: Tiny) -> None:
     assert "no smaller multiple" in faults(mixture, round_to=4)[0]
     assert "no smaller" in faults(mixture.model_copy(update={"experts_per_token": EXPERTS}))[0]
     assert "has no experts" in faults(facts_of(tiny("LlamaForCausalLM")))[0]
+
+
+def test_the_same_go_where_there_are_two_devices(
+    tiny: Tiny, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One window at a time, else the devices would have nothing to share.
+    monkeypatch.setattr(calibration_memory, "_FEATURES_AT_ONCE", 1)
+    source = tiny(MIXTURE)
+    outcomes = [
+        _run(source, tmp_path / name, tiny_text, drop_ratio=0.5, calibration_tokens=4096, more_devices=more)
+        for name, more in (("alone", ()), ("shared", ("cpu",)))
+    ]
+    for block in range(BLOCKS):
+        assert _removed(outcomes[0], block) == _removed(outcomes[1], block)
+    assert outcomes[0].curves == outcomes[1].curves
