@@ -153,13 +153,19 @@ def submit(
     key: Key = "",
     *,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job until it ends.")] = False,
+    use_cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Whether the result of an earlier, equal job will do.")
+    ] = True,
 ) -> None:
     """Upload a model and start a job on it. A command that was broken off goes on where it was."""
     wish = _wish(recipe, spec)
     with Client(url, key=key) as client:
         uploaded = upload_model(client, model)
-        job = client.post("/v1/jobs", {"model": uploaded["id"], "name": model.name, **wish})
+        body = {"model": uploaded["id"], "name": model.name, "use_cache": use_cache, **wish}
+        job = client.post("/v1/jobs", body)
         console.print(f"model {uploaded['id']}, job {job['id']}", highlight=False)
+        if job["result_of"] is not None:
+            console.print(f"{job['result_of']} did the same: this is its result.", highlight=False)
         if wait or output is not None:
             _finish(client, job, output)
 

@@ -17,7 +17,6 @@ from app.api.jobs import JobRequest
 from app.api.problems import problem_responses
 from app.services import jobs, models
 from app.services.job_view import JobView
-from app.services.jobs import Submission
 from app.services.models import Stores
 from app.services.planning import find_recipe
 
@@ -42,6 +41,7 @@ _NO_MODEL = "mdl_0"
 async def compress(
     stores: CurrentStores,
     response: Response,
+    *,
     file: Annotated[
         UploadFile, File(description="A zip or tar of a Hugging Face directory, or a GGUF file.")
     ],
@@ -52,6 +52,9 @@ async def compress(
         str | None, Form(description="A spec as JSON. Give this or `recipe`.", examples=[""])
     ] = None,
     name: Annotated[str | None, Form(description="What to call the job.", examples=["my model"])] = None,
+    use_cache: Annotated[
+        bool, Form(description="False: run the job even if an earlier one of yours did the same.")
+    ] = True,
 ) -> JobView:
     """Make a model of the file and start a job on it; the answer is that of `POST /v1/jobs`.
 
@@ -59,6 +62,7 @@ async def compress(
     not kept. Files over 100 MB go up in parts (`POST /v1/uploads`).
     """
     body = _job_request({"recipe": recipe, "spec": spec, "name": name})
+    body = body.model_copy(update={"use_cache": use_cache})
     if body.recipe is not None:
         find_recipe(body.recipe)
     state = await models.create_from_body(
@@ -94,11 +98,9 @@ async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
 
 
 def _submit(stores: Stores, body: JobRequest, model_id: str) -> JobView:
-    wish = body.model_copy(update={"model": model_id}).wish()
+    submission = body.model_copy(update={"model": model_id}).submission()
     with stores.database.write() as session:
-        return jobs.submit_job(
-            session, stores.settings, Submission(wish, body.name, dict(body.labels), body.priority)
-        )
+        return jobs.submit_job(session, stores.settings, submission)
 
 
 def _drop_model(stores: Stores, model_id: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from fastapi.staticfiles import StaticFiles
 from app.access import Role
 from app.api.authentication import is_open, required_role
 from app.api.problems import Problem, problem_responses
+from app.version import VERSION
 
 router = APIRouter(include_in_schema=False)
 
@@ -127,7 +127,7 @@ def _cached(app: FastAPI) -> dict[str, Any]:
 def _document(app: FastAPI) -> dict[str, Any]:
     document = get_openapi(
         title="Modelpress",
-        version=importlib.metadata.version("modelpress"),
+        version=VERSION,
         summary="Compress neural networks, and prove what was gained and what was lost.",
         description=DESCRIPTION.strip(),
         routes=app.routes,

@@ -94,6 +94,13 @@ class JobRequest(PlanRequest):
     """Words of your own to find it by (`GET /v1/jobs?label=team:search`)."""
     priority: Priority = "normal"
     """Which of your jobs are started first. Between tenants workers are shared evenly, whatever this says."""
+    use_cache: bool = True
+    """Whether the result of an earlier job of yours will do that was the same in model, spec, data and version. The job then
+    ends at once and says so in `result_of`. False: run it, e.g. to measure again."""
+
+    def submission(self) -> Submission:
+        """What the services are asked for."""
+        return Submission(self.wish(), self.name, dict(self.labels), self.priority, self.use_cache)
 
 
 class JobResult(Documented):
@@ -102,6 +109,8 @@ class JobResult(Documented):
     job: str
     verdict: Verdict
     """`rejected` means that a limit of the spec was missed: see the report. The files are there all the same."""
+    result_of: str | None = Field(examples=[None])
+    """Id of the earlier job whose result this is, if nothing was run for this one; its report names that job."""
     bytes: int
     """Of all files of the result, reports not counted."""
     artifacts: list[ArtifactView]
@@ -126,11 +135,10 @@ def create_job(
     """Check the spec to its last field and against the model, and queue a job.
 
     Everything that can be known to fail is refused now, with the place of every fault in the spec. The answer comes
-    at once; follow the job with its `events`, or ask for it again.
+    at once; follow the job with its `events`, or ask for it again. Where an earlier job of yours did the same, this one
+    has its result at once: `status` is `succeeded` and `result_of` names that job, unless `use_cache` is false.
     """
-    job = jobs.submit_job(
-        session, settings, Submission(body.wish(), body.name, dict(body.labels), body.priority)
-    )
+    job = jobs.submit_job(session, settings, body.submission())
     response.headers["Location"] = job.urls.self
     return job
 
@@ -265,6 +273,7 @@ def get_job_result(job_id: JobId, session: ReadSession) -> JobResult:
     return JobResult(
         job=job.id,
         verdict=job.verdict or "unmeasured",
+        result_of=job.result_of,
         bytes=sum(a.bytes for a in artifacts if a.kind == "model"),
         artifacts=job.artifacts,
         download=job.urls.download,

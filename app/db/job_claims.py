@@ -8,6 +8,8 @@ With `job_moves` the only place where a job's status changes. Legal moves, each 
       │  └──cancel──────────────────────▶ cancelled  │
       ├── give_back/release/sweep ┘                  │
       └───────────────── retry ──────────────────────┘
+
+    queued ──succeed_as──▶ succeeded, where an earlier job had the result already
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from sqlalchemy.orm import Session
 from app.db.engine import db_now
 from app.db.job_queries import add_events
 from app.db.tables import Artifact, Job, JobStage
+from app.version import engine_version
 
 _TO_CANCEL = Job.cancel_requested == true()
 LAST_ATTEMPT = Job.attempt >= Job.max_attempts
@@ -64,6 +67,9 @@ def claim_job(session: Session, job_id: str, *, owner: str, lease_seconds: float
             lease_until=db_now() + lease_seconds,
             fence=Job.fence + 1,
             attempt=Job.attempt + 1,
+            engine_version=case(
+                (or_(Job.stage == 0, Job.engine_version == engine_version()), engine_version()), else_=null()
+            ),
             error=null(),
             started_at=case((Job.started_at.is_(None), db_now()), else_=Job.started_at),
         )

@@ -153,6 +153,7 @@ class Job(TenantRow, Base):
         Index("ix_jobs_turn", "tenant_id", "queue", "status", "priority", "queued_at"),
         Index("ix_jobs_status_lease_until", "status", "lease_until"),
         Index("ix_jobs_status_dispatched_at", "status", "dispatched_at"),
+        Index("ix_jobs_tenant_id_result_key", "tenant_id", "result_key"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -171,6 +172,12 @@ class Job(TenantRow, Base):
     status: Mapped[str] = mapped_column(default="queued")
     """queued → running → succeeded | failed | cancelled."""
     verdict: Mapped[str | None]
+    result_key: Mapped[str | None]
+    """Digest of what decides the result (`app.services.result_cache`); null: it is for this job alone."""
+    engine_version: Mapped[str | None]
+    """Of all workers that had a part in the result; null before the first, and of several versions."""
+    result_of: Mapped[str | None]
+    """The earlier job whose result this is, where nothing was run for it. No foreign key: this one outlives it."""
     stage: Mapped[int] = mapped_column(default=0)
     """How many stages are committed."""
     attempt: Mapped[int] = mapped_column(default=0)

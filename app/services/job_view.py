@@ -108,6 +108,9 @@ class JobView(View):
     verdict: Verdict | None
     """Once it has succeeded: `accepted`, `rejected` (a limit of the spec was missed; the result is there all the same)
     or `unmeasured`."""
+    result_of: str | None = Field(examples=[None])
+    """Id of the earlier job of yours whose result this is: it was the same in model, spec, data and version, so nothing was
+    run for this one (see `use_cache`). It may have been deleted since. Null: this job was run, or will be."""
     model: str
     """Id of the model it works on."""
     model_name: str
@@ -153,6 +156,7 @@ def job_view(job: Job, stages: Sequence[JobStage], artifacts: Sequence[Artifact]
         name=labels.pop(NAME_LABEL, None),
         status=shown_status(job),
         verdict=job.verdict,
+        result_of=job.result_of,
         model=job.model_id,
         model_name=job.model_name,
         recipe=job.recipe,

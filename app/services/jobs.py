@@ -23,17 +23,13 @@ from app.services.job_view import (
     job_view,
     shown_status,
 )
-from app.services.planning import Planned, Wish, plan_wish, require_fit
+from app.services.planning import NO_GPU, Planned, Wish, plan_wish, require_fit
 from app.services.quotas import require_queue
+from app.services.result_cache import result_key, reuse_result
 from app.settings import Settings
 from app.spec.compression import CompressionSpec
 from app.storage import get_store
 from app.storage.references import discard_unreferenced
-
-_NO_GPU = (
-    "No worker with a GPU has been seen lately (GET /v1/workers): the job waits until one starts. Cancel it and leave "
-    "resources.device out to run it on a CPU."
-)
 
 
 @dataclass(frozen=True)
@@ -44,6 +40,8 @@ class Submission:
     name: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
     priority: Priority = "normal"
+    use_cache: bool = True
+    """Whether the result of an earlier job that did the same will do."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +56,20 @@ class JobFilter:
 def submit_job(session: Session, settings: Settings, submission: Submission) -> JobView:
     """Write down a job with its stages and first event; its message goes out once that is committed.
 
-    Raises what `plan_wish`, `require_fit` and `require_queue` raise, before anything is written.
+    One that an earlier result will do for ends at once, and needs neither a worker nor a place in the queue.
+
+    Raises what `plan_wish`, `reuse_result`, `require_fit` and `require_queue` raise, before anything is written.
     """
     planned = plan_wish(session, submission.wish)
+    job = _new_job(planned, settings, submission)
+    job.result_key = result_key(session, planned)
+    if submission.use_cache and reuse_result(session, job, planned.spec.stage_names()):
+        session.refresh(job)
+        return _view(session, job)
     require_fit(planned)
     require_queue(session)
-    job = _new_job(planned, settings, submission)
     if job.queue == "gpu" and not worker_queries.list_serving(session, job.queue):
-        job.warnings = [_NO_GPU]
+        job.warnings = [NO_GPU]
     job_moves.create_job(session, job, planned.spec.stage_names())
     _send_after_commit(session, job)
     session.refresh(job)

@@ -17,6 +17,10 @@ from app.spec.plan import Plan, nearest_spec, plan_job
 from app.spec.recipes import RECIPES, Recipe, RecipeDatasets
 
 GIB = 2**30
+NO_GPU = (
+    "No worker with a GPU has been seen lately (GET /v1/workers): the job waits until one starts. Cancel it and leave "
+    "resources.device out to run it on a CPU."
+)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Workload(threading.Thread):
     def _round(self) -> None:
         model_id = self._upload()
         for _ in range(3):
-            job = self._call("POST", "/v1/jobs", json={"model": model_id, "spec": SPEC})
+            job = self._call("POST", "/v1/jobs", json={"model": model_id, "spec": SPEC, "use_cache": False})
             self.accepted.jobs.add(job["id"])
             if self._random.random() < 0.1:
                 self._cancel(job["id"])

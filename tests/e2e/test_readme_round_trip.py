@@ -60,3 +60,13 @@ def test_the_round_trip_of_readme_works_word_for_word(service_url: str, tmp_path
     (result,) = work.glob("job_*")
     assert {"model.safetensors", "config.json"} <= {path.name for path in result.rglob("*")}
     assert "</html>" in (work / "report.html").read_text()
+    again, anew = (
+        subprocess.run(
+            [sys.executable, "-m", "app.cli", "submit", str(model), "--recipe", "int8", "--url", service_url, *more],
+            cwd=work, capture_output=True, text=True, check=True, timeout=240,
+        ).stdout
+        for more in (["--output", "again"], ["--no-cache"])
+    )  # fmt: skip
+    assert f"{result.name} did the same" in again
+    assert (work / "again" / "model.safetensors").is_file()
+    assert "did the same" not in anew
