@@ -18,6 +18,7 @@ from app.services import datasets
 from app.spec.documented import Documented
 from app.spec.image_set import ImageSetFacts
 from app.spec.text_set import TextSetFacts
+from app.threads import INTAKE
 
 router = APIRouter(prefix="/datasets", tags=["datasets"], route_class=IdempotentRoute)
 
@@ -68,9 +69,10 @@ class Dataset(Documented):
     summary="Make a dataset of an upload",
     responses=problem_responses(404, 409, 422, 507),
 )
-def create_dataset(body: CreateDataset, stores: CurrentStores, response: Response) -> Dataset:
+async def create_dataset(body: CreateDataset, stores: CurrentStores, response: Response) -> Dataset:
     """Check the text or the images and keep them. The upload is used up, whether it is accepted or refused."""
-    return _created(datasets.create_from_upload(stores, body.upload, body.name), response)
+    dataset = await INTAKE.run(datasets.create_from_upload, stores, body.upload, body.name)
+    return _created(dataset, response)
 
 
 @router.put(

@@ -7,16 +7,16 @@ import time
 from collections.abc import AsyncIterator
 
 from fastapi import Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
+from app.api.event_watch import event_watch
 from app.db.engine import Database
 from app.errors import NotFound
 from app.services import jobs
 from app.services.job_view import EventView
+from app.threads import STREAMS
 
-_POLL_SECONDS = 0.25
 # Proxies cut connections that are silent for a minute, some after thirty seconds.
 _KEEP_ALIVE_SECONDS = 15.0
 _BATCH = 500
@@ -40,17 +40,20 @@ def event_stream(database: Database, job_id: str, *, after: int) -> StreamingRes
 async def _follow(database: Database, job_id: str, after: int) -> AsyncIterator[bytes]:
     spoke = time.monotonic()
     while True:
-        events, has_more, ended = await run_in_threadpool(_read, database, job_id, after)
+        events, has_more, ended = await STREAMS.run(_read, database, job_id, after)
         for event in events:
             yield _encoded(event)
             after, spoke = event.number, time.monotonic()
         if ended and not has_more:
             return
-        if time.monotonic() - spoke > _KEEP_ALIVE_SECONDS:
+        if has_more:
+            continue
+        try:
+            async with asyncio.timeout(max(0, spoke + _KEEP_ALIVE_SECONDS - time.monotonic())):
+                await event_watch().news(job_id, after=after)
+        except TimeoutError:
             yield KEEPALIVE_COMMENT
             spoke = time.monotonic()
-        if not has_more:
-            await asyncio.sleep(_POLL_SECONDS)
 
 
 def _read(database: Database, job_id: str, after: int) -> tuple[list[EventView], bool, bool]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from anyio.lowlevel import RunVar
 from fastapi import APIRouter, Response
 
 from app.api.dependencies import CurrentSettings
-from app.services.health import Readiness, check_readiness
+from app.services.health import Readiness, RecentReadiness
+from app.threads import HEALTH
 
 router = APIRouter(prefix="/health", tags=["ops"])
 
@@ -22,12 +24,24 @@ async def get_liveness() -> dict[str, str]:
     summary="Can the service work?",
     responses={503: {"model": Readiness, "description": "A required dependency does not answer."}},
 )
-def get_readiness(settings: CurrentSettings, response: Response) -> Readiness:
-    """Ask database, storage, broker and workers. 503 only when requests cannot be served.
+async def get_readiness(settings: CurrentSettings, response: Response) -> Readiness:
+    """Ask database, storage, broker and workers; the answer holds for two seconds. 503 only when requests cannot be served.
 
     Without broker or workers the answer is `degraded`: jobs are accepted and wait.
     """
-    readiness = check_readiness(settings)
+    readiness = await HEALTH.run(_recent().look, settings)
     if readiness.status == "unavailable":
         response.status_code = 503
     return readiness
+
+
+_seen: RunVar[RecentReadiness] = RunVar("readiness")
+
+
+def _recent() -> RecentReadiness:
+    try:
+        return _seen.get()
+    except LookupError:
+        recent = RecentReadiness()
+        _seen.set(recent)
+        return recent

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from types import TracebackType
 from typing import Annotated, Any
 
+from anyio import CancelScope
 from fastapi import Depends, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
@@ -19,12 +22,13 @@ from starlette.datastructures import UploadFile
 from app.api.dependencies import database_of
 from app.db import idempotency_queries
 from app.db.engine import Database
-from app.db.idempotency_queries import Answer
+from app.db.idempotency_queries import Answer, Taken
 from app.errors import Conflict, InvalidRequest
 
 _HEADER = "Idempotency-Key"
 _MAX_LENGTH = 255
-# A call that has taken longer died with its process, before its transaction was committed.
+# A call that has taken longer most likely died with its process. If it lives it ends with a
+# conflict, and what its session wrote is undone.
 _ABANDONED_AFTER_SECONDS = 900.0
 _KEPT_SECONDS = 86_400.0
 _HASH_CHUNK_BYTES = 2**20
@@ -75,27 +79,42 @@ class IdempotentRoute(APIRoute):
 
 async def _once(key: str, request: Request, handle: Handler) -> Response:
     digest = await _digest(request)
-    first = await run_in_threadpool(_begin, database_of(request), key, digest)
-    if first is not None:
-        return Response(first.body, first.status_code, {**first.headers, "Idempotency-Replayed": "true"})
-    try:
-        response = await handle(request)
-        headers = {name: response.headers[name] for name in _KEPT_HEADERS if name in response.headers}
-        answer = Answer(response.status_code, headers, bytes(response.body).decode())
-        await run_in_threadpool(_keep, request, key, answer)
-    except BaseException:
-        await run_in_threadpool(_forget, request, key)
-        raise
+    taken = await run_in_threadpool(_begin, database_of(request), key, digest)
+    if isinstance(taken, Answer):
+        return Response(taken.body, taken.status_code, {**taken.headers, "Idempotency-Replayed": "true"})
+    _forget_if_it_fails(request, taken)
+    response = await handle(request)
+    headers = {name: response.headers[name] for name in _KEPT_HEADERS if name in response.headers}
+    answer = Answer(response.status_code, headers, bytes(response.body).decode())
+    await run_in_threadpool(_keep, request, taken, answer)
     return response
 
 
-def _begin(database: Database, key: str, digest: str) -> Answer | None:
+def _forget_if_it_fails(request: Request, taken: Taken) -> None:
+    """Free the key when the route, the keeping of its answer or the commit raises.
+
+    FastAPI commits when it unwinds this stack, last entered first: what is pushed before the route's dependencies
+    hears of that too, and when it runs no session of theirs holds a lock.
+    """
+    stack: AsyncExitStack = request.scope["fastapi_function_astack"]
+
+    async def forget(
+        _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
+    ) -> None:
+        if error is not None:
+            with CancelScope(shield=True):
+                await run_in_threadpool(_forget, database_of(request), taken)
+
+    stack.push_async_exit(forget)
+
+
+def _begin(database: Database, key: str, digest: str) -> Taken | Answer:
     """Take the key, or return the answer it was given. Raises InvalidRequest or Conflict."""
     with database.write() as session:
         idempotency_queries.delete_old_keys(session, older_than_seconds=_KEPT_SECONDS)
         taken = idempotency_queries.take_key(session, key, digest, stale_seconds=_ABANDONED_AFTER_SECONDS)
-        if taken:
-            return None
+        if taken is not None:
+            return taken
         request_sha256, answer = idempotency_queries.read_key(session, key)
     if request_sha256 != digest:
         raise InvalidRequest(
@@ -104,31 +123,36 @@ def _begin(database: Database, key: str, digest: str) -> Answer | None:
             hint="Make up a new key for every new request, and keep it only to send the same one again.",
         )
     if answer is None:
-        raise Conflict(
-            f"The first request with this {_HEADER} is still being worked on.",
-            code="idempotency_in_flight",
-            hint="Ask again in a moment.",
-        )
+        raise _in_flight()
     return answer
 
 
-def _keep(request: Request, key: str, answer: Answer) -> None:
-    """Write the answer down in the transaction of the work, which is committed when the route's sessions close."""
+def _keep(request: Request, taken: Taken, answer: Answer) -> None:
+    """Write the answer down in the transaction of the work, which is committed when the route's sessions close.
+
+    Raises Conflict where the key was taken over meanwhile: the work is undone, the other call does it.
+    """
     session: Session | None = getattr(request.state, "write_session", None)
-    if session is not None:
-        idempotency_queries.keep_answer(session, key, answer)
-        return
-    with database_of(request).write() as own:
-        idempotency_queries.keep_answer(own, key, answer)
+    if session is None:
+        with database_of(request).write() as own:
+            kept = idempotency_queries.keep_answer(own, taken, answer)
+    else:
+        kept = idempotency_queries.keep_answer(session, taken, answer)
+    if not kept:
+        raise _in_flight()
 
 
-def _forget(request: Request, key: str) -> None:
-    session: Session | None = getattr(request.state, "write_session", None)
-    if session is not None:
-        # It is still open and may hold SQLite's only write lock, for which the next line would wait in vain.
-        session.rollback()
-    with database_of(request).write() as session:
-        idempotency_queries.forget_key(session, key)
+def _forget(database: Database, taken: Taken) -> None:
+    with database.write() as session:
+        idempotency_queries.forget_key(session, taken)
+
+
+def _in_flight() -> Conflict:
+    return Conflict(
+        f"The first request with this {_HEADER} is still being worked on.",
+        code="idempotency_in_flight",
+        hint="Ask again in a moment.",
+    )
 
 
 async def _digest(request: Request) -> str:

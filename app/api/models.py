@@ -17,11 +17,12 @@ from app.api.problems import problem_responses
 from app.api.streams import BlobResponse
 from app.db.tables import Artifact
 from app.services import models
-from app.services.models import ModelState
+from app.services.models import ModelState, Stores
 from app.spec.base import Family
 from app.spec.documented import Documented
 from app.spec.facts import ModelFacts
 from app.spec.preprocessing import Preprocessing
+from app.threads import INTAKE
 
 router = APIRouter(prefix="/models", tags=["models"], route_class=IdempotentRoute)
 
@@ -146,18 +147,20 @@ class Model(Documented):
     summary="Make a model of uploads, or import one",
     responses=problem_responses(404, 409, 413, 422, 503, 507),
 )
-def create_model(body: CreateModel, stores: CurrentStores, response: Response) -> Model:
+async def create_model(body: CreateModel, stores: CurrentStores, response: Response) -> Model:
     """Check what was uploaded (or fetch what the URI names), read its headers, and keep it.
 
     Uploads are used up, whether the model is accepted or refused: a refusal leaves nothing behind.
     """
+    return _created(await INTAKE.run(_create, body, stores), response)
+
+
+def _create(body: CreateModel, stores: Stores) -> ModelState:
     if body.upload is not None:
-        state = models.create_from_upload(stores, body.upload, body.name)
-    elif body.files is not None:
-        state = models.create_from_files(stores, {f.path: f.upload for f in body.files}, body.name)
-    else:
-        state = models.create_from_uri(stores, body.uri or "", body.name)
-    return _created(state, response)
+        return models.create_from_upload(stores, body.upload, body.name)
+    if body.files is not None:
+        return models.create_from_files(stores, {f.path: f.upload for f in body.files}, body.name)
+    return models.create_from_uri(stores, body.uri or "", body.name)
 
 
 @router.put(

@@ -17,6 +17,7 @@ from app.services import uploads
 from app.services.uploads import UploadState
 from app.spec.documented import Documented
 from app.storage import get_staging
+from app.threads import INTAKE
 
 router = APIRouter(prefix="/uploads", tags=["uploads"], route_class=IdempotentRoute)
 
@@ -154,12 +155,13 @@ def get_upload(upload_id: UploadId, session: ReadSession) -> Upload:
     summary="Complete an upload",
     responses=problem_responses(404, 409, 422, 507),
 )
-def complete_upload(upload_id: UploadId, database: TenantDatabase, settings: CurrentSettings) -> Upload:
+async def complete_upload(upload_id: UploadId, database: TenantDatabase, settings: CurrentSettings) -> Upload:
     """Check that every part is there and that the whole has the sha256 you announced, if you did.
 
     The answer carries the sha256 of what arrived. With a wrong one the upload is removed.
     """
-    return _shown(uploads.complete_upload(database, get_staging(), settings, upload_id))
+    state = await INTAKE.run(uploads.complete_upload, database, get_staging(), settings, upload_id)
+    return _shown(state)
 
 
 @router.delete(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import ColumnElement, delete, select, update
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningInsert
 
@@ -22,10 +22,19 @@ class Answer:
     body: str
 
 
-def take_key(session: Session, key: str, request_sha256: str, *, stale_seconds: float) -> bool:
+@dataclass(frozen=True)
+class Taken:
+    """A key that a call holds; who took it over from that call has another time."""
+
+    key: str
+    at: float
+
+
+def take_key(session: Session, key: str, request_sha256: str, *, stale_seconds: float) -> Taken | None:
     """Take a key nobody has, or one whose call has been in flight so long that its process must have died."""
-    if session.execute(_insert(session, key, request_sha256)).one_or_none() is not None:
-        return True
+    new = session.execute(_insert(session, key, request_sha256)).one_or_none()
+    if new is not None:
+        return Taken(new.key, new.created_at)
     abandoned = (
         update(IdempotencyKey)
         .where(
@@ -35,9 +44,10 @@ def take_key(session: Session, key: str, request_sha256: str, *, stale_seconds: 
             IdempotencyKey.created_at < db_now() - stale_seconds,
         )
         .values(created_at=db_now())
-        .returning(IdempotencyKey.key)
+        .returning(IdempotencyKey.key, IdempotencyKey.created_at)
     )
-    return session.execute(abandoned).one_or_none() is not None
+    taken = session.execute(abandoned).one_or_none()
+    return None if taken is None else Taken(taken.key, taken.created_at)
 
 
 def read_key(session: Session, key: str) -> tuple[str, Answer | None]:
@@ -51,20 +61,20 @@ def read_key(session: Session, key: str) -> tuple[str, Answer | None]:
     return row.request_sha256, Answer(row.status_code, row.headers or {}, row.body or "")
 
 
-def keep_answer(session: Session, key: str, answer: Answer) -> None:
-    """Write down what the call with this key was answered."""
-    session.execute(
+def keep_answer(session: Session, taken: Taken, answer: Answer) -> bool:
+    """Write down what the call with this key was answered. False: another call holds the key by now."""
+    kept = (
         update(IdempotencyKey)
-        .where(IdempotencyKey.key == key)
+        .where(*_held(taken))
         .values(status_code=answer.status_code, headers=answer.headers, body=answer.body)
+        .returning(IdempotencyKey.key)
     )
+    return session.execute(kept).one_or_none() is not None
 
 
-def forget_key(session: Session, key: str) -> None:
-    """Drop the key of a call that failed; one that has its answer stays."""
-    session.execute(
-        delete(IdempotencyKey).where(IdempotencyKey.key == key, IdempotencyKey.status_code.is_(None))
-    )
+def forget_key(session: Session, taken: Taken) -> None:
+    """Drop the key of a call that failed, unless another call holds it by now."""
+    session.execute(delete(IdempotencyKey).where(*_held(taken)))
 
 
 def delete_old_keys(session: Session, *, older_than_seconds: float) -> None:
@@ -72,15 +82,23 @@ def delete_old_keys(session: Session, *, older_than_seconds: float) -> None:
     session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < db_now() - older_than_seconds))
 
 
-def _insert(session: Session, key: str, request_sha256: str) -> ReturningInsert[tuple[str]]:
+def _held(taken: Taken) -> tuple[ColumnElement[bool], ...]:
+    return (
+        IdempotencyKey.key == taken.key,
+        IdempotencyKey.created_at == taken.at,
+        IdempotencyKey.status_code.is_(None),
+    )
+
+
+def _insert(session: Session, key: str, request_sha256: str) -> ReturningInsert[str, float]:
     """INSERT … ON CONFLICT DO NOTHING, in the words of the database in use; the other's dialect is never imported."""
     values = {"key": key, "request_sha256": request_sha256, "created_at": db_now()}
     if session.get_bind().dialect.name == "postgresql":
         from sqlalchemy.dialects import postgresql
 
         on_postgresql = postgresql.insert(IdempotencyKey).values(values).on_conflict_do_nothing()
-        return on_postgresql.returning(IdempotencyKey.key)
+        return on_postgresql.returning(IdempotencyKey.key, IdempotencyKey.created_at)
     from sqlalchemy.dialects import sqlite
 
     on_sqlite = sqlite.insert(IdempotencyKey).values(values).on_conflict_do_nothing()
-    return on_sqlite.returning(IdempotencyKey.key)
+    return on_sqlite.returning(IdempotencyKey.key, IdempotencyKey.created_at)

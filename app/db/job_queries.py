@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import (
@@ -122,6 +122,14 @@ def add_events(session: Session, job_id: str, events: Sequence[tuple[str, dict[s
     for kind, data in events:
         if kind == "status":
             webhook_queries.tell(session, job_id, job.tenant_id, data)
+
+
+def count_events(session: Session, job_ids: Collection[str]) -> dict[str, int]:
+    """How many events those of these jobs have that have not ended."""
+    rows = session.execute(
+        select(Job.id, Job.event_count).where(Job.id.in_(job_ids), Job.status.not_in(TERMINAL))
+    )
+    return {row.id: row.event_count for row in rows}
 
 
 def ended_among(session: Session, job_ids: Sequence[str], *, seconds_ago: float) -> set[str]:

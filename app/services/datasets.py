@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from anyio.to_thread import run_sync
 from sqlalchemy.orm import Session
 
 from app.db import model_queries as queries
@@ -29,6 +28,7 @@ from app.services.uploads import use_uploads
 from app.spec.compression import CompressionSpec
 from app.storage.references import discard_unreferenced
 from app.storage.staging import StagedFile, WorkDirectory
+from app.threads import INTAKE
 
 
 def create_from_upload(stores: Stores, upload_id: str, name: str | None) -> Dataset:
@@ -48,7 +48,7 @@ async def create_from_body(
     """Make a dataset of one file, sent as a body."""
     with stores.staging.work_directory() as work:
         staged = await receive_body(work, chunks, stores.settings.max_raw_body_bytes, sha256)
-        return await run_sync(_create, stores, work, staged, (file_name, None), _use_nothing)
+        return await INTAKE.run(_create, stores, work, staged, (file_name, None), _use_nothing)
 
 
 def get_dataset(session: Session, dataset_id: str) -> Dataset:

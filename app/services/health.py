@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from app.settings import SANDBOX_LEVELS, SandboxLevel, Settings
 from app.spec.documented import Documented
 from app.storage import get_store
 from app.storage.disk import probe_disk
+
+_RECENT_SECONDS = 2.0
 
 _log = structlog.get_logger(__name__)
 
@@ -44,6 +47,21 @@ class Readiness(Documented):
     status: Literal["ready", "degraded", "unavailable"]
     """`degraded`: jobs are accepted and wait, e.g. for the broker or a worker to come back."""
     checks: dict[str, Check]
+
+
+class RecentReadiness:
+    """`check_readiness`, at most every two seconds: anybody may ask, and what it does is work."""
+
+    def __init__(self) -> None:
+        self._seen_at = 0.0
+        self._readiness: Readiness | None = None
+
+    def look(self, settings: Settings) -> Readiness:
+        """What was seen lately, else what is seen now. For one thread at a time."""
+        if self._readiness is None or time.monotonic() - self._seen_at > _RECENT_SECONDS:
+            self._readiness = check_readiness(settings)
+            self._seen_at = time.monotonic()
+        return self._readiness
 
 
 def check_readiness(settings: Settings) -> Readiness:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-from anyio.to_thread import run_sync
 from sqlalchemy.orm import Session
 
 from app.db import model_queries as queries
@@ -32,6 +31,7 @@ from app.storage.parts import pump
 from app.storage.references import discard_unreferenced
 from app.storage.staging import StagedFile, Staging, WorkDirectory
 from app.storage.store import ArtifactStore
+from app.threads import INTAKE
 
 _ARCHIVE_ENDINGS = (".tar.gz", ".tgz", ".zip", ".tar", ".gguf")
 
@@ -97,8 +97,7 @@ async def create_from_body(
     with stores.staging.work_directory() as work:
         staged = await receive_body(work, chunks, stores.settings.max_raw_body_bytes, sha256)
         fetched = Fetched(files={file_name: staged}, single=file_name)
-        # Not asyncio's few threads: unpacking would keep them from those who write parts.
-        return await run_sync(_create, stores, work, fetched, None, ())
+        return await INTAKE.run(_create, stores, work, fetched, None, ())
 
 
 async def receive_body(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 from job_support import claim, finish
+from sqlalchemy.orm import Session
+from waiting import wait_until
 
 from app.db import job_queries
 from app.db.engine import Database, get_database
@@ -128,3 +131,27 @@ def test_a_silent_stream_is_kept_alive(
     with http.stream("GET", job["urls"]["events"], headers={"Accept": "text/event-stream"}) as answer:
         lines = answer.iter_lines()
         assert ": ping" in (next(lines) for _ in range(10))
+
+
+def test_one_query_answers_for_all_streams(
+    http: httpx.Client, add_model: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = add_model()
+    jobs = [http.post("/v1/jobs", json={"model": model, "recipe": "int8"}).json() for _ in range(12)]
+    asked: list[int] = []
+
+    def counted(session: Session, job_ids: Collection[str]) -> dict[str, int]:
+        asked.append(len(job_ids))
+        return count_events(session, job_ids)
+
+    count_events = job_queries.count_events
+    monkeypatch.setattr(job_queries, "count_events", counted)
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        streams = [pool.submit(stream, http, job) for job in jobs]
+        wait_until(lambda: asked[-1:] == [len(jobs)])
+        del asked[:]
+        time.sleep(1)
+        assert 1 <= len(asked) <= 5
+        for job in jobs:
+            http.post(job["urls"]["cancel"])
+        assert all(len(events.result()) == 2 for events in streams)

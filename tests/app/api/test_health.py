@@ -15,6 +15,25 @@ from app.services.health import check_readiness
 from app.settings import Settings, get_settings
 
 
+@pytest.fixture(autouse=True)
+def always_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No answer is kept, unless a test asks for it."""
+    monkeypatch.setattr("app.services.health._RECENT_SECONDS", -1.0)
+
+
+def test_an_answer_holds_for_a_while(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def workers() -> int:
+        return int(client.get("/v1/health/ready").json()["checks"]["workers"]["facts"]["count"])
+
+    monkeypatch.setattr("app.services.health._RECENT_SECONDS", 60.0)
+    assert workers() == 0
+    with get_database().write() as session:
+        worker_queries.announce(session, "w", queues="cpu", hardware={}, sandbox="process")
+    assert workers() == 0
+    monkeypatch.setattr("app.services.health._RECENT_SECONDS", -1.0)
+    assert workers() == 1
+
+
 def test_a_service_without_its_dependencies_is_alive(
     override_settings: Callable[..., Settings], request: pytest.FixtureRequest
 ) -> None:

@@ -9,10 +9,14 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import event
+from sqlalchemy.orm import Session
 
 from app.access import DEFAULT_TENANT
 from app.db import idempotency_queries, job_moves
 from app.db.engine import Database, get_database
+from app.db.idempotency_queries import Answer
+from app.db.tables import Job
 from app.errors import Unavailable
 
 
@@ -94,6 +98,43 @@ def test_a_call_that_fails_after_it_has_written_leaves_neither_job_nor_key(
         assert post(client, "k", model).status_code == 503
     assert count(client) == 0
     assert post(client, "k", model).status_code == 202
+
+
+def test_a_commit_that_fails_leaves_its_key_free(
+    any_database: Database, client: TestClient, add_model: Callable[..., str]
+) -> None:
+    model = add_model()
+
+    def written(session: Session, _: object) -> None:
+        session.info["breaks"] = any(isinstance(row, Job) for row in session.new)
+
+    def broken(session: Session) -> None:
+        if session.info.pop("breaks", False):
+            raise Unavailable("gone")
+
+    event.listen(Session, "after_flush", written)
+    event.listen(Session, "before_commit", broken)
+    try:
+        assert post(client, "k", model).status_code == 503
+    finally:
+        event.remove(Session, "after_flush", written)
+        event.remove(Session, "before_commit", broken)
+    assert count(client) == 0
+    assert post(client, "k", model).status_code == 202
+
+
+def test_who_lost_a_key_keeps_no_answer_and_drops_nobody_elses(any_database: Database) -> None:
+    with any_database.for_tenant(DEFAULT_TENANT).write() as session:
+        slow = idempotency_queries.take_key(session, "k", "digest", stale_seconds=60)
+    with any_database.for_tenant(DEFAULT_TENANT).write() as session:
+        other = idempotency_queries.take_key(session, "k", "digest", stale_seconds=-1)
+        assert slow is not None
+        assert other is not None
+        answer = Answer(202, {}, "{}")
+        assert not idempotency_queries.keep_answer(session, slow, answer)
+        idempotency_queries.forget_key(session, slow)
+        assert idempotency_queries.keep_answer(session, other, answer)
+        assert idempotency_queries.read_key(session, "k") == ("digest", answer)
 
 
 def test_a_key_that_is_too_long_is_refused(client: TestClient, add_model: Callable[..., str]) -> None:

@@ -6,14 +6,19 @@ import base64
 import hashlib
 import io
 import json
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from model_files import gguf, llama_files, sharded_llama_files, tarred, zipped
 
 from app.db.engine import Database
+from app.errors import Unavailable
 from app.settings import Settings
 from app.storage import get_store
 
@@ -232,3 +237,24 @@ def test_two_files_may_not_have_one_path(client: TestClient) -> None:
     }
     answer = client.post("/v1/models", json=body)
     assert (answer.status_code, answer.json()["code"]) == (422, "path_named_twice")
+
+
+def test_slow_uploads_keep_no_thread_from_others(
+    server_url: str, any_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    def slow(*_: object) -> None:
+        go_on.wait(60)
+        raise Unavailable("gone")
+
+    monkeypatch.setattr("app.services.models.create_from_upload", slow)
+    limits = httpx.Limits(max_connections=60)
+    with httpx.Client(base_url=server_url, timeout=60, limits=limits) as http, ThreadPoolExecutor(45) as pool:
+        slow_calls = [pool.submit(http.post, "/v1/models", json={"upload": "upl_1"}) for _ in range(45)]
+        try:
+            time.sleep(1)
+            assert http.get("/v1/models", timeout=10).status_code == 200
+        finally:
+            go_on.set()
+        assert {call.result().status_code for call in slow_calls} == {503}
