@@ -26,7 +26,7 @@ from app.db.engine import db_now
 from app.db.job_claims import LAST_ATTEMPT, unless_cancelled, without_worker
 from app.db.job_queries import TERMINAL, add_events, list_stages
 from app.db.job_turns import at_their_limit
-from app.db.tables import Artifact, Job, JobStage
+from app.db.tables import Artifact, Job, JobLabel, JobStage
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,14 @@ def create_job(session: Session, job: Job, stages: Sequence[str]) -> None:
             for number, name in enumerate(stages)
         ],
     )
+    if job.labels:
+        session.execute(
+            insert(JobLabel),
+            [
+                {"tenant_id": job.tenant_id, "job_id": job.id, "name": name, "value": value}
+                for name, value in job.labels.items()
+            ],
+        )
     add_events(session, job.id, [("status", {"status": "queued"})])
 
 

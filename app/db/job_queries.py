@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from app.db import webhook_queries
 from app.db.engine import db_now
-from app.db.tables import Artifact, Job, JobEvent, JobStage
+from app.db.tables import Artifact, Job, JobEvent, JobLabel, JobStage
 
 TERMINAL = ("succeeded", "failed", "cancelled")
 
@@ -38,16 +38,24 @@ def list_jobs(
     limit: int,
 ) -> Sequence[Job]:
     """Jobs for which everything given holds, newest first, from behind the id `after`. `cancelling` counts as a status."""
-    query = select(Job).order_by(Job.id.desc()).limit(limit)
+    # Of several labels one is walked along its index, in the order asked for.
+    query, number = select(Job), Job.id
+    for name, value in list(labels.items())[:1]:
+        number = JobLabel.job_id
+        query = query.join(JobLabel, JobLabel.job_id == Job.id).where(
+            JobLabel.name == name, JobLabel.value == value
+        )
+    query = query.order_by(number.desc()).limit(limit)
     if status is not None:
         query = query.where(Job.status == ("running" if status == "cancelling" else status))
     if status in ("running", "cancelling"):
         query = query.where(Job.cancel_requested == (true() if status == "cancelling" else false()))
     if model_id is not None:
         query = query.where(Job.model_id == model_id)
-    for name, value in labels.items():
-        query = query.where(Job.labels[name].as_string() == value)
-    return session.scalars(query if after is None else query.where(Job.id < after)).all()
+    for name, value in list(labels.items())[1:]:
+        others = select(JobLabel.job_id).where(JobLabel.name == name, JobLabel.value == value)
+        query = query.where(number.in_(others))
+    return session.scalars(query if after is None else query.where(number < after)).all()
 
 
 def list_stages(session: Session, job_id: str) -> Sequence[JobStage]:

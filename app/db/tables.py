@@ -149,7 +149,8 @@ class Job(TenantRow, Base):
     __table_args__ = (
         _of_a_tenant(),
         Index("ix_jobs_tenant_id_id", "tenant_id", "id"),
-        Index("ix_jobs_tenant_id_status", "tenant_id", "status"),
+        Index("ix_jobs_tenant_id_status_id", "tenant_id", "status", "id"),
+        Index("ix_jobs_tenant_id_model_id_id", "tenant_id", "model_id", "id"),
         Index("ix_jobs_turn", "tenant_id", "queue", "status", "priority", "queued_at"),
         Index("ix_jobs_status_lease_until", "status", "lease_until"),
         Index("ix_jobs_status_dispatched_at", "status", "dispatched_at"),
@@ -157,7 +158,7 @@ class Job(TenantRow, Base):
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    model_id: Mapped[str] = mapped_column(index=True)
+    model_id: Mapped[str]
     """No foreign key: a job that has ended outlives its model."""
     model_name: Mapped[str]
     spec: Mapped[dict[str, Any]]
@@ -201,6 +202,19 @@ class Job(TenantRow, Base):
     queued_at: Mapped[float] = mapped_column(default=db_now())
     started_at: Mapped[float | None]
     ended_at: Mapped[float | None]
+
+
+class JobLabel(TenantRow, Base):
+    """A label of a job, to find it by; the job's row has all of them."""
+
+    __tablename__ = "job_labels"
+
+    tenant_id: Mapped[str] = mapped_column(primary_key=True, default=tenant_of_statement)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(
+        ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True, index=True
+    )
 
 
 class JobStage(TenantRow, Base):

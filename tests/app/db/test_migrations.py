@@ -77,6 +77,7 @@ def test_rows_go_to_the_default_tenant_and_come_back_as_they_were(engine: Engine
     kept = {n: [{c: row[c] for c in known} for row in after[n]] for n, known in columns.items()}
     assert kept == before
     owners = {name: [row.get("tenant_id") for row in found] for name, found in rows(engine).items()}
+    assert owners.pop("job_labels") == ["default"]
     assert {name for name, found in owners.items() if found == ["default"]} == before.keys() - {"workers"}
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_server_default": False})
@@ -109,4 +110,6 @@ def test_a_deleted_parent_still_takes_its_rows_along(engine: Engine) -> None:
         connection.exec_driver_sql("DELETE FROM models")
         connection.exec_driver_sql("DELETE FROM uploads")
     left = {name for name, found in rows(engine).items() if found}
-    assert left & {"job_events", "job_stages", "artifacts", "model_files", "upload_parts"} == set()
+    assert (
+        left & {"job_events", "job_labels", "job_stages", "artifacts", "model_files", "upload_parts"} == set()
+    )
