@@ -33,5 +33,7 @@ INTAKE = Threads("intake", 8)
 """Reading, unpacking, hashing and fetching of uploads: minutes for large ones."""
 STREAMS = Threads("streams", 4)
 """Looks for the events of jobs: as many as there are listeners, each short."""
+READS = Threads("reads", 4)
+"""Looks that answer many calls at once."""
 HEALTH = Threads("health", 1)
 """Asking all that the service needs, which anybody may have it do."""

@@ -9,9 +9,19 @@ from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from pydantic.config import JsonDict
 
-from app.api.dependencies import After, CurrentSettings, Limit, Page, ReadSession, WriteSession, database_of
+from app.api.dependencies import (
+    After,
+    Caller,
+    CurrentSettings,
+    Limit,
+    Page,
+    ReadSession,
+    WriteSession,
+    database_of,
+)
 from app.api.events import event_stream, wants_event_stream
 from app.api.idempotency import IdempotentRoute
+from app.api.job_reads import job_reads
 from app.api.problems import problem_responses
 from app.api.streams import BlobResponse, tar_response
 from app.errors import InvalidRequest
@@ -161,10 +171,19 @@ def list_jobs(
     return Page(items=items, has_more=has_more)
 
 
-@router.get("/{job_id}", operation_id="get_job", summary="See a job", responses=problem_responses(404))
-def get_job(job_id: JobId, session: ReadSession) -> JobView:
+@router.get(
+    "/{job_id}",
+    operation_id="get_job",
+    response_model=JobView,
+    summary="See a job",
+    responses=problem_responses(404),
+)
+async def get_job(job_id: JobId, caller: Caller) -> Response:
     """A job with its stages, progress, and once it has ended, its artifacts or its error."""
-    return jobs.read_job(session, job_id)
+    found = await job_reads().ask((caller.tenant, job_id))
+    if found is None:
+        raise jobs.no_job(job_id)
+    return Response(found, media_type="application/json")
 
 
 @router.get(

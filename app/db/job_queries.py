@@ -28,6 +28,11 @@ def get_job(session: Session, job_id: str) -> Job | None:
     return session.get(Job, job_id)
 
 
+def get_jobs(session: Session, job_ids: Sequence[str]) -> Sequence[Job]:
+    """Those of these jobs that there are."""
+    return session.scalars(select(Job).where(Job.id.in_(job_ids))).all()
+
+
 def list_jobs(
     session: Session,
     *,

@@ -76,9 +76,9 @@ def submit_job(session: Session, settings: Settings, submission: Submission) -> 
     return _view(session, job)
 
 
-def read_job(session: Session, job_id: str) -> JobView:
-    """One job. Raises NotFound."""
-    return _view(session, require_job(session, job_id))
+def read_jobs(session: Session, job_ids: Sequence[str]) -> list[JobView]:
+    """Those of these jobs that there are."""
+    return _views(session, job_queries.get_jobs(session, job_ids))
 
 
 def list_jobs(
@@ -93,12 +93,7 @@ def list_jobs(
         after=after,
         limit=limit + 1,
     )
-    shown = jobs[:limit]
-    ids = [job.id for job in shown]
-    stages = job_queries.stages_of(session, ids)
-    artifacts = job_queries.artifacts_of(session, ids)
-    views = [job_view(job, stages.get(job.id, ()), artifacts.get(job.id, ())) for job in shown]
-    return views, len(jobs) > limit
+    return _views(session, jobs[:limit]), len(jobs) > limit
 
 
 def read_events(
@@ -238,8 +233,13 @@ def require_job(session: Session, job_id: str) -> Job:
     """A job by id. Raises NotFound."""
     job = job_queries.get_job(session, job_id)
     if job is None:
-        raise NotFound(f"There is no job {job_id}.", hint="GET /v1/jobs lists those there are.")
+        raise no_job(job_id)
     return job
+
+
+def no_job(job_id: str) -> NotFound:
+    """That there is none of this id."""
+    return NotFound(f"There is no job {job_id}.", hint="GET /v1/jobs lists those there are.")
 
 
 def _not_retryable(job: Job) -> Conflict:
@@ -291,3 +291,11 @@ def _view(session: Session, job: Job) -> JobView:
     return job_view(
         job, job_queries.list_stages(session, job.id), job_queries.list_artifacts(session, job.id)
     )
+
+
+def _views(session: Session, jobs: Sequence[Job]) -> list[JobView]:
+    stages = job_queries.stages_of(session, [job.id for job in jobs])
+    # Rows of artifacts come with the end of their job.
+    ended = [job.id for job in jobs if has_ended(job)]
+    artifacts = job_queries.artifacts_of(session, ended) if ended else {}
+    return [job_view(job, stages.get(job.id, ()), artifacts.get(job.id, ())) for job in jobs]

@@ -96,6 +96,7 @@ def test_the_api_and_the_services_take_the_database_a_request_was_given() -> Non
         "api/dependencies.py",  # makes the tenant's view
         "api/authentication.py",  # does not know the tenant yet
         "api/event_watch.py",  # one query for the streams of all tenants, each of a job its caller may see
+        "api/job_reads.py",  # a session for each tenant whose calls it answers
         "services/health.py",  # asks for no row of a tenant
         "services/jobs.py",  # after the commit: marks a job as unsent, drops blobs nobody refers to
     }
