@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,8 +55,8 @@ class RateLimiter:
         self._redis: Redis | None = None
         self._away_until = 0.0
 
-    def take(self, tenant: str) -> Allowance | None:
-        """Count a call. None: nobody counts now."""
+    def take(self, tenants: Sequence[str]) -> list[Allowance] | None:
+        """Count a call of each of these tenants, in this order, on one way to the server. None: nobody counts now."""
         # A seventh of the time that all of the API takes to import.
         from redis import Redis, RedisError
 
@@ -65,14 +66,16 @@ class RateLimiter:
             self._redis = Redis.from_url(
                 self._url, socket_timeout=_TIMEOUT_SECONDS, socket_connect_timeout=_TIMEOUT_SECONDS
             )
-        key = f"modelpress:calls:{tenant}"
+        pipeline = self._redis.pipeline(transaction=False)
+        for tenant in tenants:
+            pipeline.eval(_TAKE, 1, f"modelpress:calls:{tenant}", self._interval, WINDOW_SECONDS)
         try:
-            debt, allowed = self._redis.eval(_TAKE, 1, key, self._interval, WINDOW_SECONDS)
+            counted = pipeline.execute()
         except RedisError as error:
             self._away_until = time.monotonic() + _AWAY_SECONDS
             _log.warning("rate_limits_away", error=str(error))
             return None
-        return self._allowance(float(debt), allowed=bool(allowed))
+        return [self._allowance(float(debt), allowed=bool(allowed)) for debt, allowed in counted]
 
     def _allowance(self, debt: float, *, allowed: bool) -> Allowance:
         """`debt`: seconds at the steady rate that the calls so far still cost."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from anyio import CapacityLimiter
 from anyio.lowlevel import RunVar
@@ -12,21 +12,32 @@ from anyio.to_thread import run_sync
 T = TypeVar("T")
 
 
+class PerLoop(Generic[T]):
+    """A thing of which each event loop has its own, made when it is first asked for there."""
+
+    def __init__(self, name: str, make: Callable[[], T]) -> None:
+        self._make = make
+        self._made: RunVar[T] = RunVar(name)
+
+    def __call__(self) -> T:
+        """That of the running event loop."""
+        try:
+            return self._made.get()
+        except LookupError:
+            made = self._make()
+            self._made.set(made)
+            return made
+
+
 class Threads:
     """At most `count` threads of an event loop, beside the 40 that routes share; who finds none waits for one."""
 
     def __init__(self, name: str, count: int) -> None:
-        self._count = count
-        self._limiter: RunVar[CapacityLimiter] = RunVar(name)
+        self._limiter = PerLoop(name, lambda: CapacityLimiter(count))
 
     async def run(self, work: Callable[..., T], *arguments: object) -> T:
         """Call `work` in one of them."""
-        try:
-            limiter = self._limiter.get()
-        except LookupError:
-            limiter = CapacityLimiter(self._count)
-            self._limiter.set(limiter)
-        return await run_sync(work, *arguments, limiter=limiter)
+        return await run_sync(work, *arguments, limiter=self._limiter())
 
 
 INTAKE = Threads("intake", 8)
@@ -35,5 +46,9 @@ STREAMS = Threads("streams", 4)
 """Looks for the events of jobs: as many as there are listeners, each short."""
 READS = Threads("reads", 4)
 """Looks that answer many calls at once."""
+IDENTITIES = Threads("identities", 4)
+"""Finding out who calls, before anything else is done for him."""
+COUNTING = Threads("counting", 1)
+"""Counting calls against their tenant's limit."""
 HEALTH = Threads("health", 1)
 """Asking all that the service needs, which anybody may have it do."""

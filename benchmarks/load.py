@@ -2,7 +2,7 @@
 
 Usage: .venv/bin/python benchmarks/load.py [--seconds 30] [--pollers 200] [--streams 50] [--keep]
 
-Each poller asks once a second for one job, over a connection it keeps; the streams follow jobs that get an event every other
+Each poller asks once a second for a job of its own, with a key, over a connection it keeps; calls are counted against a rate limit; the streams follow jobs that get an event every other
 second; one client sends a file of 32 MiB each second and drops it. The same pollers then ask a bare FastAPI route in a
 process of its own, with nothing else going on. Client, API and databases share the machine. The API is one process.
 """
@@ -66,12 +66,15 @@ def main() -> None:
 
 
 class Service:
-    """The API, its database, and a model to submit jobs for."""
+    """The API, a key for it, its database, and a model to submit jobs for."""
 
-    def __init__(self, url: str, pid: int, database: Database) -> None:
-        self.url, self.pid, self.database = url, pid, database
+    def __init__(self, url: str, pid: int, key: str, database: Database) -> None:
+        self.url, self.pid, self.key, self.database = url, pid, key, database
+        self.options: dict[str, Any] = {
+            "base_url": url, "timeout": 120, "headers": {"Authorization": f"Bearer {key}"},
+        }  # fmt: skip
         self.jobs: list[str] = []
-        with httpx.Client(base_url=url, timeout=60) as client:
+        with httpx.Client(**self.options) as client:
             answer = client.put("/v1/models/content", params={"name": "m.zip"}, content=tiny_model())
             answer.raise_for_status()
             self.model = str(answer.json()["id"])
@@ -80,7 +83,7 @@ class Service:
 def submit_many(figures: Figures, service: Service, count: int) -> None:
     """Jobs one after the other over one connection."""
     body = {"model": service.model, "recipe": "int8"}
-    with httpx.Client(base_url=service.url, timeout=60) as client:
+    with httpx.Client(**service.options) as client:
         started = time.perf_counter()
         for _ in range(count):
             answer = client.post("/v1/jobs", json=body)
@@ -95,9 +98,9 @@ async def poll_both(figures: Figures, service: Service, directory: Path, args: a
     others = [asyncio.create_task(follow(service, job, stop)) for job in service.jobs[: args.streams]]
     others += [asyncio.create_task(tell(service, service.jobs[: args.streams], stop))]
     others += [asyncio.create_task(send_files(service, stop))]
-    await poll(service.url, service.jobs[0], args.pollers, 3)
+    await poll(service.url, service.key, service.jobs, args.pollers, 3)
     before = resident(service.pid)
-    loaded = await poll(service.url, service.jobs[0], args.pollers, args.seconds)
+    loaded = await poll(service.url, service.key, service.jobs, args.pollers, args.seconds)
     growth = max(0.0, (resident(service.pid) - before) / MIB)
     stop.set()
     delays, files = [], 0
@@ -107,8 +110,8 @@ async def poll_both(figures: Figures, service: Service, directory: Path, args: a
         else:
             files += result
     with bare_server(directory) as url:
-        await poll(url, "job_1", args.pollers, 3)
-        bare = await poll(url, "job_1", args.pollers, args.seconds)
+        await poll(url, service.key, ["job_1"], args.pollers, 3)
+        bare = await poll(url, service.key, ["job_1"], args.pollers, args.seconds)
     state(figures, args, loaded, bare)
     bar = f"<= {MAX_GROWTH_MIB}"
     figures.add(
@@ -135,21 +138,25 @@ def state(figures: Figures, args: argparse.Namespace, loaded: list[float], bare:
     )  # fmt: skip
 
 
-async def poll(url: str, job: str, pollers: int, seconds: float) -> list[float]:
+async def poll(url: str, key: str, jobs: list[str], pollers: int, seconds: float) -> list[float]:
     """Seconds that each call took, of so many clients that call once a second."""
     async with asyncio.TaskGroup() as group:
         tasks = [
-            group.create_task(poll_once_a_second(url, job, number / pollers, seconds))
+            group.create_task(
+                poll_once_a_second(url, key, jobs[number % len(jobs)], number / pollers, seconds)
+            )
             for number in range(pollers)
         ]
     return [taken for task in tasks for taken in task.result()]
 
 
-async def poll_once_a_second(url: str, job: str, offset: float, seconds: float) -> list[float]:
+async def poll_once_a_second(url: str, key: str, job: str, offset: float, seconds: float) -> list[float]:
     """A plain client on one connection: a library for HTTP would take longer than what is measured."""
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    request = f"GET /v1/jobs/{job} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode()
+    request = (
+        f"GET /v1/jobs/{job} HTTP/1.1\r\nHost: {host}:{port}\r\nAuthorization: Bearer {key}\r\n\r\n".encode()
+    )
     began, taken = time.perf_counter() + offset, []
     for turn in range(int(seconds)):
         await asyncio.sleep(max(0, began + turn - time.perf_counter()))
@@ -174,7 +181,7 @@ async def follow(service: Service, job: str, stop: asyncio.Event) -> list[float]
     delays: list[float] = []
     headers = {"Accept": "text/event-stream"}
     async with (
-        httpx.AsyncClient(base_url=service.url, timeout=60) as client,
+        httpx.AsyncClient(**service.options) as client,
         client.stream("GET", f"/v1/jobs/{job}/events", headers=headers) as answer,
     ):
         async for line in answer.aiter_lines():
@@ -204,7 +211,7 @@ async def tell(service: Service, jobs: list[str], stop: asyncio.Event) -> int:
 
 async def send_files(service: Service, stop: asyncio.Event) -> int:
     content, sent, began = os.urandom(32 * MIB), 0, time.perf_counter()
-    async with httpx.AsyncClient(base_url=service.url, timeout=120) as client:
+    async with httpx.AsyncClient(**service.options) as client:
         while not stop.is_set():
             made = (await client.post("/v1/uploads", json={"name": "m.zip", "size": len(content)})).json()
             for number in range(made["part_count"]):
@@ -230,16 +237,21 @@ def running_service(directory: Path) -> Iterator[Service]:
         migrate(url)
         environment = os.environ | {
             "DATABASE_URL": url, "REDIS_URL": broker.url, "MODELPRESS_DATA_DIR": str(directory / "data"),
-            "MODELPRESS_MIN_FREE_DISK_BYTES": "0",
+            "MODELPRESS_MIN_FREE_DISK_BYTES": "0", "MODELPRESS_ANONYMOUS": "false",
+            "MODELPRESS_RATE_LIMIT_PER_MINUTE": os.environ.get("RL","1000000"),
         }  # fmt: skip
-        command = [sys.executable, "-m", "app.cli", "serve", "--api-only", "--port", "0"]
+        modelpress = [sys.executable, "-m", "app.cli"]
+        key = subprocess.check_output(
+            [*modelpress, "keys", "create", "load", "--role", "submitter"], env=environment, text=True
+        ).strip()
+        command = [*modelpress, "serve", "--api-only", "--port", "0"]
         with subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ) as api:
             assert api.stdout is not None
             address = api.stdout.readline().split()[-1]
             try:
-                yield Service(address, api.pid, Database(url))
+                yield Service(address, api.pid, key, Database(url))
             finally:
                 api.terminate()
                 broker.kill()

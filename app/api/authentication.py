@@ -7,28 +7,26 @@ needs a key, and what is not listed as reading needs one that may write.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 import structlog
-from anyio import CapacityLimiter
-from anyio.to_thread import run_sync
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.access import ANONYMOUS, Principal, Role
 from app.api.problems import render
+from app.api.together import Together
 from app.db.engine import get_database
 from app.errors import Forbidden, ModelpressError, Unauthenticated
 from app.services import keys
 from app.settings import Settings, get_settings, is_loopback
+from app.threads import IDENTITIES, PerLoop
 
 _OPEN = re.compile(r"/(docs|redoc|openapi\.json|favicon\.ico|static/.*|v1/health/(live|ready))?")
 _ROLES = (
     (re.compile(r"\S+ /v1/(keys(/.*)?|audit)"), Role.ADMINISTRATOR),
     (re.compile(r"(GET|HEAD|OPTIONS) .*|POST /v1/plans"), Role.READER),
 )
-# With the sessions of routes (app.api.dependencies) as many as the pool has connections. They have threads of their
-# own: a call that waits for its key to be looked up takes none from those that hold a session.
-_MAX_LOOKUPS = 4
 
 
 def is_open(path: str) -> bool:
@@ -52,7 +50,6 @@ class Authentication:
         self.app = app
         self._anonymous = settings.anonymous
         self._public_host = _authority(settings.public_url)
-        self._lookups = CapacityLimiter(_MAX_LOOKUPS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Wrap one request."""
@@ -84,7 +81,7 @@ class Authentication:
                 code="key_unknown",
                 hint="Send `Authorization: Bearer mp_…`.",
             )
-        return await run_sync(_identify, token.strip(), limiter=self._lookups)
+        return await _identify(token.strip())
 
     def _without_key(self, scope: Scope) -> Principal:
         if not self._anonymous:
@@ -121,15 +118,35 @@ class Authentication:
         return not is_public_name or host == self._public_host
 
 
-def _identify(token: str) -> Principal:
+async def _identify(token: str) -> Principal:
     """Whoever a bearer token stands for: an API key, or a token of the issuer in the settings."""
-    settings = get_settings()
-    if settings.oidc_issuer and not token.startswith(keys.PREFIX):
-        # Cryptography is a tenth of the API's start, and most services have no issuer.
-        from app.services import oidc
+    if get_settings().oidc_issuer and not token.startswith(keys.PREFIX):
+        return await IDENTITIES.run(_identify_by_issuer, token)
+    found = await _key_lookups().ask(token)
+    if isinstance(found, Principal):
+        return found
+    raise found or Unauthenticated("The key was not looked up.")
 
-        return oidc.authenticate(get_database(), settings, token)
-    return keys.authenticate(get_database(), settings, token)
+
+def _identify_by_issuer(token: str) -> Principal:
+    # Cryptography is a tenth of the API's start, and most services have no issuer.
+    from app.services import oidc
+
+    return oidc.authenticate(get_database(), get_settings(), token)
+
+
+def _look_up(tokens: Collection[str]) -> dict[str, Principal | ModelpressError]:
+    """Whoever each key stands for, or why it stands for nobody."""
+    found: dict[str, Principal | ModelpressError] = {}
+    for token in tokens:
+        try:
+            found[token] = keys.authenticate(get_database(), get_settings(), token)
+        except ModelpressError as error:
+            found[token] = error
+    return found
+
+
+_key_lookups = PerLoop("key_lookups", lambda: Together(_look_up, IDENTITIES))
 
 
 def _authority(url: str) -> str:

@@ -6,12 +6,10 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 
-from anyio.lowlevel import RunVar
-
 from app.db import job_queries
 from app.db.engine import get_database
 from app.errors import ModelpressError
-from app.threads import STREAMS
+from app.threads import STREAMS, PerLoop
 
 _LOOK_SECONDS = 0.25
 
@@ -53,17 +51,7 @@ class EventWatch:
                     waiting.set_result(None)
 
 
-def event_watch() -> EventWatch:
-    """That of the running event loop."""
-    try:
-        return _watch.get()
-    except LookupError:
-        watch = EventWatch()
-        _watch.set(watch)
-        return watch
-
-
-_watch: RunVar[EventWatch] = RunVar("event_watch")
+event_watch = PerLoop("event_watch", EventWatch)
 
 
 def _open_jobs(job_ids: Collection[str]) -> dict[str, int]:

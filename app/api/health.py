@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from anyio.lowlevel import RunVar
 from fastapi import APIRouter, Response
 
 from app.api.dependencies import CurrentSettings
 from app.services.health import Readiness, RecentReadiness
-from app.threads import HEALTH
+from app.threads import HEALTH, PerLoop
 
 router = APIRouter(prefix="/health", tags=["ops"])
+
+_recent = PerLoop("readiness", RecentReadiness)
 
 
 @router.get("/live", operation_id="get_liveness", summary="Is this process alive?")
@@ -33,15 +34,3 @@ async def get_readiness(settings: CurrentSettings, response: Response) -> Readin
     if readiness.status == "unavailable":
         response.status_code = 503
     return readiness
-
-
-_seen: RunVar[RecentReadiness] = RunVar("readiness")
-
-
-def _recent() -> RecentReadiness:
-    try:
-        return _seen.get()
-    except LookupError:
-        recent = RecentReadiness()
-        _seen.set(recent)
-        return recent

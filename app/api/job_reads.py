@@ -5,28 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection
 
-from anyio.lowlevel import RunVar
-
 from app.api.together import Together
 from app.db.engine import get_database
 from app.services import jobs
-from app.threads import READS
+from app.threads import READS, PerLoop
 
 Question = tuple[str, str]
 """A tenant, and the id of a job."""
-
-
-def job_reads() -> Together[Question, bytes]:
-    """That of the running event loop."""
-    try:
-        return _reads.get()
-    except LookupError:
-        reads = Together(_read, READS)
-        _reads.set(reads)
-        return reads
-
-
-_reads: RunVar[Together[Question, bytes]] = RunVar("job_reads")
 
 
 def _read(questions: Collection[Question]) -> dict[Question, bytes]:
@@ -40,3 +25,6 @@ def _read(questions: Collection[Question]) -> dict[Question, bytes]:
             for view in jobs.read_jobs(session, job_ids):
                 found[tenant, view.id] = view.model_dump_json(by_alias=True).encode()
     return found
+
+
+job_reads = PerLoop("job_reads", lambda: Together(_read, READS))

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 import uuid
+from collections.abc import Collection
 
 import structlog
-from anyio import CapacityLimiter
-from anyio.to_thread import run_sync
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.access import Principal
 from app.api.problems import render, render_unexpected
+from app.api.together import Together
 from app.errors import PayloadTooLarge, TooManyRequests
 from app.rate_limits import WINDOW_SECONDS, Allowance, RateLimiter
 from app.settings import MIB, Settings
+from app.threads import COUNTING, PerLoop
 
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 # Polled every few seconds by machines: their lines would bury the others.
 _QUIET = ("/health/", "/metrics")
-
-# Of their own: a counter that hangs must not take the threads of routes.
-_COUNTING_THREADS = 8
 
 _log = structlog.get_logger("modelpress.request")
 
@@ -125,7 +124,8 @@ class RateLimit:
         self.app = app
         limited = settings.rate_limit_per_minute > 0 and settings.redis_url
         self._limiter = RateLimiter(settings.redis_url, settings.rate_limit_per_minute) if limited else None
-        self._threads = CapacityLimiter(_COUNTING_THREADS)
+        self._numbers = itertools.count()
+        self._counting = PerLoop("counting", lambda: Together(self._count, COUNTING))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Wrap one request. Who calls without having to say who it is, is not counted."""
@@ -133,7 +133,8 @@ class RateLimit:
         if self._limiter is None or principal is None:
             await self.app(scope, receive, send)
             return
-        allowance = await run_sync(self._limiter.take, principal.tenant, limiter=self._threads)
+        # Equal questions are asked once, and each call counts.
+        allowance = await self._counting().ask((principal.tenant, next(self._numbers)))
         if allowance is None:
             await self.app(scope, receive, send)
             return
@@ -151,6 +152,10 @@ class RateLimit:
             await send(message)
 
         await self.app(scope, receive, send_with_headers)
+
+    def _count(self, calls: Collection[tuple[str, int]]) -> dict[tuple[str, int], Allowance]:
+        allowances = self._limiter and self._limiter.take([tenant for tenant, _ in calls])
+        return dict(zip(calls, allowances, strict=True)) if allowances else {}
 
 
 def _rate_limit_headers(per_minute: int, allowance: Allowance) -> dict[str, str]:
