@@ -10,6 +10,7 @@ ModelpressError
 ├── TooManyRequests           429  not now; the same call may succeed later
 ├── NotFound                  404
 ├── Conflict                  409  the resource is not in a state that allows this
+├── Gone                      410  it was there and has been given up
 ├── PayloadTooLarge           413
 ├── RangeNotSatisfiable       416
 ├── StorageFull               507
@@ -119,6 +120,14 @@ class Conflict(ModelpressError):
     status = 409
     default_code = "conflict"
     title = "Conflict"
+
+
+class Gone(ModelpressError):
+    """The resource was there and has been given up, as was announced."""
+
+    status = 410
+    default_code = "gone"
+    title = "Gone"
 
 
 class PayloadTooLarge(ModelpressError):

@@ -105,6 +105,10 @@ class Settings(BaseSettings):
     """A queued job whose message was sent this long ago is sent again: the message may be lost."""
     scratch_retention_seconds: float = 3600
     """How long the finished stages of a failed or cancelled job are kept for a retry."""
+    artifact_retention_days: int = Field(default=0, ge=0, le=36_500)
+    """How long the files of results are kept, where a tenant's own retention says nothing else; 0: for ever."""
+    audit_retention_days: int = Field(default=0, ge=0, le=36_500)
+    """The same for entries of the audit log."""
     max_attempts: int = 3
     kill_grace_seconds: float = 1
     """Between SIGTERM and SIGKILL for a job's process group."""

@@ -1,4 +1,4 @@
-"""`modelpress tenants list | limit`: on the server, for whoever may read its settings."""
+"""`modelpress tenants list | limit | keep`: on the server, for whoever may read its settings."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ import typer
 from app.terminal import console
 
 if TYPE_CHECKING:
-    from app.db.quota_queries import Limits
+    from app.db.tables import Tenant
 
-cli = typer.Typer(help="Tenants and their quotas, by whoever runs the service.", no_args_is_help=True)
+cli = typer.Typer(
+    help="Tenants, their quotas and retention, by whoever runs the service.", no_args_is_help=True
+)
+_AS_SERVICE = "0: for ever [default: as the service's settings say]"
 
 
 @cli.command("list")
 def list_() -> None:
-    """List tenants with their limits."""
+    """List tenants with their limits, and for how long their things are kept."""
     from app.db.engine import get_database
-    from app.db.quota_queries import Limits, list_tenants
+    from app.db.quota_queries import list_tenants
 
     with get_database().read() as session:
         tenants = list_tenants(session)
     for tenant in tenants:
-        _print(tenant.id, Limits(tenant.max_stored_bytes, tenant.max_queued_jobs, tenant.max_running_jobs))
+        _print(tenant)
 
 
 @cli.command()
@@ -38,16 +41,41 @@ def limit(
     from app.db.quota_queries import Limits
     from app.services.quotas import set_limits
 
-    limits = Limits(stored_bytes, queued_jobs, running_jobs)
     with get_database().write() as session:
-        set_limits(session, tenant, limits)
-    _print(tenant, limits)
+        row = set_limits(session, tenant, Limits(stored_bytes, queued_jobs, running_jobs))
+    _print(row)
 
 
-def _print(tenant: str, limits: Limits) -> None:
-    shown = (f"{name.replace('_', ' ')}: {_shown(limit)}" for name, limit in vars(limits).items())
-    console.print(f"{tenant}  {'  '.join(shown)}", highlight=False, soft_wrap=True)
+@cli.command()
+def keep(
+    tenant: Annotated[str, typer.Argument(help="Name of the tenant.")],
+    artifact_days: Annotated[int | None, typer.Option(min=0, max=36_500, help=_AS_SERVICE)] = None,
+    audit_days: Annotated[int | None, typer.Option(min=0, max=36_500, help=_AS_SERVICE)] = None,
+) -> None:
+    """Set for how many days the files of a tenant's results, and its audit log, are kept."""
+    from app.db.engine import get_database
+    from app.services.retention import set_retention
+
+    with get_database().write() as session:
+        row = set_retention(session, tenant, artifact_days=artifact_days, audit_days=audit_days)
+    _print(row)
 
 
-def _shown(limit: int | None) -> str:
+def _print(tenant: Tenant) -> None:
+    figures = {
+        "stored bytes": _limit(tenant.max_stored_bytes),
+        "queued jobs": _limit(tenant.max_queued_jobs),
+        "running jobs": _limit(tenant.max_running_jobs),
+        "artifact days": _days(tenant.artifact_retention_days),
+        "audit days": _days(tenant.audit_retention_days),
+    }
+    shown = (f"{name}: {figure}" for name, figure in figures.items())
+    console.print(f"{tenant.id}  {'  '.join(shown)}", highlight=False, soft_wrap=True)
+
+
+def _limit(limit: int | None) -> str:
     return "no limit" if limit is None else str(limit)
+
+
+def _days(days: int | None) -> str:
+    return "as the service" if days is None else str(days or "for ever")

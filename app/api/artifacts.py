@@ -46,7 +46,7 @@ def get_artifact(artifact_id: ArtifactId, session: ReadSession) -> ArtifactView:
     responses={
         200: {"description": "The headers that GET would answer with."},
         307: _CONTENT[307],
-        **problem_responses(404),
+        **problem_responses(404, 410),
     },
 )
 @router.get(
@@ -54,9 +54,10 @@ def get_artifact(artifact_id: ArtifactId, session: ReadSession) -> ArtifactView:
     operation_id="get_artifact_content",
     summary="Download an artifact",
     response_class=FileResponse,
-    responses={**_CONTENT, **problem_responses(404, 416)},
+    responses={**_CONTENT, **problem_responses(404, 410, 416)},
 )
 def get_artifact_content(artifact_id: ArtifactId, request: Request, session: ReadSession) -> BlobResponse:
-    """The bytes. A download that broke off goes on with `Range: bytes=<n>-` and `If-Range: <ETag>`."""
+    """The bytes. 410 once they have been kept for as long as the service keeps results. A download that broke off goes on with `Range: bytes=<n>-` and `If-Range: <ETag>`."""
     artifact = artifacts.require_artifact(session, artifact_id)
+    artifacts.require_content(session, [artifact])
     return BlobResponse(artifact, request.method)

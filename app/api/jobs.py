@@ -26,6 +26,7 @@ from app.api.problems import problem_responses
 from app.api.streams import BlobResponse, tar_response
 from app.errors import InvalidRequest
 from app.services import jobs
+from app.services.artifacts import require_content
 from app.services.job_view import ArtifactView, EventView, JobStatus, JobView, Priority
 from app.services.jobs import JobFilter, Submission
 from app.services.planning import Wish
@@ -310,12 +311,13 @@ def get_job_result(job_id: JobId, session: ReadSession) -> JobResult:
             "description": "An uncompressed tar of the result's files and its reports, in one directory.",
             "content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}},
         },
-        **problem_responses(404, 409),
+        **problem_responses(404, 409, 410),
     },
 )
 def download_job_result(job_id: JobId, session: ReadSession) -> StreamingResponse:
     """The whole result as one tar. For single files, and to resume, use `artifacts`."""
     job, artifacts = jobs.read_result(session, job_id)
+    require_content(session, artifacts)
     ended = job.ended_at or job.created_at
     return tar_response(artifacts, root=job.id, mtime=ended.timestamp())
 

@@ -41,11 +41,11 @@ def queued_seconds(session: Session, bounds: Sequence[float]) -> list[Durations]
 
 
 def stored_bytes(session: Session) -> dict[str, int]:
-    """Bytes that models, datasets and artifacts refer to, by kind; a blob referred to twice counts twice."""
+    """Bytes of models, datasets and artifacts that have not expired, by kind; a blob referred to twice counts twice."""
     return {
         "model": _sum(session, ModelFile.bytes),
         "dataset": _sum(session, Dataset.bytes),
-        "artifact": _sum(session, Artifact.bytes),
+        "artifact": _sum(session, Artifact.bytes, Artifact.expired_at.is_(None)),
     }
 
 
@@ -73,5 +73,5 @@ def _durations(
     return [Durations(row[0], row[1], tuple(int(n) for n in row[4:]), row[2], float(row[3])) for row in rows]
 
 
-def _sum(session: Session, column: InstrumentedAttribute[int]) -> int:
-    return int(session.execute(select(func.coalesce(func.sum(column), 0))).scalar_one())
+def _sum(session: Session, column: InstrumentedAttribute[int], *where: ColumnElement[bool]) -> int:
+    return int(session.execute(select(func.coalesce(func.sum(column), 0)).where(*where)).scalar_one())

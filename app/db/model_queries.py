@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Row, delete, func, select, text, update
+from sqlalchemy import Row, delete, func, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from app.db.engine import db_now
@@ -15,6 +15,8 @@ from app.db.tables import Artifact, Dataset, Job, Model, ModelFile, Upload, Uplo
 _BLOBS_LOCK = 0x6D70626C
 
 UNFINISHED = ("queued", "running")
+_EXPIRED_STAYS_SECONDS = 86_400
+"""An expired artifact's blob is kept so long for those who began to download it."""
 
 
 # --- uploads ---------------------------------------------------------------------------------------------------------
@@ -203,19 +205,26 @@ def hold_blobs(session: Session) -> None:
 
 
 def referenced_blobs(session: Session, digests: Collection[str]) -> set[str]:
-    """Which of these blobs a model, a dataset or an artifact refers to."""
-    found: set[str] = set()
-    for table in (ModelFile, Dataset, Artifact):
-        found.update(session.scalars(select(table.sha256).where(table.sha256.in_(digests))).all())
-    return found
+    """Which of these blobs a model, a dataset or an artifact refers to, one that expired in the last day included."""
+    kept = or_(Artifact.expired_at.is_(None), Artifact.expired_at > db_now() - _EXPIRED_STAYS_SECONDS)
+    queries = (
+        select(ModelFile.sha256).where(ModelFile.sha256.in_(digests)),
+        select(Dataset.sha256).where(Dataset.sha256.in_(digests)),
+        select(Artifact.sha256).where(Artifact.sha256.in_(digests), kept),
+    )
+    return {sha256 for query in queries for sha256 in session.scalars(query)}
 
 
 def blobs_and_who_wants_them(session: Session) -> dict[str, tuple[str, ...]]:
-    """Every blob that a row refers to, with the rows: `mdl_…/path`, `dst_…`, `job_…/path`. In order of digest."""
+    """Every blob that must be there, with the rows that say so: `mdl_…/path`, `dst_…`, `job_…/path`. In order of digest."""
     rows = [
         *session.execute(select(ModelFile.sha256, ModelFile.model_id + "/" + ModelFile.path)),
         *session.execute(select(Dataset.sha256, Dataset.id)),
-        *session.execute(select(Artifact.sha256, Artifact.job_id + "/" + Artifact.path)),
+        *session.execute(
+            select(Artifact.sha256, Artifact.job_id + "/" + Artifact.path).where(
+                Artifact.expired_at.is_(None)
+            )
+        ),
     ]
     wanted: dict[str, tuple[str, ...]] = {}
     for sha256, who in sorted((row[0], row[1]) for row in rows):

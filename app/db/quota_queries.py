@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from app.db.tables import Artifact, Dataset, Job, Model, Tenant, Upload
@@ -36,8 +36,9 @@ def lock_usage(session: Session) -> None:
 
 
 def count_stored_bytes(session: Session) -> int:
-    """Bytes of models, datasets, artifacts and announced uploads; those of a blob that is used twice count twice."""
-    return sum(_sum(session, column) for column in (Model.bytes, Dataset.bytes, Artifact.bytes, Upload.size))
+    """Bytes of models, datasets, artifacts that have not expired and announced uploads; a blob that is used twice counts twice."""
+    kept = _sum(session, Artifact.bytes, Artifact.expired_at.is_(None))
+    return kept + sum(_sum(session, column) for column in (Model.bytes, Dataset.bytes, Upload.size))
 
 
 def count_jobs(session: Session, status: str) -> int:
@@ -55,5 +56,5 @@ def get_tenant(session: Session, tenant: str) -> Tenant | None:
     return session.get(Tenant, tenant)
 
 
-def _sum(session: Session, column: InstrumentedAttribute[int]) -> int:
-    return int(session.execute(select(func.coalesce(func.sum(column), 0))).scalar_one())
+def _sum(session: Session, column: InstrumentedAttribute[int], *where: ColumnElement[bool]) -> int:
+    return int(session.execute(select(func.coalesce(func.sum(column), 0)).where(*where)).scalar_one())

@@ -52,9 +52,12 @@ class Tenant(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     """A short name, e.g. `acme`."""
     max_stored_bytes: Mapped[int | None]
-    """Null, here and below: no limit."""
+    """Null, of each `max_`: no limit."""
     max_queued_jobs: Mapped[int | None]
     max_running_jobs: Mapped[int | None]
+    artifact_retention_days: Mapped[int | None]
+    """Null, here and below: as the service's settings say; 0: for ever."""
+    audit_retention_days: Mapped[int | None]
     turn: Mapped[int] = mapped_column(default=0)
     """Grows with every job that is started, over all tenants: whoever has the lowest was served longest ago."""
     created_at: Mapped[float] = mapped_column(default=db_now())
@@ -251,7 +254,7 @@ class Artifact(TenantRow, Base):
     """A file a job left: part of the result, or a report."""
 
     __tablename__ = "artifacts"
-    __table_args__ = (Index("ix_artifacts_tenant_id", "tenant_id"),)
+    __table_args__ = (Index("ix_artifacts_expiry", "tenant_id", "kind", "expired_at", "created_at"),)
 
     id: Mapped[str] = mapped_column(primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
@@ -262,6 +265,8 @@ class Artifact(TenantRow, Base):
     sha256: Mapped[str] = mapped_column(index=True)
     bytes: Mapped[int]
     created_at: Mapped[float] = mapped_column(default=db_now())
+    expired_at: Mapped[float | None]
+    """When its bytes were given up; a day later nothing keeps them."""
 
 
 class IdempotencyKey(TenantRow, Base):

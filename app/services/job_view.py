@@ -82,6 +82,8 @@ class ArtifactView(View):
     sha256: str
     """In hex; also the ETag of the content."""
     created_at: datetime
+    expired_at: datetime | None
+    """When its bytes were given up, and from when on its content is 410 `artifact_expired`; null: they are there."""
     urls: ArtifactUrls
 
 
@@ -133,6 +135,11 @@ class JobView(View):
     error: JobError | None
     warnings: list[str]
     artifacts: list[ArtifactView]
+    expires_at: datetime | None
+    """When the files of its result will be given up, unless a model or dataset of yours consists of them; reports stay.
+    Null: they are kept for ever, or there are none, or they are gone."""
+    expired_at: datetime | None
+    """When the last of them went that has gone."""
     labels: dict[str, str]
     urls: JobUrls
 
@@ -148,9 +155,12 @@ class EventView(View):
     created_at: datetime
 
 
-def job_view(job: Job, stages: Sequence[JobStage], artifacts: Sequence[Artifact]) -> JobView:
-    """A job with its stages and artifacts."""
+def job_view(
+    job: Job, stages: Sequence[JobStage], artifacts: Sequence[Artifact], *, artifact_days: int
+) -> JobView:
+    """A job with its stages and artifacts, which are kept for so many days; 0: for ever."""
     labels = dict(job.labels)
+    expired_at = max((a.expired_at for a in artifacts if a.expired_at is not None), default=None)
     return JobView(
         id=job.id,
         name=labels.pop(NAME_LABEL, None),
@@ -175,6 +185,8 @@ def job_view(job: Job, stages: Sequence[JobStage], artifacts: Sequence[Artifact]
         error=None if job.error is None else JobError.model_validate(job.error),
         warnings=job.warnings,
         artifacts=[artifact_view(artifact) for artifact in artifacts],
+        expires_at=_expiry(artifacts, artifact_days) if expired_at is None else None,
+        expired_at=_maybe(expired_at),
         labels=labels,
         urls=_job_urls(job.id),
     )
@@ -196,6 +208,7 @@ def artifact_view(artifact: Artifact) -> ArtifactView:
         bytes=artifact.bytes,
         sha256=artifact.sha256,
         created_at=as_time(artifact.created_at),
+        expired_at=_maybe(artifact.expired_at),
         urls=ArtifactUrls(self=url, content=f"{url}/content"),
     )
 
@@ -231,6 +244,12 @@ def as_time(seconds: float) -> datetime:
 
 def _maybe(seconds: float | None) -> datetime | None:
     return None if seconds is None else as_time(seconds)
+
+
+def _expiry(artifacts: Sequence[Artifact], days: int) -> datetime | None:
+    """When the first file of the result is due."""
+    made_at = [artifact.created_at for artifact in artifacts if artifact.kind == "model"]
+    return as_time(min(made_at) + days * 86_400) if days and made_at else None
 
 
 def _stage(stage: JobStage, *, is_running: bool) -> StageView:

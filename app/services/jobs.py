@@ -26,6 +26,7 @@ from app.services.job_view import (
 from app.services.planning import NO_GPU, Planned, Wish, plan_wish, require_fit
 from app.services.quotas import require_queue
 from app.services.result_cache import result_key, reuse_result
+from app.services.retention import read_retention
 from app.settings import Settings
 from app.spec.compression import CompressionSpec
 from app.storage import get_store
@@ -212,7 +213,7 @@ def read_result(session: Session, job_id: str) -> tuple[JobView, Sequence[Artifa
             hint=error.get("hint"),
         )
     artifacts = job_queries.list_artifacts(session, job_id)
-    return job_view(job, job_queries.list_stages(session, job_id), artifacts), artifacts
+    return _view(session, job, artifacts), artifacts
 
 
 def read_report(session: Session, job_id: str, *, html: bool) -> Artifact:
@@ -287,10 +288,11 @@ def _remove_blobs(digests: list[str]) -> None:
     discard_unreferenced(get_database(), get_store(), digests)
 
 
-def _view(session: Session, job: Job) -> JobView:
-    return job_view(
-        job, job_queries.list_stages(session, job.id), job_queries.list_artifacts(session, job.id)
-    )
+def _view(session: Session, job: Job, artifacts: Sequence[Artifact] | None = None) -> JobView:
+    if artifacts is None:
+        artifacts = job_queries.list_artifacts(session, job.id)
+    days = read_retention(session).artifact_days if artifacts else 0
+    return job_view(job, job_queries.list_stages(session, job.id), artifacts, artifact_days=days)
 
 
 def _views(session: Session, jobs: Sequence[Job]) -> list[JobView]:
@@ -298,4 +300,7 @@ def _views(session: Session, jobs: Sequence[Job]) -> list[JobView]:
     # Rows of artifacts come with the end of their job.
     ended = [job.id for job in jobs if has_ended(job)]
     artifacts = job_queries.artifacts_of(session, ended) if ended else {}
-    return [job_view(job, stages.get(job.id, ()), artifacts.get(job.id, ())) for job in jobs]
+    days = read_retention(session).artifact_days if artifacts else 0
+    return [
+        job_view(job, stages.get(job.id, ()), artifacts.get(job.id, ()), artifact_days=days) for job in jobs
+    ]

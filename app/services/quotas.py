@@ -43,9 +43,15 @@ def require_queue(session: Session) -> None:
 
 def set_limits(session: Session, tenant: str, limits: quota_queries.Limits) -> Tenant:
     """Set what a tenant may use from now on; what it uses already stays. Raises NotFound."""
+    row = require_tenant(session, tenant)
+    row.max_stored_bytes, row.max_queued_jobs = limits.stored_bytes, limits.queued_jobs
+    row.max_running_jobs = limits.running_jobs
+    return row
+
+
+def require_tenant(session: Session, tenant: str) -> Tenant:
+    """A tenant by name. Raises NotFound."""
     row = quota_queries.get_tenant(session, tenant)
     if row is None:
         raise NotFound(f"There is no tenant {tenant}.", hint="`modelpress keys create --tenant` makes one.")
-    row.max_stored_bytes, row.max_queued_jobs = limits.stored_bytes, limits.queued_jobs
-    row.max_running_jobs = limits.running_jobs
     return row

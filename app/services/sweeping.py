@@ -17,13 +17,14 @@ from app.db import job_moves, job_queries
 from app.db.engine import Database
 from app.errors import ModelpressError
 from app.queue import enqueue_job
+from app.services.retention import expire
 from app.services.uploads import remove_expired_uploads
 from app.settings import Settings
 from app.storage import get_store
 from app.storage.references import remove_orphans
 
 _ORPHANS_SECONDS = 3600
-"""Between two walks over all blobs for what a process that died has left."""
+"""Between two looks for what has been kept long enough, and walks over all blobs for those that nothing refers to."""
 _UNFINISHED_SECONDS = 86_400
 """A blob that has been on its way into the store for so long is not going to arrive."""
 
@@ -65,6 +66,7 @@ def sweep_forever(database: Database, settings: Settings, stop: threading.Event)
             sweep(database, settings)
             if time.monotonic() >= next_orphans:
                 next_orphans = time.monotonic() + _ORPHANS_SECONDS
+                expire(database, settings)
                 remove_orphans(database, get_store())
                 get_store().remove_unfinished(older_than_seconds=_UNFINISHED_SECONDS)
         except ModelpressError as error:

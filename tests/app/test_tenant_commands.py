@@ -8,6 +8,8 @@ from app.cli import cli
 from app.db.engine import Database
 from app.db.tables import Tenant
 
+KEPT = "artifact days: as the service  audit days: as the service"
+
 
 def test_limits_are_set_shown_and_ended(database: Database) -> None:
     with database.write() as session:
@@ -16,14 +18,23 @@ def test_limits_are_set_shown_and_ended(database: Database) -> None:
     done = run(cli, ["tenants", "limit", "acme", "--stored-bytes", "1000", "--queued-jobs", "0"])
     assert (done.exit_code, done.stdout) == (
         0,
-        "acme  stored bytes: 1000  queued jobs: 0  running jobs: no limit\n",
+        f"acme  stored bytes: 1000  queued jobs: 0  running jobs: no limit  {KEPT}\n",
     )
     listed = run(cli, ["tenants", "list"]).stdout.splitlines()
     assert listed == [
-        "acme  stored bytes: 1000  queued jobs: 0  running jobs: no limit",
-        "default  stored bytes: no limit  queued jobs: no limit  running jobs: no limit",
+        f"acme  stored bytes: 1000  queued jobs: 0  running jobs: no limit  {KEPT}",
+        f"default  stored bytes: no limit  queued jobs: no limit  running jobs: no limit  {KEPT}",
     ]
     run(cli, ["tenants", "limit", "acme", "--running-jobs", "5"])
     with database.read() as session:
         acme = session.get_one(Tenant, "acme")
     assert (acme.max_stored_bytes, acme.max_queued_jobs, acme.max_running_jobs) == (None, None, 5)
+
+
+def test_a_retention_is_set_shown_and_ended(database: Database) -> None:
+    run = CliRunner().invoke
+    done = run(cli, ["tenants", "keep", "default", "--artifact-days", "30", "--audit-days", "0"])
+    assert done.stdout.endswith("  artifact days: 30  audit days: for ever\n")
+    assert run(cli, ["tenants", "list"]).stdout == done.stdout
+    assert run(cli, ["tenants", "keep", "default"]).stdout.endswith(f"  {KEPT}\n")
+    assert run(cli, ["tenants", "keep", "nobody"]).exit_code != 0
