@@ -92,7 +92,7 @@ class Forbidden(ModelpressError):
 
 
 class QuotaExceeded(Forbidden):
-    """The tenant may not use so much. Waiting does not help."""
+    """The tenant may not use so much. The same call will not soon succeed."""
 
     default_code = "quota_exceeded"
     title = "Quota exceeded"

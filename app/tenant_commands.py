@@ -35,14 +35,16 @@ def limit(
     stored_bytes: Annotated[int | None, typer.Option(min=0, help="[default: no limit]")] = None,
     queued_jobs: Annotated[int | None, typer.Option(min=0, help="[default: no limit]")] = None,
     running_jobs: Annotated[int | None, typer.Option(min=0, help="[default: no limit]")] = None,
+    worker_seconds: Annotated[int | None, typer.Option(min=0, help="A month. [default: no limit]")] = None,
 ) -> None:
     """Set what a tenant may use; a limit that is not given ends."""
     from app.db.engine import get_database
     from app.db.quota_queries import Limits
     from app.services.quotas import set_limits
 
+    limits = Limits(stored_bytes, queued_jobs, running_jobs, worker_seconds)
     with get_database().write() as session:
-        row = set_limits(session, tenant, Limits(stored_bytes, queued_jobs, running_jobs))
+        row = set_limits(session, tenant, limits)
     _print(row)
 
 
@@ -66,6 +68,7 @@ def _print(tenant: Tenant) -> None:
         "stored bytes": _limit(tenant.max_stored_bytes),
         "queued jobs": _limit(tenant.max_queued_jobs),
         "running jobs": _limit(tenant.max_running_jobs),
+        "worker seconds a month": _limit(tenant.max_worker_seconds),
         "artifact days": _days(tenant.artifact_retention_days),
         "audit days": _days(tenant.audit_retention_days),
     }

@@ -10,7 +10,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from sqlalchemy.orm import Session
 
-from app.db import metric_queries, worker_queries
+from app.db import metric_queries, worker_queries, worker_time
 from app.db.metric_queries import Durations
 
 __all__ = ["CONTENT_TYPE", "exposition"]
@@ -56,6 +56,7 @@ class _DatabaseCollector:
             _QUEUED_BOUNDS,
         )
         yield self._bytes()
+        yield self._worker_seconds()
         yield from self._uploads()
         yield self._workers()
 
@@ -74,6 +75,11 @@ class _DatabaseCollector:
         for kind, count in metric_queries.stored_bytes(self._session).items():
             stored.add_metric((kind,), count)
         return stored
+
+    def _worker_seconds(self) -> Metric:
+        used, _ = worker_time.used_this_month(self._session)
+        about = "Seconds for which workers held jobs since the month began (UTC)"
+        return GaugeMetricFamily("modelpress_worker_seconds_this_month", about, value=used)
 
     def _uploads(self) -> Iterator[Metric]:
         counts = GaugeMetricFamily("modelpress_uploads", "Uploads not yet used up", labels=("status",))

@@ -21,6 +21,7 @@ from typing import Any
 from sqlalchemy import (
     JSON,
     ColumnElement,
+    Row,
     and_,
     case,
     false,
@@ -33,6 +34,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
+from app.db import worker_time
 from app.db.engine import db_now
 from app.db.job_queries import add_events
 from app.db.tables import Artifact, Job, JobStage
@@ -73,10 +75,11 @@ def claim_job(session: Session, job_id: str, *, owner: str, lease_seconds: float
             error=null(),
             started_at=case((Job.started_at.is_(None), db_now()), else_=Job.started_at),
         )
-        .returning(Job.fence, Job.stage, Job.attempt)
+        .returning(Job.fence, Job.stage, Job.attempt, Job.tenant_id)
     ).one_or_none()
     if row is None:
         return None
+    worker_time.open_claim(session, job_id, row.fence, tenant=row.tenant_id)
     add_events(session, job_id, [("status", {"status": "running", "attempt": row.attempt, "worker": owner})])
     return Claim(job_id, row.fence, row.stage, row.attempt)
 
@@ -89,7 +92,10 @@ def extend_lease(session: Session, claim: Claim, *, lease_seconds: float) -> boo
         .values(lease_until=db_now() + lease_seconds)
         .returning(Job.cancel_requested)
     ).one_or_none()
-    return None if row is None else row.cancel_requested
+    if row is None:
+        return None
+    worker_time.count_until_now(session, claim.job_id, claim.fence)
+    return bool(row.cancel_requested)
 
 
 def commit_stage(
@@ -180,12 +186,8 @@ def add_held_events(session: Session, claim: Claim, events: Sequence[tuple[str, 
 
 def succeed(session: Session, claim: Claim, *, verdict: str, artifacts: Iterable[Artifact]) -> bool:
     """End a job well and publish its artifacts, in one transaction. False: the lease is lost or it was cancelled."""
-    ended = session.execute(
-        update(Job)
-        .where(*_held(claim), Job.cancel_requested == false())
-        .values(status="succeeded", verdict=verdict, progress=1.0, eta_seconds=0.0, **_ended())
-        .returning(Job.tenant_id)
-    ).one_or_none()
+    end = {"status": "succeeded", "verdict": verdict, "progress": 1.0, "eta_seconds": 0.0, **_ended()}
+    ended = _leave(session, claim, end, Job.cancel_requested == false())
     if ended is None:
         return False
     for artifact in artifacts:
@@ -197,9 +199,7 @@ def succeed(session: Session, claim: Claim, *, verdict: str, artifacts: Iterable
 
 def fail(session: Session, claim: Claim, error: dict[str, Any]) -> bool:
     """End a job badly. False: the lease is lost."""
-    ended = session.execute(
-        update(Job).where(*_held(claim)).values(status="failed", error=error, **_ended()).returning(Job.id)
-    ).one_or_none()
+    ended = _leave(session, claim, {"status": "failed", "error": error, **_ended()})
     if ended is not None:
         add_events(session, claim.job_id, [("status", {"status": "failed", "error": error})])
     return ended is not None
@@ -207,16 +207,12 @@ def fail(session: Session, claim: Claim, error: dict[str, Any]) -> bool:
 
 def give_back(session: Session, claim: Claim, error: dict[str, Any], *, delay_seconds: float) -> str | None:
     """Queue a job again after a fault that may pass; the last attempt fails it. None: the lease is lost."""
-    row = session.execute(
-        update(Job)
-        .where(*_held(claim))
-        .values(
-            **without_worker(fails=LAST_ATTEMPT),
-            error=unless_cancelled(error),
-            run_after=db_now() + delay_seconds,
-        )
-        .returning(Job.status)
-    ).one_or_none()
+    back = {
+        **without_worker(fails=LAST_ATTEMPT),
+        "error": unless_cancelled(error),
+        "run_after": db_now() + delay_seconds,
+    }
+    row = _leave(session, claim, back)
     if row is None:
         return None
     why = {} if row.status == "cancelled" else {"error": error}
@@ -229,12 +225,7 @@ def release(session: Session, claim: Claim) -> str | None:
 
     None: the lease is lost.
     """
-    row = session.execute(
-        update(Job)
-        .where(*_held(claim))
-        .values(**without_worker(fails=false()), attempt=Job.attempt - 1)
-        .returning(Job.status)
-    ).one_or_none()
+    row = _leave(session, claim, {**without_worker(fails=false()), "attempt": Job.attempt - 1})
     if row is None:
         return None
     reason = {"reason": "worker_shutdown"} if row.status == "queued" else {}
@@ -252,9 +243,7 @@ def requests(session: Session, job_id: str) -> tuple[bool, bool]:
 
 def end_cancelled(session: Session, claim: Claim) -> bool:
     """End a running job whose cancel was asked for, once its process is gone. False: the lease is lost."""
-    ended = session.execute(
-        update(Job).where(*_held(claim)).values(status="cancelled", **_ended()).returning(Job.id)
-    ).one_or_none()
+    ended = _leave(session, claim, {"status": "cancelled", **_ended()})
     if ended is not None:
         add_events(session, claim.job_id, [("status", {"status": "cancelled"})])
     return ended is not None
@@ -277,6 +266,18 @@ def without_worker(*, fails: ColumnElement[bool]) -> dict[str, Any]:
 def unless_cancelled(error: dict[str, Any]) -> ColumnElement[Any]:
     """The error of a job that is not to be cancelled."""
     return case((_TO_CANCEL, null()), else_=literal(error, JSON))
+
+
+def _leave(
+    session: Session, claim: Claim, values: dict[str, Any], *where: ColumnElement[bool]
+) -> Row[str, str] | None:
+    """Change a job that is held as its worker leaves it: (status, tenant_id) afterwards. None: the lease is lost."""
+    row = session.execute(
+        update(Job).where(*_held(claim), *where).values(values).returning(Job.status, Job.tenant_id)
+    ).one_or_none()
+    if row is not None:
+        worker_time.count_until_now(session, claim.job_id, claim.fence)
+    return row
 
 
 def _held(claim: Claim) -> tuple[ColumnElement[bool], ...]:

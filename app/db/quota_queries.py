@@ -19,12 +19,15 @@ class Limits:
     stored_bytes: int | None
     queued_jobs: int | None
     running_jobs: int | None = None
+    worker_seconds: int | None = None
+    """A month."""
 
 
 def read_limits(session: Session) -> Limits:
     """The limits of the session's tenant."""
-    columns = (Tenant.max_stored_bytes, Tenant.max_queued_jobs, Tenant.max_running_jobs)
-    query = select(*columns).where(Tenant.id == tenant_of(session))
+    query = select(
+        Tenant.max_stored_bytes, Tenant.max_queued_jobs, Tenant.max_running_jobs, Tenant.max_worker_seconds
+    ).where(Tenant.id == tenant_of(session))
     return Limits(*session.execute(query).one())
 
 

@@ -55,6 +55,8 @@ class Tenant(Base):
     """Null, of each `max_`: no limit."""
     max_queued_jobs: Mapped[int | None]
     max_running_jobs: Mapped[int | None]
+    max_worker_seconds: Mapped[int | None]
+    """A month."""
     artifact_retention_days: Mapped[int | None]
     """Null, here and below: as the service's settings say; 0: for ever."""
     audit_retention_days: Mapped[int | None]
@@ -236,6 +238,22 @@ class JobStage(TenantRow, Base):
     metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)
     started_at: Mapped[float | None]
     ended_at: Mapped[float | None]
+
+
+class WorkerTime(TenantRow, Base):
+    """How long a worker held a job under one claim. No foreign key to the job: what was used stays used without it."""
+
+    __tablename__ = "worker_time"
+    __table_args__ = (
+        _of_a_tenant(),
+        Index("ix_worker_time_sum", "tenant_id", "held_until", "started_at"),
+    )
+
+    job_id: Mapped[str] = mapped_column(primary_key=True)
+    fence: Mapped[int] = mapped_column(primary_key=True)
+    started_at: Mapped[float]
+    held_until: Mapped[float]
+    """The last that is known of it; grows with heartbeats while the job runs."""
 
 
 class JobEvent(TenantRow, Base):

@@ -12,9 +12,12 @@ from fastapi.testclient import TestClient
 from job_support import claim
 from key_support import MakeKey, bearer
 from model_files import llama_files, zipped
+from sqlalchemy import update
 
+from app.db import job_claims
 from app.db.engine import Database
 from app.db.quota_queries import Limits
+from app.db.tables import WorkerTime
 from app.errors import NotFound
 from app.services.quotas import set_limits
 
@@ -83,6 +86,40 @@ def test_what_comes_as_a_body_is_counted_and_leaves_nothing_when_refused(
     limit(any_database)
     made = client.put(f"/v1/{path}/content", **send).json()
     assert client.get("/v1/quota").json()["stored_bytes"] == {"used": made["bytes"], "limit": None}
+
+
+def use_worker(database: Database, job_id: str, seconds: float) -> None:
+    """Have a worker hold a job for so long, and fail it."""
+    taken = claim(database, job_id)
+    with database.write() as session:
+        job_claims.fail(session, taken, {"code": "x", "detail": "x"})
+        held = {"held_until": WorkerTime.started_at + seconds}
+        session.execute(update(WorkerTime).where(WorkerTime.job_id == job_id).values(held))
+
+
+def test_no_job_is_accepted_once_the_months_worker_seconds_are_used_up(
+    any_database: Database, client: TestClient, add_model: AddModel
+) -> None:
+    body = {"model": add_model(), "recipe": "int8"}
+    with any_database.write() as session:
+        set_limits(session, "default", Limits(None, None, worker_seconds=100))
+    first = client.post("/v1/jobs", json=body).json()
+    waiting = client.post("/v1/jobs", json=body).json()
+    use_worker(any_database, first["id"], 99)
+    assert client.post("/v1/jobs", json=body).status_code == 202
+    use_worker(any_database, waiting["id"], 21)
+    refused = client.post("/v1/jobs", json=body)
+    quota = client.get("/v1/quota").json()["worker_seconds"]
+    assert (refused.status_code, refused.json()["code"]) == (403, "quota_worker_seconds")
+    assert "120 worker seconds" in refused.json()["detail"]
+    assert quota["refreshes_at"] in refused.json()["hint"]
+    assert (quota["used"], quota["limit"]) == (120, 100)
+    assert client.post(first["urls"]["retry"]).json()["code"] == "quota_worker_seconds"
+    assert client.delete(first["urls"]["self"]).status_code == 204
+    assert "modelpress_worker_seconds_this_month 120." in client.get("/metrics").text
+    assert client.post("/v1/jobs", json=body).status_code == 403
+    limit(any_database)
+    assert client.post("/v1/jobs", json=body).status_code == 202
 
 
 def test_a_tenant_is_not_held_to_what_others_use(

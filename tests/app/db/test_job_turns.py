@@ -12,7 +12,7 @@ from app.db import job_claims, job_moves, job_turns
 from app.db.engine import Database, db_now
 from app.db.job_claims import Claim
 from app.db.quota_queries import Limits
-from app.db.tables import Job, Tenant
+from app.db.tables import Job, Tenant, WorkerTime
 from app.services.quotas import set_limits
 
 Queue = Callable[..., list[str]]
@@ -150,6 +150,9 @@ def test_workers_that_ask_at_once_do_not_start_more_than_the_limit(
     with ThreadPoolExecutor(8) as pool:
         claims = list(pool.map(lambda job: take(any_database, job), jobs))
     assert len([claim for claim in claims if claim]) == 3
+    with any_database.read() as session:
+        counted = session.scalars(select(WorkerTime.job_id)).all()
+    assert sorted(counted) == sorted(claim.job_id for claim in claims if claim)
 
 
 def test_whose_turn_it_is_is_found_by_index_among_many(any_database: Database, queue: Queue) -> None:

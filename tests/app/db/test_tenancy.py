@@ -140,6 +140,7 @@ def test_raw_sql_reaches_no_row_of_another_tenant(
         "UPDATE tenants SET created_at = 0",
         "UPDATE tenants SET id = 'umbrella'",
         "DELETE FROM workers",
+        "UPDATE worker_time SET held_until = started_at",
         "SELECT * FROM alembic_version",
         "CREATE TABLE mine (id int)",
     ],
