@@ -161,9 +161,8 @@ class _Child:
             )
 
     def _keep(self) -> None:
-        pause = 0.5
+        pause, spawned = 0.5, time.monotonic()
         while not self._leaving.is_set():
-            began = time.monotonic()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=0.5)
             if self._process.poll() is None or self._leaving.is_set():
@@ -171,8 +170,13 @@ class _Child:
             _log.warning("child_died", child=self._name, return_code=self._process.returncode)
             if self._leaving.wait(pause):
                 return
-            pause = 0.5 if time.monotonic() - began > 60 else min(30.0, 2 * pause)
-            self._process = self._spawn()
+            pause = 0.5 if time.monotonic() - spawned > 60 else min(30.0, 2 * pause)
+            spawned = time.monotonic()
+            try:
+                self._process = self._spawn()
+            except OSError as error:
+                # No memory or no file handles just now: the dead one is looked at again.
+                _log.warning("child_not_started", child=self._name, error=str(error))
 
 
 def _die_with_parent() -> None:

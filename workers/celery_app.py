@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -17,6 +18,7 @@ from app.db.engine import get_database
 from app.errors import Unavailable
 from app.logging import configure_logging
 from app.queue import broker_url
+from app.services.loops import forever
 from app.services.sweeping import remove_old_scratch
 from app.settings import SandboxLevel, get_settings
 from app.storage import forget_store
@@ -113,26 +115,22 @@ def _announce_until_leaving() -> None:
     facts = hardware.describe(settings)
     database = get_database()
     watchdog = Watchdog(settings)
-    while True:
-        try:
-            with database.write() as session:
-                worker_queries.announce(
-                    session, worker_id, queues=settings.worker_queues, hardware=facts, sandbox=sandbox_level()
-                )
-                deaf = watchdog.finds_deaf(session)
-                if deaf:
-                    worker_queries.withdraw(session, worker_id)
+
+    def announce() -> None:
+        with database.write() as session:
+            worker_queries.announce(
+                session, worker_id, queues=settings.worker_queues, hardware=facts, sandbox=sandbox_level()
+            )
+            deaf = watchdog.finds_deaf(session)
             if deaf:
-                _log.error("worker_is_deaf", hint="It ends, and whoever started it should start it again.")
-                # It has no job; its pool follows it. A deaf worker may not hear that it should shut down.
-                os._exit(1)
-            # The sweeper may be on another machine, and have another disk.
-            remove_old_scratch(database, settings)
-            if _leaving.wait(_ANNOUNCE_SECONDS):
-                with database.write() as session:
-                    worker_queries.withdraw(session, worker_id)
-                return
-        except Unavailable as error:
-            _log.warning("announce_failed", error=error.detail)
-            if _leaving.wait(_ANNOUNCE_SECONDS):
-                return
+                worker_queries.withdraw(session, worker_id)
+        if deaf:
+            _log.error("worker_is_deaf", hint="It ends, and whoever started it should start it again.")
+            # It has no job; its pool follows it. A deaf worker may not hear that it should shut down.
+            os._exit(1)
+        # The sweeper may be on another machine, and have another disk.
+        remove_old_scratch(database, settings)
+
+    forever(announce, _leaving, name="announce", every_seconds=_ANNOUNCE_SECONDS)
+    with contextlib.suppress(Unavailable), database.write() as session:
+        worker_queries.withdraw(session, worker_id)

@@ -8,7 +8,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from app.settings import Settings
+
+_GPU_SECONDS = 20.0
+_log = structlog.get_logger(__name__)
 
 
 def describe(settings: Settings) -> dict[str, Any]:
@@ -26,7 +31,12 @@ def gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=_GPU_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        # It hangs when a GPU has fallen off the bus: a worker without one is still a worker.
+        _log.warning("gpus_unknown", error=str(error))
+        return []
     return (
         [line.strip() for line in answer.stdout.splitlines() if line.strip()]
         if answer.returncode == 0

@@ -15,6 +15,8 @@ from app.ids import new_id
 
 JOB_EVENTS = ("job.running", "job.succeeded", "job.failed", "job.cancelled")
 TEST_EVENT = "webhook.test"
+_COMPARED = 1000
+"""Messages that are due, the longest first, among which those of one endpoint must not crowd out the others'."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +157,39 @@ def is_any_due(session: Session) -> bool:
     return bool(session.scalar(select(exists().where(*_due()))))
 
 
-def take_due(session: Session, *, limit: int, claim_seconds: float) -> list[Due]:
+@dataclass(frozen=True)
+class Places:
+    """For how many messages there is room."""
+
+    total: int
+    each: int
+    """Of one endpoint."""
+    full: tuple[str, ...]
+    """Endpoints with no room at all."""
+
+
+def take_due(session: Session, places: Places, *, claim_seconds: float) -> list[Due]:
     """Take messages whose time has come for one attempt each. Who dies with one lets it be taken again after the claim."""
+    message = WebhookMessage
+    # Only so many are compared: of an endpoint with more behind it, the places are soon full.
+    longest = (
+        select(message.id, message.endpoint_id, message.next_attempt_at)
+        .where(*_due(), message.endpoint_id.not_in(places.full))
+        .order_by(message.next_attempt_at)
+        .limit(_COMPARED)
+        .subquery()
+    )
+    place = func.row_number().over(
+        partition_by=longest.c.endpoint_id, order_by=(longest.c.next_attempt_at, longest.c.id)
+    )
+    placed = select(longest.c.id, longest.c.next_attempt_at, place.label("place")).subquery()
     chosen = (
-        select(WebhookMessage.id).where(*_due()).order_by(WebhookMessage.next_attempt_at).limit(limit)
-    ).scalar_subquery()
+        select(placed.c.id)
+        .where(placed.c.place <= places.each)
+        .order_by(placed.c.next_attempt_at)
+        .limit(places.total)
+        .scalar_subquery()
+    )
     taken = session.execute(
         update(WebhookMessage)
         .where(WebhookMessage.id.in_(chosen), *_due())

@@ -15,8 +15,8 @@ import structlog
 
 from app.db import job_moves, job_queries
 from app.db.engine import Database
-from app.errors import ModelpressError
 from app.queue import enqueue_job
+from app.services.loops import forever
 from app.services.retention import expire
 from app.services.uploads import remove_expired_uploads
 from app.settings import Settings
@@ -61,19 +61,17 @@ def sweep(database: Database, settings: Settings) -> Sweep:
 def sweep_forever(database: Database, settings: Settings, stop: threading.Event) -> None:
     """Sweep until told to stop; a dependency that is away is met again next time."""
     next_orphans = time.monotonic()
-    while not stop.wait(settings.sweep_seconds):
-        try:
-            sweep(database, settings)
-            if time.monotonic() >= next_orphans:
-                next_orphans = time.monotonic() + _ORPHANS_SECONDS
-                expire(database, settings)
-                remove_orphans(database, get_store())
-                get_store().remove_unfinished(older_than_seconds=_UNFINISHED_SECONDS)
-        except ModelpressError as error:
-            _log.warning("sweep_failed", code=error.code, error=error.detail)
-        except Exception:  # noqa: BLE001 - logged with its trace
-            # This thread is the only one that takes jobs back: whatever happened, it goes on.
-            _log.exception("sweep_failed")
+
+    def work() -> None:
+        nonlocal next_orphans
+        sweep(database, settings)
+        if time.monotonic() >= next_orphans:
+            next_orphans = time.monotonic() + _ORPHANS_SECONDS
+            expire(database, settings)
+            remove_orphans(database, get_store())
+            get_store().remove_unfinished(older_than_seconds=_UNFINISHED_SECONDS)
+
+    forever(work, stop, name="sweep", every_seconds=settings.sweep_seconds)
 
 
 def remove_old_scratch(database: Database, settings: Settings) -> int:

@@ -9,17 +9,19 @@ import json
 import random
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
+from typing import Self
 
 import structlog
 
 from app.db import webhook_queries as queries
 from app.db.engine import Database
 from app.db.webhook_queries import Due
-from app.errors import ModelpressError
 from app.outbound import Bounds, Refused, Unanswered, post
 from app.services.keys import server_secret
+from app.services.loops import forever
 from app.services.webhook_secrets import endpoint_secret, signature
 from app.settings import Settings
 
@@ -27,6 +29,7 @@ WAITS = (5.0, 300.0, 1800.0, 7200.0, 18_000.0, 36_000.0, 50_400.0, 72_000.0, 86_
 """Seconds from each attempt to the next, as Standard Webhooks proposes: ten attempts in three days."""
 _JITTER = 0.1
 _AT_ONCE = 16
+_OF_ONE_ENDPOINT = 4
 _IDLE_SECONDS = 1.0
 _KEPT_SECONDS = 30 * 86_400.0
 _FORGET_EVERY_SECONDS = 3600.0
@@ -38,33 +41,62 @@ _log = structlog.get_logger(__name__)
 def deliver_forever(database: Database, settings: Settings, stop: threading.Event) -> None:
     """Send until told to stop; a database that is away is met again next time."""
     next_forget = time.monotonic()
-    while not stop.wait(_IDLE_SECONDS):
-        try:
-            while deliver_due(database, settings) and not stop.is_set():
-                pass
-            if time.monotonic() >= next_forget:
-                next_forget = time.monotonic() + _FORGET_EVERY_SECONDS
-                with database.write() as session:
-                    queries.forget_old(session, seconds_ago=_KEPT_SECONDS)
-        except ModelpressError as error:
-            _log.warning("webhooks_failed", code=error.code, error=error.detail)
-        except Exception:  # noqa: BLE001 - logged with its trace
-            # This thread sends everybody's: whatever happened, it goes on.
-            _log.exception("webhooks_failed")
+
+    def work() -> None:
+        nonlocal next_forget
+        while deliveries.start_due() and not stop.is_set():
+            deliveries.wait_for_one()
+        if time.monotonic() >= next_forget:
+            next_forget = time.monotonic() + _FORGET_EVERY_SECONDS
+            with database.write() as session:
+                queries.forget_old(session, seconds_ago=_KEPT_SECONDS)
+
+    with Deliveries(database, settings) as deliveries:
+        forever(work, stop, name="webhooks", every_seconds=_IDLE_SECONDS)
 
 
-def deliver_due(database: Database, settings: Settings) -> int:
-    """Make one attempt for each message that is due, up to a few. Returns how many."""
-    # Twice the time an attempt may take: none is taken by another while it is under way.
-    claim = 2 * settings.webhook_timeout_seconds + 10
-    with database.read() as session:
-        if not queries.is_any_due(session):
-            return 0
-    with database.write() as session:
-        taken = queries.take_due(session, limit=_AT_ONCE, claim_seconds=claim)
-    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="webhook") as pool:
-        list(pool.map(lambda due: _attempt(database, settings, due), taken))
-    return len(taken)
+class Deliveries:
+    """Attempts under way in this process: a few at once, and fewer to one endpoint, so that one that hangs delays no other's."""
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self._database, self._settings = database, settings
+        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="webhook")
+        self._under_way: dict[Future[None], str] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for those under way: each ends by its own deadline."""
+        self._pool.shutdown()
+
+    def start_due(self) -> int:
+        """Begin one attempt for each message that is due, as far as there are places. Returns how many."""
+        self._under_way = {f: endpoint for f, endpoint in self._under_way.items() if not f.done()}
+        attempts = Counter(self._under_way.values())
+        places = queries.Places(
+            total=_AT_ONCE - len(self._under_way),
+            each=_OF_ONE_ENDPOINT,
+            full=tuple(endpoint for endpoint, number in attempts.items() if number >= _OF_ONE_ENDPOINT),
+        )
+        taken = self._take(places) if places.total else []
+        for due in taken:
+            attempt = self._pool.submit(_attempt, self._database, self._settings, due)
+            self._under_way[attempt] = due.endpoint_id
+        return len(taken)
+
+    def wait_for_one(self) -> None:
+        """Wait until an attempt has ended, for a second at most."""
+        wait(self._under_way, timeout=_IDLE_SECONDS, return_when=FIRST_COMPLETED)
+
+    def _take(self, places: queries.Places) -> list[Due]:
+        with self._database.read() as session:
+            if not queries.is_any_due(session):
+                return []
+        # Twice the time an attempt may take: none is taken by another while it is under way.
+        claim = 2 * self._settings.webhook_timeout_seconds + 10
+        with self._database.write() as session:
+            return queries.take_due(session, places, claim_seconds=claim)
 
 
 def cloud_event(due: Due, public_url: str) -> bytes:

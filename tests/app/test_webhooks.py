@@ -6,6 +6,7 @@ import base64
 import hashlib
 import hmac
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,13 +18,14 @@ from job_support import claim, finish
 from key_support import MakeKey, bearer
 from model_files import llama_files, zipped
 from sqlalchemy import update
+from waiting import wait_until
 
 from app.access import Role
 from app.db import webhook_queries
 from app.db.engine import Database, get_database
 from app.db.tables import WebhookMessage
 from app.services import webhook_delivery
-from app.services.webhook_delivery import WAITS, deliver_due
+from app.services.webhook_delivery import WAITS, Deliveries
 from app.settings import Settings, get_settings
 
 AddModel = Callable[..., str]
@@ -78,7 +80,8 @@ def make(client: TestClient, url: str, **more: Any) -> dict[str, Any]:
 
 
 def deliver(database: Database) -> int:
-    return deliver_due(database, get_settings())
+    with Deliveries(database, get_settings()) as deliveries:
+        return deliveries.start_due()
 
 
 def make_due(database: Database) -> None:
@@ -239,7 +242,12 @@ def test_of_senders_at_once_each_message_is_taken_by_one(
     webhook = make(client, receiver.url)
     for _ in range(12):
         client.post(webhook["urls"]["test"])
-    threads = [threading.Thread(target=deliver, args=(any_database,)) for _ in range(4)]
+
+    def deliver_all() -> None:
+        while deliver(any_database):
+            pass
+
+    threads = [threading.Thread(target=deliver_all) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -255,7 +263,9 @@ def test_a_message_whose_sender_died_is_sent_by_another(
     webhook = make(client, receiver.url)
     client.post(webhook["urls"]["test"])
     with any_database.write() as session:
-        (due,) = webhook_queries.take_due(session, limit=10, claim_seconds=60)
+        (due,) = webhook_queries.take_due(
+            session, webhook_queries.Places(total=10, each=10, full=()), claim_seconds=60
+        )
     assert deliver(any_database) == 0
     make_due(any_database)
     assert deliver(any_database) == 1
@@ -280,7 +290,8 @@ def test_a_network_that_is_no_longer_allowed_is_not_called(
 ) -> None:
     webhook = make(client, receiver.url)
     client.post(webhook["urls"]["test"])
-    deliver_due(database, override_settings(outbound_networks=""))
+    override_settings(outbound_networks="")
+    deliver(database)
     assert receiver.got == []
     assert "not on the open internet" in messages(client, webhook)[0]["error"]
 
@@ -301,3 +312,24 @@ def test_only_the_tenant_of_a_job_is_told_of_it(
     # Making keys changed the settings, and so the process's database.
     assert deliver(get_database()) == 1
     assert json.loads(receiver.got[0][1])["type"] == "modelpress.job.cancelled"
+
+
+@pytest.mark.usefixtures("allowing")
+def test_an_endpoint_that_hangs_delays_no_other(
+    any_database: Database, client: TestClient, receiver: Receiver
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        slow = make(client, f"http://127.0.0.1:{deaf.getsockname()[1]}/")
+        for _ in range(40):
+            client.post(slow["urls"]["test"])
+        quick = make(client, receiver.url)
+        client.post(quick["urls"]["test"])
+        with Deliveries(any_database, get_settings()) as deliveries:
+            assert deliveries.start_due() == 4 + 1
+            wait_until(lambda: messages(client, quick)[0]["status"] == "delivered", seconds=5)
+            assert deliveries.start_due() == 0
+            client.post(quick["urls"]["test"])
+            assert deliveries.start_due() == 1
+            wait_until(lambda: messages(client, quick)[0]["status"] == "delivered", seconds=5)
+            deaf.close()
+    assert sum(m["attempts"] for m in messages(client, slow, limit="200")) == 4
