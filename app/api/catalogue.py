@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from datetime import datetime
+from functools import cache
 from typing import Any
 
-from fastapi import APIRouter
-from pydantic import Field
+from fastapi import APIRouter, Response
+from pydantic import Field, TypeAdapter
 
 from app.api.dependencies import ReadSession
 from app.db import worker_queries
@@ -75,10 +76,12 @@ class WorkerView(Documented):
     seen_at: datetime
 
 
-@router.get("/techniques", operation_id="list_techniques", summary="List techniques")
-def list_techniques() -> list[Technique]:
+@router.get(
+    "/techniques", operation_id="list_techniques", response_model=list[Technique], summary="List techniques"
+)
+def list_techniques() -> Response:
     """Every step a spec may contain, with the JSON Schema of its parameters."""
-    return [_technique(step) for step in STEP_CLASSES]
+    return Response(_techniques(), media_type="application/json")
 
 
 @router.get("/recipes", operation_id="list_recipes", summary="List recipes")
@@ -118,6 +121,12 @@ def list_workers(session: ReadSession) -> list[WorkerView]:
         )
         for worker in worker_queries.list_fresh(session)
     ]
+
+
+@cache
+def _techniques() -> bytes:
+    """Milliseconds of making schemas, which are the same for as long as the process lives."""
+    return TypeAdapter(list[Technique]).dump_json([_technique(step) for step in STEP_CLASSES])
 
 
 def _technique(step: type[Step]) -> Technique:
