@@ -70,9 +70,12 @@ class Supervisor:
         """Run the job whose turn it is where `job_id` waits. Returns what became of it: a status, `queued`, `lost`, or
         `not_claimed`."""
         owner = f"{socket.gethostname()}:{os.getpid()}"
-        seconds = self.settings.lease_seconds
+        seconds, memory = self.settings.lease_seconds, self.settings.worker_memory_bytes
         claim = write_patiently(
-            self.database, lambda s: job_turns.claim_next(s, job_id, owner=owner, lease_seconds=seconds)
+            self.database,
+            lambda s: job_turns.claim_next(
+                s, job_id, owner=owner, lease_seconds=seconds, memory_bytes=memory
+            ),
         )
         if claim is None:
             return "not_claimed"

@@ -38,7 +38,11 @@ class Watchdog:
             return False
         queues = self.settings.worker_queues.split(",")
         waits = worker_queries.a_job_waits(
-            session, queues, for_seconds=patience, sent_within_seconds=2 * again
+            session,
+            queues,
+            memory_bytes=self.settings.worker_memory_bytes,
+            for_seconds=patience,
+            sent_within_seconds=2 * again,
         )
         return waits and self._broker_answers()
 

@@ -54,15 +54,31 @@ class Claim:
     attempt: int
 
 
-def claim_job(session: Session, job_id: str, *, owner: str, lease_seconds: float) -> Claim | None:
-    """Take a queued job, or a running one whose lease has run out. None: somebody else has it, or it has ended."""
+def needs_no_more_than(memory_bytes: int | None) -> ColumnElement[bool]:
+    """Of jobs: whether a worker with so much memory can do it. None: with as much as any of them needs."""
+    if memory_bytes is None:
+        return true()
+    return or_(Job.memory_bytes.is_(None), Job.memory_bytes <= memory_bytes)
+
+
+def claim_job(
+    session: Session, job_id: str, *, owner: str, lease_seconds: float, memory_bytes: int | None = None
+) -> Claim | None:
+    """Take a queued job, or a running one whose lease has run out. None: somebody else has it, it has ended, or it needs
+    more memory than that."""
     free = or_(
         and_(Job.status == "queued", or_(Job.run_after.is_(None), Job.run_after <= db_now())),
         and_(Job.status == "running", Job.lease_until < db_now()),
     )
     row = session.execute(
         update(Job)
-        .where(Job.id == job_id, Job.cancel_requested == false(), Job.attempt < Job.max_attempts, free)
+        .where(
+            Job.id == job_id,
+            Job.cancel_requested == false(),
+            Job.attempt < Job.max_attempts,
+            needs_no_more_than(memory_bytes),
+            free,
+        )
         .values(
             status="running",
             lease_owner=owner,

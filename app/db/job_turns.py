@@ -12,25 +12,29 @@ from sqlalchemy import ScalarSelect, Select, false, func, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
 from app.db.engine import db_now
-from app.db.job_claims import Claim, claim_job
+from app.db.job_claims import Claim, claim_job, needs_no_more_than
 from app.db.tables import Job, Tenant
 
 
-def claim_next(session: Session, job_id: str, *, owner: str, lease_seconds: float) -> Claim | None:
+def claim_next(
+    session: Session, job_id: str, *, owner: str, lease_seconds: float, memory_bytes: int | None = None
+) -> Claim | None:
     """Take the job whose turn it is in the queue of `job_id`; where none may start, that one, if its lease has run out.
 
-    For the service: sees every tenant. None: there is nothing to take. The message is spent then: if its job still
-    waits, for a place among its tenant's running jobs, the sweeper sends another.
+    `memory_bytes` are the worker's: what needs more is left to others. For the service: sees every tenant. None: there is
+    nothing to take. The message is spent then: if its job still waits, for a place among its tenant's running jobs or a
+    worker with more memory, the sweeper sends another.
     """
     job = session.execute(select(Job.queue, Job.status).where(Job.id == job_id)).one_or_none()
     if job is None:
         return None
-    while (turn := session.execute(next_turn(job.queue)).one_or_none()) is not None:
+    while (turn := session.execute(next_turn(job.queue, memory_bytes)).one_or_none()) is not None:
+        # The turn was given by need, which does not change.
         claim = _take_turn(session, turn.tenant_id, turn.job_id, owner=owner, lease_seconds=lease_seconds)
         if claim is not None:
             return claim
     if job.status == "running":
-        return claim_job(session, job_id, owner=owner, lease_seconds=lease_seconds)
+        return claim_job(session, job_id, owner=owner, lease_seconds=lease_seconds, memory_bytes=memory_bytes)
     session.execute(update(Job).where(Job.id == job_id, Job.status == "queued").values(dispatched_at=None))
     return None
 
@@ -67,8 +71,9 @@ def at_their_limit() -> Select[str]:
     return select(Tenant.id).where(Tenant.max_running_jobs <= running_jobs())
 
 
-def next_turn(queue: str) -> Select[tuple[str, str]]:
-    """(tenant_id, job_id) of the job whose turn it is. One look into an index for each tenant."""
+def next_turn(queue: str, memory_bytes: int | None = None) -> Select[tuple[str, str]]:
+    """(tenant_id, job_id) of the job whose turn it is, of those that need no more memory. One look into an index for each
+    tenant, past its jobs that need more."""
     first = (
         select(Job.id)
         .where(
@@ -77,6 +82,7 @@ def next_turn(queue: str) -> Select[tuple[str, str]]:
             Job.status == "queued",
             Job.cancel_requested == false(),
             Job.attempt < Job.max_attempts,
+            needs_no_more_than(memory_bytes),
             or_(Job.run_after.is_(None), Job.run_after <= db_now()),
         )
         .order_by(Job.priority, Job.queued_at)

@@ -184,6 +184,8 @@ class Job(TenantRow, Base):
     """Of all workers that had a part in the result; null before the first, and of several versions."""
     result_of: Mapped[str | None]
     """The earlier job whose result this is, where nothing was run for it. No foreign key: this one outlives it."""
+    memory_bytes: Mapped[int | None]
+    """The least it was predicted to need: workers with less leave it to others. Null: it was not predicted."""
     stage: Mapped[int] = mapped_column(default=0)
     """How many stages are committed."""
     attempt: Mapped[int] = mapped_column(default=0)

@@ -9,6 +9,7 @@ from sqlalchemy import delete, exists, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.db.engine import db_now
+from app.db.job_claims import needs_no_more_than
 from app.db.tables import Job, Worker
 
 FRESH_SECONDS = 45
@@ -48,13 +49,20 @@ def list_serving(session: Session, queue: str) -> list[Worker]:
 
 
 def a_job_waits(
-    session: Session, queues: Sequence[str], *, for_seconds: float, sent_within_seconds: float
+    session: Session,
+    queues: Sequence[str],
+    *,
+    memory_bytes: int,
+    for_seconds: float,
+    sent_within_seconds: float,
 ) -> bool:
-    """Whether a job of these queues has been due for so long, although a message about it went out lately."""
+    """Whether a job of these queues that needs no more memory has been due for so long, although a message about it went
+    out lately."""
     long_ago = db_now() - for_seconds
     waiting = exists().where(
         Job.status == "queued",
         Job.queue.in_(queues),
+        needs_no_more_than(memory_bytes),
         Job.dispatched_at > db_now() - sent_within_seconds,
         Job.queued_at < long_ago,
         or_(Job.run_after.is_(None), Job.run_after < long_ago),

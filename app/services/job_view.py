@@ -124,6 +124,8 @@ class JobView(View):
     """0 to 1, over all stages."""
     eta_seconds: float | None
     queue: str
+    memory_bytes: int | None = Field(examples=[1288490188])
+    """The least memory it was predicted to need: a worker with less leaves it to others."""
     priority: Priority
     attempt: int
     """Which try this is, from 1; 0 before the first."""
@@ -175,6 +177,7 @@ def job_view(
         progress=round(job.progress, 4),
         eta_seconds=None if job.eta_seconds is None else round(job.eta_seconds, 1),
         queue=job.queue,
+        memory_bytes=job.memory_bytes,
         priority=PRIORITIES[job.priority],
         attempt=job.attempt,
         created_at=as_time(job.created_at),

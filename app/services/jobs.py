@@ -262,6 +262,7 @@ def _new_job(planned: Planned, settings: Settings, submission: Submission) -> Jo
         recipe=planned.recipe,
         labels=submission.labels | name,
         queue=planned.queue,
+        memory_bytes=planned.least_memory_bytes,
         priority=PRIORITIES.index(submission.priority),
         max_attempts=settings.max_attempts,
         warnings=[],

@@ -43,6 +43,8 @@ class Planned:
     plan: Plan
     nearest: CompressionSpec | None
     """When the plan does not fit: the spec with the fewest changes that does, if there is one."""
+    least_memory_bytes: int
+    """The peak when the engine narrows as far as it can: a worker with less cannot do it."""
 
     @property
     def queue(self) -> str:
@@ -70,10 +72,11 @@ def plan_wish(session: Session, wish: Wish) -> Planned:
     else:
         spec, students = fitting_spec(session, model, facts, wish.spec)
     plan = _plan(session, model, spec, facts, students)
+    narrowest = plan_job(spec, facts, students=students, worker_memory=1)
     nearest = None
     if not plan.fits:
         nearest = nearest_spec(spec, facts, students=students, worker_memory=plan.memory_budget)
-    return Planned(model, spec, wish.recipe, plan, nearest)
+    return Planned(model, spec, wish.recipe, plan, nearest, narrowest.peak_memory_bytes)
 
 
 def require_fit(planned: Planned) -> None:

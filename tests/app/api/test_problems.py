@@ -171,7 +171,7 @@ def test_an_unforeseen_error_gives_an_id_that_is_in_the_log_and_no_traceback(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a secret of ours")
 
-    monkeypatch.setattr(job_queries, "get_job", broken)
+    monkeypatch.setattr(job_queries, "get_jobs", broken)
     answer = client.get("/v1/jobs/job_1")
     assert answer.status_code == 500
     assert answer.headers["content-type"] == "application/problem+json"

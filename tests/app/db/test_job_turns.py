@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import func, insert, select, text, update
 
-from app.db import job_claims, job_moves, job_turns
+from app.db import job_claims, job_moves, job_turns, worker_queries
 from app.db.engine import Database, db_now
 from app.db.job_claims import Claim
 from app.db.quota_queries import Limits
@@ -101,6 +101,35 @@ def test_a_job_whose_worker_is_gone_is_taken_over_by_its_message(
     with any_database.write() as session:
         assert job_claims.claim_job(session, job, owner="dead", lease_seconds=-1)
     assert taken(any_database, job, 2) == [job, None]
+
+
+def test_a_worker_leaves_what_needs_more_memory_to_a_larger_one(any_database: Database, queue: Queue) -> None:
+    large, small, any_size = (
+        queue("acme", 1, memory_bytes=300) + queue("acme", 1, memory_bytes=100) + queue("acme", 1)
+    )
+    with any_database.write() as session:
+        job_moves.take_undispatched(session, stale_seconds=60)
+
+    def take_with(memory_bytes: int, hint: str) -> str | None:
+        with any_database.write() as session:
+            claim = job_turns.claim_next(
+                session, hint, owner="w", lease_seconds=60, memory_bytes=memory_bytes
+            )
+        return claim and claim.job_id
+
+    assert [take_with(299, large) for _ in range(3)] == [small, any_size, None]
+    with any_database.write() as session:
+        assert [job for job, _ in job_moves.take_undispatched(session, stale_seconds=60)] == [large]
+        assert not worker_queries.a_job_waits(
+            session, ["cpu"], memory_bytes=299, for_seconds=1, sent_within_seconds=60
+        )
+        assert worker_queries.a_job_waits(
+            session, ["cpu"], memory_bytes=300, for_seconds=1, sent_within_seconds=60
+        )
+    assert take_with(300, large) == large
+    with any_database.write() as session:
+        session.execute(update(Job).where(Job.id == large).values(lease_until=0.0))
+    assert [take_with(299, large), take_with(300, large)] == [None, large]
 
 
 def test_workers_that_ask_at_once_get_different_jobs_and_leave_none(
