@@ -16,10 +16,11 @@ from typing import Self
 
 import structlog
 
+from app.addresses import Refused, Unanswered
 from app.db import webhook_queries as queries
 from app.db.engine import Database
 from app.db.webhook_queries import Due
-from app.outbound import Bounds, Refused, Unanswered, post
+from app.outbound import Bounds, post
 from app.services.keys import server_secret
 from app.services.loops import forever
 from app.services.webhook_secrets import endpoint_secret, signature

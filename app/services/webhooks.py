@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from sqlalchemy.orm import Session
 
 from app.access import Principal
+from app.addresses import Refused, Unanswered, check_address
 from app.db import webhook_queries as queries
 from app.db.tables import WebhookEndpoint, WebhookMessage
 from app.errors import Conflict, Fault, InvalidRequest, NotFound
@@ -32,9 +33,6 @@ def create_endpoint(
     session: Session, settings: Settings, *, url: str, events: list[str], description: str
 ) -> WithSecret:
     """Make an endpoint. Raises InvalidRequest for a URL that we would never call, and Conflict at a hundred endpoints."""
-    # It brings an HTTP client along, which the API's start has no need of.
-    from app.outbound import Refused, Unanswered, check_address
-
     try:
         check_address(url, settings.outbound_networks)
     except Refused as error:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from app.outbound import Answer, Bounds, Refused, Unanswered, address_is_open, check_url, post
+from app.addresses import Refused, Unanswered, address_is_open, check_url
+from app.outbound import Answer, Bounds, post
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"
@@ -91,7 +92,7 @@ def test_a_name_that_changes_its_address_after_it_was_checked_leads_nowhere_else
     def resolve(host: str, at: int, *how: Any, **more: Any) -> list[Any]:
         return real(next(answers) if host == "rebinding.example" else host, at, *how, **more)
 
-    monkeypatch.setattr("app.outbound.socket.getaddrinfo", resolve)
+    monkeypatch.setattr("app.addresses.socket.getaddrinfo", resolve)
     documentation = (ipaddress.ip_network("203.0.113.0/24"),)
     with pytest.raises(Unanswered):
         call(f"http://rebinding.example:{port}/", seconds=1, allowed=documentation)
@@ -100,7 +101,7 @@ def test_a_name_that_changes_its_address_after_it_was_checked_leads_nowhere_else
 
 def test_a_name_of_which_one_address_is_ours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 80)) for a in ("8.8.8.8", "10.0.0.1")]
-    monkeypatch.setattr("app.outbound.socket.getaddrinfo", lambda *_, **__: found)
+    monkeypatch.setattr("app.addresses.socket.getaddrinfo", lambda *_, **__: found)
     with pytest.raises(Refused, match=r"10\.0\.0\.1"):
         call("http://mixed.example/", allowed=())
 
