@@ -20,7 +20,16 @@ from app.client import TERMINAL, Client, ClientError, Json
 from app.errors import ModelpressError
 from app.settings import get_settings
 from app.spec.report import Report
-from app.terminal import JobBars, Outcome, console, errors, outcome_table, save_result, upload_model
+from app.terminal import (
+    JobBars,
+    Outcome,
+    console,
+    errors,
+    import_model,
+    outcome_table,
+    save_result,
+    upload_model,
+)
 
 cli = typer.Typer(
     help="Compress neural networks, and see what was gained and what was lost.",
@@ -145,7 +154,9 @@ def healthy(part: Part) -> None:
 
 @cli.command()
 def submit(
-    model: Annotated[Path, typer.Argument(exists=True, help="A GGUF file, an archive, or a directory.")],
+    model: Annotated[
+        str, typer.Argument(help="A GGUF file, an archive or a directory; or the https:// URL of a file.")
+    ],
     recipe: Annotated[str, typer.Option(help="Name of a recipe; GET /v1/recipes lists them.")] = "",
     spec: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A spec as JSON.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where to put the result; implies --wait.")] = None,
@@ -157,11 +168,14 @@ def submit(
         bool, typer.Option("--cache/--no-cache", help="Whether the result of an earlier, equal job will do.")
     ] = True,
 ) -> None:
-    """Upload a model and start a job on it. A command that was broken off goes on where it was."""
+    """Upload a model, or have it imported, and start a job on it. An upload that was broken off goes on where it was."""
     wish = _wish(recipe, spec)
     with Client(url, key=key) as client:
-        uploaded = upload_model(client, model)
-        body = {"model": uploaded["id"], "name": model.name, "use_cache": use_cache, **wish}
+        if model.startswith("https://"):
+            uploaded = import_model(client, model)
+        else:
+            uploaded = upload_model(client, _existing(model))
+        body = {"model": uploaded["id"], "name": uploaded["name"], "use_cache": use_cache, **wish}
         job = client.post("/v1/jobs", body)
         console.print(f"model {uploaded['id']}, job {job['id']}", highlight=False)
         if job["result_of"] is not None:
@@ -237,6 +251,13 @@ def _wish(recipe: str, spec: Path | None) -> dict[str, Any]:
         return {"spec": json.loads(spec.read_bytes())}
     except ValueError as error:
         raise ClientError(f"{spec} is not JSON: {error}.") from None
+
+
+def _existing(model: str) -> Path:
+    path = Path(model)
+    if not path.exists():
+        raise ClientError(f"There is no file or directory {model}.")
+    return path
 
 
 def _finish(client: Client, job: Json, output: Path | None) -> None:

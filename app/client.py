@@ -29,6 +29,7 @@ _ATTEMPTS = 6
 _PIECE = 1 << 20
 _SECONDS = httpx.Timeout(60, connect=5)
 _RETRY_STATUS = (502, 503, 504)
+_POLL_SECONDS = 1.0
 
 Json = dict[str, Any]
 OnBytes = Callable[[int], None]
@@ -112,6 +113,25 @@ class Client:
                 self._send_part(upload, number, file)
                 on_bytes(_part_length(upload, number))
         return str(self.post(upload["urls"]["complete"])["id"])
+
+    def import_url(self, url: str, *, on_change: Callable[[Json], None] = lambda _: None) -> Json:
+        """Have the service fetch a file; returns the completed upload. `on_change` is given the upload again and again.
+
+        Raises ServiceProblem when the import fails. On Ctrl-C the service is told to stop as well.
+        """
+        upload = self.post("/v1/imports", {"url": url})
+        try:
+            while upload["status"] == "importing":
+                on_change(upload)
+                time.sleep(_POLL_SECONDS)
+                upload = self.get(upload["urls"]["self"])
+        except KeyboardInterrupt:
+            self._json("DELETE", upload["urls"]["self"])
+            raise
+        if upload["status"] == "failed":
+            raise ServiceProblem(httpx.codes.UNPROCESSABLE_ENTITY, upload["fetch"]["error"])
+        on_change(upload)
+        return upload
 
     def events(self, job: Json) -> Iterator[JobEvent]:
         """A job's events as they happen, from the first, until it has ended; a broken stream is taken up again."""

@@ -19,6 +19,7 @@ from app.api import (
     datasets,
     docs,
     health,
+    imports,
     jobs,
     keys,
     metrics,
@@ -55,6 +56,7 @@ def _v1() -> APIRouter:
     router = APIRouter(prefix="/v1", responses=problem_responses(422, 503))
     for module in (
         uploads,
+        imports,
         models,
         datasets,
         compress,

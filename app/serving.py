@@ -17,6 +17,7 @@ from app.db.worker_queries import list_fresh
 from app.embedded import embedded_services, worker_command
 from app.errors import InvalidRequest, Unavailable
 from app.logging import configure_logging
+from app.services.import_fetching import import_forever
 from app.services.keys import server_secret
 from app.services.store_check import Fault, find_faults
 from app.services.sweeping import sweep_forever
@@ -37,6 +38,7 @@ def serve(host: str, port: int, *, api_only: bool, announce: Callable[[str], Non
         else:
             stack.enter_context(embedded_services())
         get_store().check()
+        stack.enter_context(_importing())
         url = f"http://{_for_browsers(host)}:{listener.getsockname()[1]}"
         config = uvicorn.Config(
             "app.main:app", log_config=None, timeout_graceful_shutdown=_GRACEFUL_SECONDS, server_header=False
@@ -91,6 +93,21 @@ class _AnnouncingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         self._announce()
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """Fetch imports until the block ends; what is under way then is left to others, or to the next start."""
+    stop = threading.Event()
+    thread = threading.Thread(
+        target=import_forever, args=(get_database(), get_settings(), stop), name="imports", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=_GRACEFUL_SECONDS)
 
 
 @contextlib.contextmanager

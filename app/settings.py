@@ -92,9 +92,15 @@ class Settings(BaseSettings):
     hub_endpoint: str = "https://huggingface.co"
     """Where `hf://` imports go."""
     hub_token: str | None = None
+    import_concurrency: int = Field(default=4, ge=1)
+    """How many `https://` imports one API process fetches at once."""
+    import_idle_seconds: float = 60
+    """An attempt ends when not another MiB has come within this."""
+    import_timeout_seconds: float = 6 * 3600
+    """For one import with all its attempts."""
 
     outbound_networks: Annotated[tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...], NoDecode] = ()
-    """Networks that are not on the open internet to which webhooks may be sent all the same."""
+    """Networks that are not on the open internet which webhooks and imports may reach all the same."""
     webhook_timeout_seconds: float = 15
     """For one attempt, from resolving the name to the end of the answer."""
 

@@ -44,10 +44,14 @@ class Outcome:
 @contextmanager
 def transfer_bar(label: str, total: int) -> Iterator[OnBytes]:
     """A bar for `total` bytes; what it yields is told of every piece."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console) as progress:
+    with _transfers() as progress:
         task = progress.add_task(label, total=total)
         yield lambda count: progress.advance(task, count)
+
+
+def _transfers() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, console=console)
 
 
 class JobBars:
@@ -123,6 +127,18 @@ def upload_model(client: Client, path: Path) -> Json:
         return client.post("/v1/models", {"name": path.resolve().name, **source})
     finally:
         begun.forget(*files)
+
+
+def import_model(client: Client, url: str) -> Json:
+    """Have the service fetch a file, and make a model of it."""
+    with _transfers() as progress:
+        bar = progress.add_task("import", total=None)
+
+        def show(upload: Json) -> None:
+            progress.update(bar, total=upload["size"], completed=upload["fetch"]["bytes"])
+
+        upload = client.import_url(url, on_change=show)
+    return client.post("/v1/models", {"upload": upload["id"]})
 
 
 def _visible_files(root: Path) -> list[Path]:

@@ -50,5 +50,7 @@ IDENTITIES = Threads("identities", 4)
 """Finding out who calls, before anything else is done for him."""
 COUNTING = Threads("counting", 1)
 """Counting calls against their tenant's limit."""
+NAMES = Threads("names", 4)
+"""Waiting for the servers of names that users choose, and may have made slow."""
 HEALTH = Threads("health", 1)
 """Asking all that the service needs, which anybody may have it do."""

@@ -80,7 +80,7 @@ upload you started on the page: press **Execute**.
 
 TAGS = [
     {"name": "models", "description": "What is to be compressed. Facts are read from headers; no code in a file is ever run."},
-    {"name": "uploads", "description": "Large files, in parts that may come in any order and be sent again."},
+    {"name": "uploads", "description": "Large files, in parts that may come in any order and be sent again, or fetched from a URL."},
     {"name": "jobs", "description": "What is done to a model: submit, follow, cancel, retry, and fetch the result."},
     {"name": "compress", "description": "A model file and what to do with it in one form, for `curl`."},
     {"name": "plans", "description": "What a job would take, without running it."},

@@ -10,7 +10,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from sqlalchemy.orm import Session
 
-from app.db import metric_queries, worker_queries, worker_time
+from app.db import import_queries, metric_queries, worker_queries, worker_time
 from app.db.metric_queries import Durations
 
 __all__ = ["CONTENT_TYPE", "exposition"]
@@ -58,6 +58,7 @@ class _DatabaseCollector:
         yield self._bytes()
         yield self._worker_seconds()
         yield from self._uploads()
+        yield self._imports()
         yield self._workers()
 
     def _jobs(self) -> Metric:
@@ -85,12 +86,20 @@ class _DatabaseCollector:
         counts = GaugeMetricFamily("modelpress_uploads", "Uploads not yet used up", labels=("status",))
         sizes = GaugeMetricFamily("modelpress_upload_bytes", "Bytes announced by them", labels=("status",))
         found = {status: (n, size) for status, n, size in metric_queries.uploads_by_status(self._session)}
-        for status in ("open", "completed"):
+        for status in ("open", "importing", "completed", "failed"):
             number, size = found.get(status, (0, 0))
             counts.add_metric((status,), number)
             sizes.add_metric((status,), size)
         yield counts
         yield sizes
+
+    def _imports(self) -> Metric:
+        imports = GaugeMetricFamily(
+            "modelpress_imports", "Imports by URL that have not ended", labels=("state",)
+        )
+        for state, number in import_queries.count_by_state(self._session).items():
+            imports.add_metric((state,), number)
+        return imports
 
     def _workers(self) -> Metric:
         workers = GaugeMetricFamily("modelpress_workers", "Workers seen lately, by queue", labels=("queue",))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Request, Response
 from pydantic import ConfigDict, Field, StringConstraints
@@ -12,9 +12,10 @@ from app.api.bodies import RAW_PART, ContentDigest, FileName, chunks_of, declare
 from app.api.dependencies import CurrentSettings, ReadSession, TenantDatabase, WriteSession
 from app.api.idempotency import IdempotentRoute
 from app.api.problems import problem_responses
-from app.db.tables import UploadPart
+from app.db.tables import Import, UploadPart
 from app.services import uploads
 from app.services.uploads import UploadState
+from app.services.url_imports import shown_url
 from app.spec.documented import Documented
 from app.storage import get_staging
 from app.threads import INTAKE
@@ -57,9 +58,32 @@ class UploadUrls(Documented):
     """Where to go from here."""
 
     self: str
-    part: str
-    """Put the part's number in place of `{number}`."""
-    complete: str
+    part: str | None
+    """Put the part's number in place of `{number}`. Null, as the next: the service fetches the file itself."""
+    complete: str | None
+
+
+class FetchError(Documented):
+    """Why an import failed, or why its last attempt did."""
+
+    code: str = Field(examples=["import_unanswered"])
+    detail: str
+    hint: str | None
+
+
+class Fetch(Documented):
+    """How far the service is with fetching an import."""
+
+    url: str = Field(examples=["https://example.org/models/tiny.zip"])
+    """Where from, without the query: that may be a secret."""
+    status: Literal["waiting", "running", "ended"]
+    bytes: int = Field(examples=[12])
+    """How many have come, told every few seconds."""
+    attempt: int = Field(examples=[1])
+    """The last one since it got on, from 1; 0: it has not begun."""
+    next_attempt_at: datetime | None
+    """While it waits."""
+    error: FetchError | None
 
 
 class Upload(Documented):
@@ -68,19 +92,21 @@ class Upload(Documented):
     id: str = Field(examples=["upl_01k0b6x2v9m4c8d7e5f3g1h0j2"])
     name: str = Field(examples=["notes.txt"])
     status: str = Field(examples=["open"])
-    """`open` while parts may come in, then `completed`."""
-    size: int = Field(examples=[12])
-    """Bytes of the whole file."""
+    """`open` while parts may come in, then `completed`. An import is `importing`, then `completed` or `failed`."""
+    size: int | None = Field(examples=[12])
+    """Bytes of the whole file; null for an import whose server has not said."""
     sha256: str | None
     """sha256 of the whole file in hex: what you announced, or, once completed, what arrived."""
     part_bytes: int = Field(examples=[67108864])
-    """Bytes of every part but the last, which has what is left."""
+    """Bytes of every part but the last, which has what is left. 0 for an import, which has none."""
     part_count: int = Field(examples=[1])
     """How many parts the file has."""
     parts: list[Part]
     """Parts that have arrived."""
     missing: list[int] = Field(examples=[[1]])
     """Numbers of the parts that have not."""
+    fetch: Fetch | None
+    """Of an import; null for a file that you send."""
     created_at: datetime
     expires_at: datetime
     """An upload nothing was made of by then is removed."""
@@ -105,7 +131,7 @@ def create_upload(
     state = uploads.create_upload(
         session, get_staging(), settings, name=body.name, size=body.size, sha256=body.sha256
     )
-    shown = _shown(state)
+    shown = upload_view(state)
     response.headers["Location"] = shown.urls.self
     return shown
 
@@ -145,8 +171,8 @@ async def put_upload_part(
     responses=problem_responses(404),
 )
 def get_upload(upload_id: UploadId, session: ReadSession) -> Upload:
-    """Show an upload: which parts have arrived and which are missing. Ask this to resume."""
-    return _shown(uploads.get_upload(session, upload_id))
+    """Show an upload: which parts have arrived and which are missing, or how far an import is. Ask this to resume."""
+    return upload_view(uploads.get_upload(session, upload_id))
 
 
 @router.post(
@@ -161,7 +187,7 @@ async def complete_upload(upload_id: UploadId, database: TenantDatabase, setting
     The answer carries the sha256 of what arrived. With a wrong one the upload is removed.
     """
     state = await INTAKE.run(uploads.complete_upload, database, get_staging(), settings, upload_id)
-    return _shown(state)
+    return upload_view(state)
 
 
 @router.delete(
@@ -172,26 +198,44 @@ async def complete_upload(upload_id: UploadId, database: TenantDatabase, setting
     responses=problem_responses(404),
 )
 def delete_upload(upload_id: UploadId, session: WriteSession) -> None:
-    """Drop an upload and what has arrived of it."""
+    """Drop an upload and what has arrived of it. An import that is under way stops."""
     uploads.delete_upload(session, get_staging(), upload_id)
 
 
-def _shown(state: UploadState) -> Upload:
-    upload = state.upload
+def upload_view(state: UploadState) -> Upload:
+    """An upload as it is shown."""
+    upload, fetch = state.upload, state.fetch
     url = f"/v1/uploads/{upload.id}"
     return Upload(
         id=upload.id,
         name=upload.name,
         status=upload.status,
-        size=upload.size,
+        size=upload.size if fetch is None else fetch.total,
         sha256=upload.sha256,
         part_bytes=upload.part_bytes,
         part_count=state.part_count,
         parts=[_part(part) for part in state.parts],
         missing=state.missing if upload.status == "open" else [],
+        fetch=fetch and _fetch(fetch),
         created_at=datetime.fromtimestamp(upload.created_at, UTC),
         expires_at=datetime.fromtimestamp(upload.expires_at, UTC),
-        urls=UploadUrls(self=url, part=f"{url}/parts/{{number}}", complete=f"{url}/complete"),
+        urls=UploadUrls(
+            self=url,
+            part=None if fetch else f"{url}/parts/{{number}}",
+            complete=None if fetch else f"{url}/complete",
+        ),
+    )
+
+
+def _fetch(row: Import) -> Fetch:
+    waits = row.due_at is not None and not row.running
+    return Fetch(
+        url=shown_url(row.url),
+        status="waiting" if waits else "running" if row.running else "ended",
+        bytes=row.bytes,
+        attempt=row.attempt,
+        next_attempt_at=datetime.fromtimestamp(row.due_at, UTC) if waits and row.due_at else None,
+        error=None if row.error is None else FetchError.model_validate(row.error),
     )
 
 

@@ -74,10 +74,12 @@ class Upload(TenantRow, Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str]
     size: Mapped[int]
+    """Of an import under way, the bytes that are kept for it in the tenant's quota."""
     sha256: Mapped[str | None]
     part_bytes: Mapped[int]
+    """0: the service fetches it itself, see Import."""
     status: Mapped[str] = mapped_column(default="open")
-    """open → completed."""
+    """open → completed, or importing → completed | failed."""
     created_at: Mapped[float] = mapped_column(default=db_now())
     expires_at: Mapped[float]
 
@@ -92,6 +94,33 @@ class UploadPart(TenantRow, Base):
     bytes: Mapped[int]
     sha256: Mapped[str | None]
     """Of its bytes, where the client sent it and so had it checked."""
+
+
+class Import(TenantRow, Base):
+    """How far the service is with an upload that it fetches from a URL."""
+
+    __tablename__ = "imports"
+    __table_args__ = (Index("ix_imports_due_at", "due_at"),)
+
+    upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id", ondelete="CASCADE"), primary_key=True)
+    url: Mapped[str]
+    """Its query, which may open a door, is cut off once the import has ended."""
+    total: Mapped[int | None]
+    """Bytes the server announced; null: it has not, or not yet."""
+    etag: Mapped[str | None]
+    """Where it is strong: then what is there can be gone on with."""
+    bytes: Mapped[int] = mapped_column(default=0)
+    """How many are on the disk for good."""
+    attempt: Mapped[int] = mapped_column(default=0)
+    """The last one since there was progress, from 1."""
+    fence: Mapped[int] = mapped_column(default=0)
+    """Grows with every claim; whoever holds an older one changes nothing."""
+    running: Mapped[bool] = mapped_column(default=False)
+    due_at: Mapped[float | None] = mapped_column(default=db_now())
+    """When it may be claimed: of one that runs, the end of its lease; null: it has ended."""
+    started_at: Mapped[float | None]
+    error: Mapped[dict[str, Any] | None]
+    """Of the last attempt: `{"code", "detail", "hint"}`."""
 
 
 class Model(TenantRow, Base):

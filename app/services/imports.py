@@ -54,6 +54,12 @@ def fetch(uri: str, work: WorkDirectory, settings: Settings) -> Fetched:
         return _fetch_from_hub(parse_hub_uri(uri), work, settings)
     if scheme == "file":
         return _fetch_local(uri, work, settings)
+    if scheme == "https":
+        raise refused(
+            "import_refused",
+            "A file at an https:// URL is imported as an upload first.",
+            hint="POST it to /v1/imports, wait until the upload is completed, and make the model of that.",
+        )
     raise refused("import_refused", f"{scheme[:20]!r} is no scheme that can be imported from.")
 
 

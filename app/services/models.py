@@ -132,7 +132,8 @@ def completed_upload(stores: Stores, upload_id: str) -> tuple[str, StagedFile]:
         raise Conflict(
             f"Upload {upload_id} is not complete.",
             code="upload_incomplete",
-            hint=f"Send what is missing, then POST /v1/uploads/{upload_id}/complete.",
+            hint=f"Send what is missing, then POST /v1/uploads/{upload_id}/complete. An import completes by itself, or "
+            f"GET /v1/uploads/{upload_id} says why it failed.",
         )
     return upload.name, StagedFile(stores.staging.upload_path(upload_id), upload.sha256, upload.size)
 

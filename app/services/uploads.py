@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
+from app.db import import_queries
 from app.db import model_queries as queries
 from app.db.engine import Database, after_commit
-from app.db.tables import Upload, UploadPart
+from app.db.tables import Import, Upload, UploadPart
 from app.errors import Conflict, IntakeError, InvalidRequest, ModelpressError, NotFound, PayloadTooLarge
 from app.ids import new_id
 from app.services.quotas import require_storage
@@ -33,10 +34,11 @@ _running = RunningDigests()
 
 @dataclass(frozen=True)
 class UploadState:
-    """An upload and the parts of it that have arrived."""
+    """An upload and the parts of it that have arrived, or how its import gets on."""
 
     upload: Upload
     parts: Sequence[UploadPart]
+    fetch: Import | None = None
 
     @property
     def part_count(self) -> int:
@@ -51,8 +53,8 @@ class UploadState:
 
 
 def part_count(upload: Upload) -> int:
-    """How many parts an upload has."""
-    return -(-upload.size // upload.part_bytes)
+    """How many parts an upload has; none if it is an import."""
+    return -(-upload.size // upload.part_bytes) if upload.part_bytes else 0
 
 
 def part_length(upload: Upload, number: int) -> int:
@@ -81,9 +83,10 @@ def create_upload(
 
 def get_upload(session: Session, upload_id: str) -> UploadState:
     """An upload and what has arrived of it."""
-    return UploadState(
-        _found(queries.get_upload(session, upload_id), upload_id), queries.list_parts(session, upload_id)
-    )
+    upload = _found(queries.get_upload(session, upload_id), upload_id)
+    if not upload.part_bytes:
+        return UploadState(upload, (), import_queries.get_import(session, upload_id))
+    return UploadState(upload, queries.list_parts(session, upload_id))
 
 
 async def receive_part(
@@ -136,6 +139,8 @@ def complete_upload(database: Database, staging: Staging, settings: Settings, up
         state = get_upload(session, upload_id)
     if state.upload.status == "completed":
         return state
+    if state.fetch is not None:
+        raise _is_import(upload_id)
     if state.missing:
         raise _incomplete(state)
     digest, parts = _running.take(upload_id)
@@ -206,6 +211,8 @@ def _open_part(
     upload_id, number = part
     with database.read() as session:
         upload = _found(queries.get_upload(session, upload_id), upload_id)
+    if not upload.part_bytes:
+        raise _is_import(upload_id)
     if not 1 <= number <= part_count(upload):
         raise InvalidRequest(
             f"Upload {upload_id} has parts 1 to {part_count(upload)}; there is no part {number}.",
@@ -254,6 +261,14 @@ def _not_found(upload_id: str) -> NotFound:
     return NotFound(
         f"There is no upload {upload_id}: it was never made, was used or deleted, or has expired.",
         hint="Start a new one with POST /v1/uploads.",
+    )
+
+
+def _is_import(upload_id: str) -> Conflict:
+    return Conflict(
+        f"Upload {upload_id} is an import: the service fetches and completes it.",
+        code="upload_is_import",
+        hint=f"GET /v1/uploads/{upload_id} says how far it is.",
     )
 
 

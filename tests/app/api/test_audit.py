@@ -56,6 +56,7 @@ def changing_calls(client: TestClient, database: Database) -> dict[str, Call]:
     part = client.post("/v1/uploads", json={"name": "d.txt", "size": 3}).json()["id"]
     return {
         "create_upload": ("POST", "/v1/uploads", {"json": {"name": "a", "size": 1}}),
+        "create_import": ("POST", "/v1/imports", {"json": {"url": "https://93.184.215.14/a?b"}}),
         "put_upload_part": ("PUT", f"/v1/uploads/{part}/parts/1", {"content": b"abc"}),
         "complete_upload": ("POST", f"/v1/uploads/{opened}/complete", {}),
         "delete_upload": ("DELETE", f"/v1/uploads/{unused}", {}),
