@@ -26,6 +26,7 @@ from sqlalchemy import select, update
 from waiting import wait_until
 
 from app.access import Role
+from app.client import Client, Json
 from app.db import import_queries
 from app.db.engine import Database, get_database
 from app.db.tables import Import, Tenant, Upload
@@ -488,6 +489,28 @@ def test_the_command_line_takes_a_url_for_a_path(
     assert (job["name"], job["id"] in done.stdout) == ("tiny", True)
     assert refused.returncode == 1
     assert "localhost answered 404 Not Found." in refused.stderr
+
+
+def test_ctrl_c_tells_the_service_to_stop(
+    server_url: str, server: FileServer, database: Database, client: TestClient
+) -> None:
+    def interrupt(upload: Json) -> None:
+        raise KeyboardInterrupt
+
+    with Client(server_url) as caller, pytest.raises(KeyboardInterrupt):
+        caller.import_url(server.url(), on_change=interrupt)
+    with database.read() as session:
+        assert session.scalars(select(Import.upload_id)).all() == []
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer"), [({}, "/url"), ({"url": 5}, "/url"), ({"url": "https://a/", "size": 1}, "/size")]
+)
+def test_a_body_that_is_none_is_refused_where_it_is_wrong(
+    client: TestClient, body: dict[str, Any], pointer: str
+) -> None:
+    answer = client.post("/v1/imports", json=body)
+    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, pointer)
 
 
 def test_of_takers_at_once_one_gets_it_and_nobody_while_its_file_is_open(
