@@ -85,7 +85,7 @@ class QuantizedWeights(Step):
     @classmethod
     def _fill_in_what_the_format_implies(cls, given: Any) -> Any:
         chosen = given.get("number_format") if isinstance(given, dict) else None
-        if chosen not in _IMPLIED:
+        if not isinstance(chosen, str) or chosen not in _IMPLIED:
             return given
         bits, group_size = _IMPLIED[chosen]
         return {"bits": bits, "group_size": group_size} | given

@@ -84,6 +84,14 @@ def test_a_number_that_breaks_a_rule_is_not_told_to_be_a_word(client: TestClient
     assert found == {"/spec/steps/0/group_size": "Must be a multiple of 8; got 100."}
 
 
+@pytest.mark.parametrize("number_format", [{}, []])
+def test_a_word_that_is_an_object_or_a_list_is_a_fault_like_any_other(
+    client: TestClient, number_format: object
+) -> None:
+    found = spec_faults(client, {"technique": "quantize.weights", "number_format": number_format})
+    assert set(found) == {"/spec/steps/0/number_format"}
+
+
 def test_a_misspelt_technique_is_recognised(client: TestClient) -> None:
     found = spec_faults(client, {"technique": "quantise.weights"})
     assert "Did you mean quantize.weights?" in found["/spec/steps/0/technique"]
