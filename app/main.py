@@ -9,7 +9,7 @@ import gc
 # Starting makes classes and schemas, none of them garbage; a collector that looks for some takes a seventh of the time.
 gc.disable()
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 
 from app.api import (
     artifacts,
@@ -32,6 +32,7 @@ from app.api import (
 from app.api.authentication import Authentication
 from app.api.middleware import BodyLimit, RateLimit, RequestContext
 from app.api.problems import add_problem_handlers, problem_responses
+from app.api.routing import refuse_unknown_query
 from app.logging import configure_logging
 from app.settings import Settings, get_settings
 
@@ -53,7 +54,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 def _v1() -> APIRouter:
-    router = APIRouter(prefix="/v1", responses=problem_responses(422, 503))
+    router = APIRouter(
+        prefix="/v1", responses=problem_responses(422), dependencies=[Depends(refuse_unknown_query)]
+    )
     for module in (
         uploads,
         imports,

@@ -13,6 +13,7 @@ from app.api.dependencies import After, CurrentStores, Limit, Page, ReadSession,
 from app.api.idempotency import IdempotentRoute
 from app.api.models import DisplayName, UploadId
 from app.api.problems import problem_responses
+from app.api.routing import id_path
 from app.db import tables
 from app.services import datasets
 from app.spec.documented import Documented
@@ -118,7 +119,10 @@ def list_datasets(session: ReadSession, limit: Limit = 20, after: After = None) 
 
 
 @router.get(
-    "/{dataset_id}", operation_id="get_dataset", summary="See a dataset", responses=problem_responses(404)
+    id_path("dataset_id"),
+    operation_id="get_dataset",
+    summary="See a dataset",
+    responses=problem_responses(404),
 )
 def get_dataset(dataset_id: DatasetId, session: ReadSession) -> Dataset:
     """Size and digest of a dataset."""
@@ -126,7 +130,7 @@ def get_dataset(dataset_id: DatasetId, session: ReadSession) -> Dataset:
 
 
 @router.delete(
-    "/{dataset_id}",
+    id_path("dataset_id"),
     operation_id="delete_dataset",
     status_code=204,
     summary="Delete a dataset",

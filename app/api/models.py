@@ -14,6 +14,7 @@ from app.api.bodies import RAW_BODY, ContentDigest, FileName, chunks_of, parse_d
 from app.api.dependencies import After, CurrentStores, Limit, Page, ReadSession, WriteSession
 from app.api.idempotency import IdempotentRoute
 from app.api.problems import problem_responses
+from app.api.routing import id_path
 from app.api.streams import BlobResponse
 from app.db.tables import Artifact
 from app.services import models
@@ -197,14 +198,16 @@ def list_models(session: ReadSession, limit: Limit = 20, after: After = None) ->
     return Page(items=[model_view(state) for state in states], has_more=has_more)
 
 
-@router.get("/{model_id}", operation_id="get_model", summary="See a model", responses=problem_responses(404))
+@router.get(
+    id_path("model_id"), operation_id="get_model", summary="See a model", responses=problem_responses(404)
+)
 def get_model(model_id: ModelId, session: ReadSession) -> Model:
     """What the headers say about a model, and its files."""
     return model_view(models.get_model(session, model_id))
 
 
 @router.delete(
-    "/{model_id}",
+    id_path("model_id"),
     operation_id="delete_model",
     status_code=204,
     summary="Delete a model",

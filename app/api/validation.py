@@ -42,7 +42,11 @@ def validation_problem(error: RequestValidationError) -> ModelpressError:
             f"The body is not JSON: {reason} at character {errors[0]['loc'][-1]}.",
             hint="Check quotes and commas; strings and names take double quotes.",
         )
-    faults = faults_of(errors, error.body)
+    return problem_of(faults_of(errors, error.body))
+
+
+def problem_of(faults: Sequence[Fault]) -> InvalidRequest:
+    """The problem for a request that has these faults."""
     count = _PLURALS.get(len(faults), f"{len(faults)} faults")
     return InvalidRequest(f"The request has {count}; see `errors`.", faults=faults)
 
@@ -116,7 +120,7 @@ def _extra(item: Any) -> tuple[str, str]:
     parent = next((part for part in reversed(parents) if isinstance(part, str)), "body")
     if parent == "body" and name in CompressionSpec.model_fields:
         return "", "There is no such field here: it belongs inside `spec`."
-    return "", "There is no such field here." + _did_you_mean(str(name), _fields_of().get(parent, ()))
+    return "", "There is no such field here." + did_you_mean(str(name), _fields_of().get(parent, ()))
 
 
 def _literal(item: Any) -> tuple[str, str]:
@@ -125,7 +129,7 @@ def _literal(item: Any) -> tuple[str, str]:
 
 def _unknown_tag(item: Any) -> tuple[str, str]:
     choices = [choice.strip(" '") for choice in item["ctx"]["expected_tags"].split(",")]
-    guess = _did_you_mean(item["ctx"]["tag"], choices)
+    guess = did_you_mean(item["ctx"]["tag"], choices)
     return "/" + item["ctx"]["discriminator"].strip("'"), f"Must be one of {', '.join(choices)}.{guess}"
 
 
@@ -185,7 +189,8 @@ def _reworded(item: Any) -> str:
     return message + (f"; got {got!r}." if short else ".")
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """What to do about a name that is not among those known: to be put behind the sentence that says so."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean {close[0]}?" if close else " Remove it, or correct its name."
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from key_support import operations
 
 from app.db import job_queries
 from app.settings import Settings
@@ -37,6 +38,14 @@ def test_a_wrong_method_is_a_problem_that_names_the_right_ones(client: TestClien
     assert answer.json()["code"] == "method_not_allowed"
     assert answer.headers["allow"] == "GET, POST"
     assert answer.json()["detail"] == "/v1/jobs does not take PUT, but GET, POST."
+
+
+@pytest.mark.parametrize("kind", ["models", "datasets"])
+def test_the_path_for_raw_bodies_is_not_taken_for_an_id(client: TestClient, kind: str) -> None:
+    for method in ("GET", "DELETE"):
+        answer = client.request(method, f"/v1/{kind}/content")
+        assert answer.status_code == 405
+        assert answer.headers["allow"] == "PUT"
 
 
 def test_a_request_id_that_is_given_is_kept_and_a_strange_one_is_not(client: TestClient) -> None:
@@ -135,6 +144,24 @@ def test_a_fault_in_a_query_names_the_parameter(client: TestClient) -> None:
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["parameter"] == "query/limit"
     assert "pointer" not in answer.json()["errors"][0]
+
+
+def test_a_misspelt_parameter_of_a_query_is_refused_and_recognised(client: TestClient) -> None:
+    answer = client.get("/v1/jobs", params={"limt": 5, "status": "queued", "zzz": ""})
+    assert answer.status_code == 422
+    assert answer.json()["errors"] == [
+        {"parameter": "query/limt", "detail": "There is no such parameter here. Did you mean limit?"},
+        {
+            "parameter": "query/zzz",
+            "detail": "There is no such parameter here. Remove it, or correct its name.",
+        },
+    ]
+
+
+def test_every_operation_refuses_a_parameter_it_does_not_have(client: TestClient) -> None:
+    for name, method, path in operations(client):
+        answer = client.request(method, path, params={"no_such_parameter": "1"})
+        assert answer.status_code == (200 if name == "get_metrics" else 422), name
 
 
 def test_a_body_that_is_no_json_is_told_where_it_breaks(client: TestClient) -> None:
