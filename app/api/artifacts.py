@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import FileResponse
 
+from app.api.bodies import FILE_ANSWERS, HEAD_ANSWERS
 from app.api.dependencies import ReadSession
 from app.api.problems import problem_responses
 from app.api.streams import BlobResponse
@@ -16,18 +17,6 @@ from app.services.job_view import ArtifactView, artifact_view
 router = APIRouter(prefix="/artifacts", tags=["artifacts"])
 
 ArtifactId = Annotated[str, Path(pattern=r"^art_[0-9a-z]{1,40}$", description="Id of the artifact.")]
-
-_CONTENT: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The file. `ETag` and `Repr-Digest` carry its sha256.",
-        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-    },
-    206: {"description": "The bytes of the `Range` that was asked for."},
-    304: {"description": "You have it already (`If-None-Match`)."},
-    307: {
-        "description": "The file is in S3: ask the URL in `Location`, good for minutes, without your credentials."
-    },
-}
 
 
 @router.get(
@@ -43,18 +32,14 @@ def get_artifact(artifact_id: ArtifactId, session: ReadSession) -> ArtifactView:
     operation_id="head_artifact_content",
     summary="Size and digest of an artifact",
     response_class=FileResponse,
-    responses={
-        200: {"description": "The headers that GET would answer with."},
-        307: _CONTENT[307],
-        **problem_responses(404, 410),
-    },
+    responses={**HEAD_ANSWERS, **problem_responses(404, 410)},
 )
 @router.get(
     "/{artifact_id}/content",
     operation_id="get_artifact_content",
     summary="Download an artifact",
     response_class=FileResponse,
-    responses={**_CONTENT, **problem_responses(404, 410, 416)},
+    responses={**FILE_ANSWERS, **problem_responses(404, 410, 416)},
 )
 def get_artifact_content(artifact_id: ArtifactId, request: Request, session: ReadSession) -> BlobResponse:
     """The bytes. 410 once they have been kept for as long as the service keeps results. A download that broke off goes on with `Range: bytes=<n>-` and `If-Range: <ETag>`."""

@@ -1,4 +1,4 @@
-"""Raw bodies: how they are read, described, and checked against the digest the client sent."""
+"""Raw bodies, of calls and of answers: how they are described; how a call's are read, and checked against their digest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import binascii
 import re
 from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Header, Request
 from pydantic import StringConstraints
@@ -45,6 +45,31 @@ RAW_TEXT = {
             "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
         },
     }
+}
+
+# What a stored file is answered with beside the whole of it.
+RANGE_ANSWERS: dict[int | str, dict[str, Any]] = {
+    206: {"description": "The bytes of the `Range` that was asked for."},
+    304: {"description": "You have it already (`If-None-Match`)."},
+}
+_IN_S3: dict[int | str, dict[str, Any]] = {
+    307: {
+        "description": "The file is in S3: ask the URL in `Location`, good for minutes, without your credentials."
+    }
+}
+FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The file. `ETag` and `Repr-Digest` carry its sha256.",
+        # A report is JSON, weights are bytes: the type is the file's.
+        "content": {"*/*": {"schema": {"type": "string", "format": "binary"}}},
+    },
+    **RANGE_ANSWERS,
+    **_IN_S3,
+}
+HEAD_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The headers that GET would answer with."},
+    304: RANGE_ANSWERS[304],
+    **_IN_S3,
 }
 
 FILE_NAME_PATTERN = r"^[^/\\\x00-\x1f\x7f]+$"

@@ -35,7 +35,7 @@ _NO_MODEL = "mdl_0"
     summary="Compress a file",
     responses={
         202: {"headers": {"Location": {"description": "The job.", "schema": {"type": "string"}}}},
-        **problem_responses(400, 409, 413, 422, 429, 507),
+        **problem_responses(404, 409, 507),
     },
 )
 async def compress(

@@ -68,7 +68,7 @@ class Dataset(Documented):
     operation_id="create_dataset",
     status_code=201,
     summary="Make a dataset of an upload",
-    responses=problem_responses(404, 409, 422, 507),
+    responses=problem_responses(404, 409, 507),
 )
 async def create_dataset(body: CreateDataset, stores: CurrentStores, response: Response) -> Dataset:
     """Check the text or the images and keep them. The upload is used up, whether it is accepted or refused."""
@@ -81,7 +81,7 @@ async def create_dataset(body: CreateDataset, stores: CurrentStores, response: R
     operation_id="put_dataset_content",
     status_code=201,
     summary="Send a dataset as one body",
-    responses=problem_responses(413, 422, 507),
+    responses=problem_responses(507),
     openapi_extra=RAW_TEXT,
 )
 async def put_dataset_content(

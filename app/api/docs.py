@@ -12,7 +12,8 @@ from fastapi.staticfiles import StaticFiles
 
 from app.access import Role
 from app.api.authentication import is_open, required_role
-from app.api.problems import Problem, problem_responses
+from app.api.common_answers import add_common_answers
+from app.api.problems import Problem
 from app.version import VERSION
 
 router = APIRouter(include_in_schema=False)
@@ -70,6 +71,8 @@ contain, and `POST /v1/plans` tells what a job would take before you start it.
 * Ids carry their kind (`job_…`, `mdl_…`) and sort by time. Lists come newest first, in pages: `limit`, `after`.
 * Every error is `application/problem+json` (RFC 9457) with a stable `code`, a `detail` that says what happened, a
   `hint` that says what to do, and for a spec the JSON pointer of each fault.
+* What the service does not know it refuses: fields of a body and parameters of a query by name (422), methods of a path
+  with those it takes in `Allow` (405).
 * Calls carry a key: `Authorization: Bearer mp_…` (**Authorize** puts it in on this page). A service on your own machine
   answers without one, unless it was told not to.
 * POST takes `Idempotency-Key`: send the call again with the same key, and nothing is done twice.
@@ -141,28 +144,35 @@ def _document(app: FastAPI) -> dict[str, Any]:
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             _finish(operation)
+            add_common_answers(path, operation)
             if not is_open(path):
                 _secure(operation, required_role(method.upper(), path))
     return _with_plain_names(document)
 
 
 def _finish(operation: dict[str, Any]) -> None:
-    """Ids to try things out with; no 422 where nothing is sent that could be wrong."""
+    """Ids to try things out with; what may be left out is not therefore null."""
     for parameter in operation.get("parameters", ()):
         if parameter["in"] == "path" and parameter["name"] in _PATH_EXAMPLES:
             parameter["example"] = _PATH_EXAMPLES[parameter["name"]]
         # Swagger UI fills in a parameter's own example, and not its schema's.
         if parameter["in"] == "query" and parameter.get("required") and "examples" in parameter["schema"]:
             parameter["example"] = parameter["schema"]["examples"][0]
-    if not operation.get("parameters") and "requestBody" not in operation:
-        operation["responses"].pop("422", None)
+        parameter["schema"] = _without_null(parameter["schema"])
+
+
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a parameter as it is sent: in a path, a query or a header there is no null."""
+    kinds = [kind for kind in schema.get("anyOf", ()) if kind != {"type": "null"}]
+    if len(kinds) != 1:
+        return schema
+    return {**kinds[0], **{name: value for name, value in schema.items() if name != "anyOf"}}
 
 
 def _secure(operation: dict[str, Any], role: Role) -> None:
     """Say that a key is needed, and whose."""
     operation["security"] = [{"key": []}]
     operation["description"] += f"\n\nNeeds the role `{role}`."
-    operation["responses"] |= {str(status): about for status, about in problem_responses(401, 403).items()}
 
 
 def _with_plain_names(document: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from pydantic.config import JsonDict
 
+from app.api.bodies import RANGE_ANSWERS
 from app.api.dependencies import (
     After,
     Caller,
@@ -137,7 +138,7 @@ class JobResult(Documented):
     summary="Start a job",
     responses={
         202: {"headers": {"Location": {"description": "The job.", "schema": {"type": "string"}}}},
-        **problem_responses(404, 409, 413, 422, 429),
+        **problem_responses(404, 409),
     },
 )
 def create_job(
@@ -154,7 +155,7 @@ def create_job(
     return job
 
 
-@router.get("", operation_id="list_jobs", summary="List jobs", responses=problem_responses(422))
+@router.get("", operation_id="list_jobs", summary="List jobs")
 def list_jobs(
     session: ReadSession,
     status: Annotated[JobStatus | None, Query(description="Only jobs with this status.")] = None,
@@ -251,7 +252,7 @@ def cancel_job(job_id: JobId, session: WriteSession, how: CancelRequest | None =
     operation_id="retry_job",
     status_code=202,
     summary="Run a job again",
-    responses=problem_responses(404, 409, 429),
+    responses=problem_responses(404, 409),
 )
 def retry_job(job_id: JobId, session: WriteSession, response: Response) -> JobView:
     """Queue a job that failed or was cancelled again. Stages that are done are not repeated."""
@@ -271,7 +272,8 @@ def retry_job(job_id: JobId, session: WriteSession, response: Response) -> JobVi
             "description": "What was gained and what was lost. With `Accept: text/html`, a page to read.",
             "content": {"text/html": {"schema": {"type": "string"}}},
         },
-        **problem_responses(404),
+        **RANGE_ANSWERS,
+        **problem_responses(404, 416),
     },
 )
 def get_job_report(job_id: JobId, request: Request, session: ReadSession) -> BlobResponse:

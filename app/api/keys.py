@@ -60,9 +60,7 @@ class CreatedKey(KeyView):
     """The key itself. Keep it: it is not kept here, and is never shown again."""
 
 
-@router.post(
-    "", operation_id="create_key", status_code=201, summary="Make a key", responses=problem_responses(422)
-)
+@router.post("", operation_id="create_key", status_code=201, summary="Make a key")
 def create_key(
     body: CreateKey, session: WriteSession, settings: CurrentSettings, caller: Caller, response: Response
 ) -> CreatedKey:

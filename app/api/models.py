@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import mimetypes
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import FileResponse
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
-from app.api.bodies import RAW_BODY, ContentDigest, FileName, chunks_of, parse_digest
+from app.api.bodies import (
+    FILE_ANSWERS,
+    HEAD_ANSWERS,
+    RAW_BODY,
+    ContentDigest,
+    FileName,
+    chunks_of,
+    parse_digest,
+)
 from app.api.dependencies import After, CurrentStores, Limit, Page, ReadSession, WriteSession
 from app.api.idempotency import IdempotentRoute
 from app.api.problems import problem_responses
@@ -30,14 +38,6 @@ router = APIRouter(prefix="/models", tags=["models"], route_class=IdempotentRout
 ModelId = Annotated[str, Path(pattern=r"^mdl_[0-9a-z]{1,40}$", description="Id of the model.")]
 UploadId = Annotated[str, StringConstraints(pattern=r"^upl_[0-9a-z]{1,40}$")]
 DisplayName = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True)]
-_FILE_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The file. `ETag` and `Repr-Digest` carry its sha256.",
-        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-    },
-    206: {"description": "The bytes of the `Range` that was asked for."},
-    304: {"description": "You have it already (`If-None-Match`)."},
-}
 
 
 class UploadedFile(Documented):
@@ -146,7 +146,7 @@ class Model(Documented):
     operation_id="create_model",
     status_code=201,
     summary="Make a model of uploads, or import one",
-    responses=problem_responses(404, 409, 413, 422, 503, 507),
+    responses=problem_responses(404, 409, 507),
 )
 async def create_model(body: CreateModel, stores: CurrentStores, response: Response) -> Model:
     """Check what was uploaded (or fetch what the URI names), read its headers, and keep it.
@@ -169,7 +169,7 @@ def _create(body: CreateModel, stores: Stores) -> ModelState:
     operation_id="put_model_content",
     status_code=201,
     summary="Send a small model as one body",
-    responses=problem_responses(413, 422, 507),
+    responses=problem_responses(507),
     openapi_extra=RAW_BODY,
 )
 async def put_model_content(
@@ -223,14 +223,14 @@ def delete_model(model_id: ModelId, session: WriteSession, stores: CurrentStores
     operation_id="head_model_file",
     summary="Size and digest of a file of a model",
     response_class=FileResponse,
-    responses={200: {"description": "The headers that GET would answer with."}, **problem_responses(404)},
+    responses={**HEAD_ANSWERS, **problem_responses(404)},
 )
 @router.get(
     "/{model_id}/files/{path:path}",
     operation_id="get_model_file",
     summary="Download a file of a model",
     response_class=FileResponse,
-    responses={**_FILE_RESPONSES, **problem_responses(404, 416)},
+    responses={**FILE_ANSWERS, **problem_responses(404, 416)},
 )
 def get_model_file(model_id: ModelId, path: str, request: Request, session: ReadSession) -> BlobResponse:
     """The bytes of one file, as they were uploaded."""

@@ -29,7 +29,7 @@ class PlanAnswer(Documented):
     """When the plan does not fit: the spec with the fewest changes that does. Null: only more memory helps."""
 
 
-@router.post("", operation_id="create_plan", summary="Plan a job", responses=problem_responses(404, 413, 422))
+@router.post("", operation_id="create_plan", summary="Plan a job", responses=problem_responses(404))
 def create_plan(body: JobRequest, session: ReadSession) -> PlanAnswer:
     """Takes the body of a job; predicts peak memory, disk, time and output bytes. Nothing is kept.
 

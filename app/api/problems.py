@@ -83,8 +83,11 @@ def problem_body(error: ModelpressError) -> dict[str, Any]:
 
 
 def render(error: ModelpressError, headers: Mapping[str, str] | None = None) -> ProblemResponse:
-    """The response for an error of ours."""
-    return ProblemResponse(problem_body(error), error.status, headers=dict(headers or {}))
+    """The response for an error of ours, with when to ask again where that may help."""
+    wait = _RETRY_AFTER_SECONDS.get(error.status)
+    return ProblemResponse(
+        problem_body(error), error.status, {**({"Retry-After": wait} if wait else {}), **(headers or {})}
+    )
 
 
 def render_unexpected(error: Exception) -> ProblemResponse:
@@ -106,8 +109,7 @@ def add_problem_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ModelpressError)
     async def ours(_: Request, error: ModelpressError) -> ProblemResponse:
-        wait = _RETRY_AFTER_SECONDS.get(error.status)
-        return render(error, {"Retry-After": wait} if wait else None)
+        return render(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> ProblemResponse:

@@ -118,7 +118,7 @@ class Upload(Documented):
     operation_id="create_upload",
     status_code=201,
     summary="Start an upload",
-    responses=problem_responses(413, 422, 507),
+    responses=problem_responses(507),
 )
 def create_upload(
     body: CreateUpload, session: WriteSession, settings: CurrentSettings, response: Response
@@ -140,7 +140,7 @@ def create_upload(
     "/{upload_id}/parts/{number}",
     operation_id="put_upload_part",
     summary="Send a part",
-    responses=problem_responses(404, 409, 413, 422, 507),
+    responses=problem_responses(404, 409, 507),
     openapi_extra=RAW_PART,
 )
 async def put_upload_part(
@@ -179,7 +179,7 @@ def get_upload(upload_id: UploadId, session: ReadSession) -> Upload:
     "/{upload_id}/complete",
     operation_id="complete_upload",
     summary="Complete an upload",
-    responses=problem_responses(404, 409, 422, 507),
+    responses=problem_responses(404, 409, 507),
 )
 async def complete_upload(upload_id: UploadId, database: TenantDatabase, settings: CurrentSettings) -> Upload:
     """Check that every part is there and that the whole has the sha256 you announced, if you did.

@@ -91,7 +91,7 @@ class Message(Documented):
     operation_id="create_webhook",
     status_code=201,
     summary="Make a webhook",
-    responses=problem_responses(409, 422),
+    responses=problem_responses(409),
 )
 def create_webhook(
     body: CreateWebhook, session: WriteSession, settings: CurrentSettings, response: Response

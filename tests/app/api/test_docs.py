@@ -97,6 +97,42 @@ def test_every_error_response_is_documented_as_a_problem(client: TestClient) -> 
                 assert schema == {"$ref": "#/components/schemas/Problem"}, (name, status)
 
 
+def test_what_is_common_to_operations_is_documented_where_it_can_occur(client: TestClient) -> None:
+    for name, operation in operations(client).items():
+        answers = set(operation["responses"])
+        body = operation.get("requestBody", {}).get("content", {})
+        parsed = "application/json" in body or "multipart/form-data" in body
+        assert ("400" in answers) == parsed, name
+        assert ("413" in answers) == bool(body), name
+        assert ("422" in answers) == ("/v1/" in name), name
+        assert ({"401", "403", "429", "503"} <= answers) == ("security" in operation), name
+        assert "404" in answers or "{" not in name, name
+        assert "Location" in operation["responses"].get("201", {}).get("headers", ["Location"]), name
+
+
+def test_an_example_of_an_error_holds_nothing_of_who_asked_for_the_document(client: TestClient) -> None:
+    answer = client.get("/openapi.json", headers={"X-Request-Id": "the-first-to-ask"})
+    assert "the-first-to-ask" not in answer.text
+
+
+def test_a_body_that_cannot_be_read_is_answered_as_documented(client: TestClient) -> None:
+    tried = 0
+    for name, operation in operations(client).items():
+        if "application/json" in operation.get("requestBody", {}).get("content", {}):
+            method, path = name.replace("{job_id}", "job_1").split(" ")
+            answer = client.request(method, path, content=b"{", headers={"Content-Type": "application/json"})
+            assert answer.status_code == 400, name
+            assert str(answer.status_code) in operation["responses"], name
+            tried += 1
+    assert tried >= 8
+
+
+def test_parameters_that_may_be_left_out_are_not_therefore_null(client: TestClient) -> None:
+    for name, operation in operations(client).items():
+        for parameter in operation.get("parameters", ()):
+            assert "null" not in str(parameter["schema"]), (name, parameter["name"])
+
+
 def test_every_reference_in_the_document_leads_somewhere(client: TestClient) -> None:
     text = client.get("/openapi.json").text
     document = client.get("/openapi.json").json()
