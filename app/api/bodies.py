@@ -72,7 +72,8 @@ HEAD_ANSWERS: dict[int | str, dict[str, Any]] = {
     **_IN_S3,
 }
 
-FILE_NAME_PATTERN = r"^[^/\\\x00-\x1f\x7f]+$"
+# White space around it is left out.
+FILE_NAME_PATTERN = r"^[^/\\\x00-\x1f\x7f]*[^/\\\x00-\x1f\x7f\s][^/\\\x00-\x1f\x7f]*$"
 FileName = Annotated[
     str,
     StringConstraints(min_length=1, max_length=255, pattern=FILE_NAME_PATTERN, strip_whitespace=True),

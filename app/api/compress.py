@@ -6,15 +6,17 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, File, Form, Response, UploadFile
+from fastapi import APIRouter, Depends, File, Form, Response, UploadFile
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from app.api.bodies import FileName
 from app.api.dependencies import CurrentStores
 from app.api.idempotency import IdempotentRoute
 from app.api.jobs import JobRequest
 from app.api.problems import problem_responses
+from app.api.routing import refuse_unknown_fields
 from app.services import jobs, models
 from app.services.job_view import JobView
 from app.services.models import Stores
@@ -23,6 +25,7 @@ from app.services.planning import find_recipe
 router = APIRouter(prefix="/compress", tags=["compress"], route_class=IdempotentRoute)
 
 _CHUNK_BYTES = 2**20
+_FILE_NAME: TypeAdapter[str] = TypeAdapter(FileName)
 # The form names no model: its place in the job's body is filled before the model exists, so that a spec with faults
 # is refused before the file is read.
 _NO_MODEL = "mdl_0"
@@ -33,6 +36,7 @@ _NO_MODEL = "mdl_0"
     operation_id="compress",
     status_code=202,
     summary="Compress a file",
+    dependencies=[Depends(refuse_unknown_fields)],
     responses={
         202: {"headers": {"Location": {"description": "The job.", "schema": {"type": "string"}}}},
         **problem_responses(404, 409, 507),
@@ -66,7 +70,7 @@ async def compress(
     if body.recipe is not None:
         find_recipe(body.recipe)
     state = await models.create_from_body(
-        stores, _chunks(file), file_name=file.filename or "model", sha256=None
+        stores, _chunks(file), file_name=_file_name(file.filename or "model"), sha256=None
     )
     try:
         job = await run_in_threadpool(_submit, stores, body, state.model.id)
@@ -90,6 +94,15 @@ def _job_request(fields: dict[str, str | None]) -> JobRequest:
     except ValidationError as error:
         faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]
         raise RequestValidationError(faults, body=body) from error
+
+
+def _file_name(name: str) -> str:
+    """The name as POST /v1/uploads would take it. Raises RequestValidationError."""
+    try:
+        return _FILE_NAME.validate_python(name)
+    except ValidationError as error:
+        faults = [{**fault, "loc": ("body", "file")} for fault in error.errors()]
+        raise RequestValidationError(faults, body={"file": name}) from error
 
 
 async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:

@@ -11,9 +11,10 @@ from pydantic import ConfigDict, Field
 from app.api.bodies import RAW_TEXT, ContentDigest, FileName, chunks_of, parse_digest
 from app.api.dependencies import After, CurrentStores, Limit, Page, ReadSession, WriteSession
 from app.api.idempotency import IdempotentRoute
-from app.api.models import DisplayName, UploadId
+from app.api.models import UploadId
 from app.api.problems import problem_responses
 from app.api.routing import id_path
+from app.api.texts import Name
 from app.db import tables
 from app.services import datasets
 from app.spec.documented import Documented
@@ -39,7 +40,7 @@ class CreateDataset(Documented):
     upload: UploadId
     """Id of a completed upload: a .txt or .jsonl of text; an .npz or .safetensors of images, or a zip, tar or
     tar.gz of picture files."""
-    name: DisplayName | None = None
+    name: Name | None = None
     """What to call it; for people. Left out: the file's name."""
 
 

@@ -13,6 +13,7 @@ from fastapi import Depends, Query, Request
 from sqlalchemy.orm import Session
 
 from app.access import Principal
+from app.api.texts import ID_PATTERN
 from app.db.audit import Origin
 from app.db.engine import Database, get_database
 from app.services.models import Stores
@@ -81,7 +82,10 @@ CurrentStores = Annotated[Stores, Depends(stores)]
 Limit = Annotated[int, Query(ge=1, le=200, description="How many to return at most.")]
 After = Annotated[
     str | None,
-    Query(max_length=64, description="Id of the last item of the page before; leave out for the first page."),
+    Query(
+        pattern=ID_PATTERN,
+        description="Id of the last item of the page before; leave out for the first page.",
+    ),
 ]
 
 Item = TypeVar("Item")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
-from pydantic import ConfigDict, Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
 from app.api.bodies import RANGE_ANSWERS
@@ -25,7 +25,7 @@ from app.api.idempotency import IdempotentRoute
 from app.api.job_reads import job_reads
 from app.api.problems import problem_responses
 from app.api.streams import BlobResponse, tar_response
-from app.errors import InvalidRequest
+from app.api.texts import LabelFilter, LabelName, LabelValue, Name
 from app.services import jobs
 from app.services.artifacts import require_content
 from app.services.job_view import ArtifactView, EventView, JobStatus, JobView, Priority
@@ -42,8 +42,6 @@ _LAST_NUMBER = 2**63 - 1
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=IdempotentRoute)
 
 JobId = Annotated[str, Path(pattern=r"^job_[0-9a-z]{1,40}$", description="Id of the job.")]
-LabelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
-LabelValue = Annotated[str, StringConstraints(max_length=255)]
 
 _RECIPE_EXAMPLE: JsonDict = {"model": "mdl_01k0b6x2v9m4c8d7e5f3g1h0j2", "recipe": "int8"}
 _SPEC_EXAMPLE: JsonDict = {
@@ -100,7 +98,7 @@ class CancelRequest(Documented):
 class JobRequest(PlanRequest):
     """A job to run."""
 
-    name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    name: Name | None = None
     """What to call it; for people."""
     labels: Annotated[dict[LabelName, LabelValue], Field(max_length=32)] = Field(default_factory=dict)
     """Words of your own to find it by (`GET /v1/jobs?label=team:search`)."""
@@ -159,9 +157,12 @@ def create_job(
 def list_jobs(
     session: ReadSession,
     status: Annotated[JobStatus | None, Query(description="Only jobs with this status.")] = None,
-    model: Annotated[str | None, Query(description="Only jobs on the model with this id.")] = None,
+    model: Annotated[
+        str | None,
+        Query(pattern=r"^mdl_[0-9a-z]{1,40}$", description="Only jobs on the model with this id."),
+    ] = None,
     label: Annotated[
-        list[str] | None,
+        list[LabelFilter] | None,
         Query(description="Only jobs with this label, as `name:value`; several must all hold."),
     ] = None,
     limit: Limit = 20,
@@ -337,9 +338,7 @@ def delete_job(job_id: JobId, session: WriteSession) -> None:
 
 
 def _split_label(label: str) -> tuple[str, str]:
-    name, colon, value = label.partition(":")
-    if not colon:
-        raise InvalidRequest(f"A label to look for is written name:value; got {label!r}.")
+    name, _, value = label.partition(":")
     return name, value
 
 

@@ -6,11 +6,12 @@ from datetime import datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import ConfigDict, Field
 
 from app.access import Role
 from app.api.dependencies import After, Caller, CurrentSettings, Limit, Page, ReadSession, WriteSession
 from app.api.problems import problem_responses
+from app.api.texts import Name
 from app.db.tables import ApiKey
 from app.services import keys
 from app.services.job_view import as_time
@@ -29,7 +30,7 @@ class CreateKey(Documented):
         extra="forbid", json_schema_extra={"examples": [{"name": "nightly build", "role": "submitter"}]}
     )
 
-    name: Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True)]
+    name: Name
     """Whom or what it is for."""
     role: Role
     """`reader` sees everything, `submitter` uploads, submits and deletes as well, `administrator` makes keys as well."""

@@ -24,6 +24,7 @@ from app.api.idempotency import IdempotentRoute
 from app.api.problems import problem_responses
 from app.api.routing import id_path
 from app.api.streams import BlobResponse
+from app.api.texts import TEXT_PATTERN, Name
 from app.db.tables import Artifact
 from app.services import models
 from app.services.models import ModelState, Stores
@@ -35,9 +36,9 @@ from app.threads import INTAKE
 
 router = APIRouter(prefix="/models", tags=["models"], route_class=IdempotentRoute)
 
+FilePath = Annotated[str, Path(pattern=TEXT_PATTERN, description="Path inside the model.")]
 ModelId = Annotated[str, Path(pattern=r"^mdl_[0-9a-z]{1,40}$", description="Id of the model.")]
 UploadId = Annotated[str, StringConstraints(pattern=r"^upl_[0-9a-z]{1,40}$")]
-DisplayName = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True)]
 
 
 class UploadedFile(Documented):
@@ -45,7 +46,9 @@ class UploadedFile(Documented):
 
     model_config = ConfigDict(extra="forbid")
 
-    path: Annotated[str, StringConstraints(min_length=1, max_length=1024)] = Field(examples=["config.json"])
+    path: Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=TEXT_PATTERN)] = Field(
+        examples=["config.json"]
+    )
     """Path inside the model, e.g. `config.json` or `model-00001-of-00002.safetensors`."""
     upload: UploadId = Field(examples=["upl_01k0b6x2v9m4c8d7e5f3g1h0j2"])
     """Id of a completed upload."""
@@ -68,10 +71,10 @@ class CreateModel(Documented):
     """Id of a completed upload: a zip, tar or tar.gz of a Hugging Face folder, or one GGUF file."""
     files: Annotated[list[UploadedFile], Field(min_length=1, max_length=1000)] | None = None
     """Completed uploads, one for each file of a Hugging Face folder."""
-    uri: Annotated[str, StringConstraints(min_length=6, max_length=2000)] | None = None
+    uri: Annotated[str, StringConstraints(min_length=6, max_length=2000, pattern=TEXT_PATTERN)] | None = None
     """`hf://org/model@revision` (of a repository with several GGUF files, `?file=name.gguf` says which), or
     `file:///path` below the server's import root, where it has one. The call returns when the model is here."""
-    name: DisplayName | None = None
+    name: Name | None = None
     """What to call it; for people. Left out: the name of the file or repository."""
 
     @model_validator(mode="after")
@@ -232,7 +235,7 @@ def delete_model(model_id: ModelId, session: WriteSession, stores: CurrentStores
     response_class=FileResponse,
     responses={**FILE_ANSWERS, **problem_responses(404, 416)},
 )
-def get_model_file(model_id: ModelId, path: str, request: Request, session: ReadSession) -> BlobResponse:
+def get_model_file(model_id: ModelId, path: FilePath, request: Request, session: ReadSession) -> BlobResponse:
     """The bytes of one file, as they were uploaded."""
     file = models.get_model_file(session, model_id, path)
     media_type = mimetypes.guess_type(path)[0] or "application/octet-stream"

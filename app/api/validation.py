@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 
 from app.api.bodies import FILE_NAME_PATTERN
+from app.api.texts import ID_PATTERN, LABEL_FILTER_PATTERN, NAME_PATTERN, TEXT_PATTERN
 from app.errors import Fault, InvalidRequest, ModelpressError
 from app.spec.compression import STEP_CLASSES, Acceptance, CompressionSpec, Evaluation, Resources, TextSource
 from app.spec.distill import StudentFromDepthCut, StudentFromModel, TrainingGrid
@@ -19,7 +20,14 @@ from app.spec.export import Export
 from app.spec.quantize import LayerOverride
 
 _PREFIX = re.compile(r"^(?P<path>[a-z_]+(?:/[a-z0-9_]+)+): (?P<rest>.+)$", re.DOTALL)
-_ID_PATTERN = re.compile(r"^\^(?P<prefix>[a-z]{3}_)\[0-9a-z\]")
+_ID_OF_A_KIND = re.compile(r"^\^(?P<prefix>[a-z]{3}_)\[0-9a-z\]")
+_PATTERNS_IN_WORDS = {
+    FILE_NAME_PATTERN: "be a file's name without a path",
+    ID_PATTERN: "be an id",
+    LABEL_FILTER_PATTERN: "be written name:value",
+    NAME_PATTERN: "be a name, without NUL characters",
+    TEXT_PATTERN: "hold no NUL characters",
+}
 _LONGEST_ECHO = 60
 _RULES_OF_NUMBERS = {"multiple_of", "greater_than", "greater_than_equal", "less_than", "less_than_equal"}
 _PLURALS = {1: "1 fault"}
@@ -95,8 +103,13 @@ def _pointer(loc: Sequence[int | str], value: Any, *, absent: bool) -> str:
             value = value[part]
         elif not (absent and position == len(loc) - 1):
             continue
-        parts.append(str(part).replace("~", "~0").replace("/", "~1"))
+        parts.append(escaped(str(part)))
     return "".join(f"/{part}" for part in parts)
+
+
+def escaped(name: str) -> str:
+    """A name as a part of a JSON pointer (RFC 6901)."""
+    return name.replace("~", "~0").replace("/", "~1")
 
 
 def _has(value: Any, part: int | str) -> bool:
@@ -149,10 +162,8 @@ def _not_an_object(item: Any) -> tuple[str, str]:
 
 def _pattern(item: Any) -> tuple[str, str]:
     pattern = item["ctx"]["pattern"]
-    wanted = f"match {pattern}"
-    if pattern == FILE_NAME_PATTERN:
-        wanted = "be a file's name without a path"
-    elif match := _ID_PATTERN.match(pattern):
+    wanted = _PATTERNS_IN_WORDS.get(pattern, f"match {pattern}")
+    if match := _ID_OF_A_KIND.match(pattern):
         wanted = f"be an id that starts with {match['prefix']}"
     return "", f"Must {wanted}; got {_shortened(item['input'])}."
 

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 
 from app.api.dependencies import After, Caller, CurrentSettings, Limit, Page, ReadSession, WriteSession
 from app.api.problems import problem_responses
+from app.api.texts import TEXT_PATTERN
 from app.db import webhook_queries
 from app.db.tables import WebhookEndpoint, WebhookMessage
 from app.services import webhooks
@@ -41,7 +42,7 @@ class CreateWebhook(Documented):
         default=["job.succeeded", "job.failed", "job.cancelled"]
     )
     """What to tell it of."""
-    description: Annotated[str, StringConstraints(max_length=200)] = ""
+    description: Annotated[str, StringConstraints(max_length=200, pattern=TEXT_PATTERN)] = ""
     """For people."""
 
 

@@ -53,6 +53,23 @@ def test_an_unknown_recipe_is_refused_before_the_file_is_read(client: TestClient
     assert (answer.status_code, answer.json()["code"]) == (422, "unknown_recipe")
 
 
+def test_a_file_name_that_uploads_would_not_take_is_refused(client: TestClient) -> None:
+    for name in ("../tiny.zip", "n" * 256):
+        answer = client.post("/v1/compress", files={"file": (name, ARCHIVE)}, data={"recipe": "int8"})
+        assert answer.status_code == 422
+        assert [fault["pointer"] for fault in answer.json()["errors"]] == ["/file"]
+    assert models(client) == []
+
+
+def test_a_misspelt_field_is_refused_and_recognised(client: TestClient) -> None:
+    answer = compress(client, recipe="int8", nme="mine")
+    assert answer.status_code == 422
+    assert answer.json()["errors"] == [
+        {"pointer": "/nme", "detail": "There is no such field here. Did you mean name?"}
+    ]
+    assert models(client) == []
+
+
 def test_a_spec_that_is_no_json_is_refused(client: TestClient) -> None:
     answer = compress(client, spec="{bits: 4}")
     assert (answer.status_code, answer.json()["code"]) == (400, "malformed_body")
