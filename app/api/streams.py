@@ -20,6 +20,8 @@ from app.storage import get_store
 # Each chunk is one hop to a thread: at 64 KiB, Starlette's default, the hops cost more than the reading.
 _CHUNK_BYTES = 2**20
 _BLOCK = tarfile.BLOCKSIZE
+# RFC 9110, 15.4.5: what the 200 would have said of the file and of how it was chosen.
+_OF_304 = ("etag", "cache-control", "vary", "repr-digest")
 # Reports are made of what users named and uploaded: a page of them may run no script but its own and load nothing.
 _REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; sandbox allow-scripts"
 
@@ -68,11 +70,13 @@ class BlobResponse(Response):
         """Answer 304, 416, 307, 206 or 200."""
         headers = Headers(scope=scope)
         if _matches(headers.get("if-none-match"), self.headers["etag"]):
-            kept = {k: v for k, v in self.headers.items() if k in ("etag", "cache-control", "repr-digest")}
+            kept = {k: self.headers[k] for k in _OF_304 if k in self.headers}
             await Response(status_code=304, headers=kept)(scope, receive, send)
             return
+        # If-Range comes first (RFC 9110, 13.2.2): of another file than the client has, no range of it is asked.
+        counts = scope["method"] == "GET" and headers.get("if-range") in (None, self.headers["etag"])
         try:
-            wanted = parse_range(headers.get("range"), self.size) if scope["method"] == "GET" else None
+            wanted = parse_range(headers.get("range"), self.size) if counts else None
         except RangeNotSatisfiable as error:
             await render(error, {"Content-Range": f"bytes */{self.size}"})(scope, receive, send)
             return

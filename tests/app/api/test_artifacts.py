@@ -104,6 +104,8 @@ def test_a_range_is_only_resumed_on_the_same_file(client: TestClient, content: s
     ranged = {"Range": "bytes=10-19"}
     assert client.get(content, headers=ranged | {"If-Range": f'"{SHA256}"'}).status_code == 206
     assert client.get(content, headers=ranged | {"If-Range": '"other"'}).content == CONTENT
+    behind = {"Range": "bytes=9999999-", "If-Range": '"other"'}
+    assert client.get(content, headers=behind).content == CONTENT
 
 
 @pytest.mark.parametrize("tags", [f'"{SHA256}"', f'"x", W/"{SHA256}"', "*"])

@@ -461,6 +461,8 @@ def test_the_report_is_json_for_programs_and_a_page_for_browsers(
     assert (browser.text, browser.headers["vary"]) == ("<html>", "Accept")
     assert browser.headers["content-type"].startswith("text/html")
     assert browser.headers["content-disposition"].startswith("inline")
+    known = client.get(job["urls"]["report"], headers={"If-None-Match": "*"})
+    assert (known.status_code, known.headers["vary"]) == (304, "Accept")
 
 
 def test_a_job_is_deleted_with_its_artifacts_and_blobs_once_it_has_ended(
