@@ -86,14 +86,23 @@ def _job_request(fields: dict[str, str | None]) -> JobRequest:
     body: dict[str, Any] = {"model": _NO_MODEL} | {k: v for k, v in fields.items() if v}
     try:
         if "spec" in body:
-            body["spec"] = json.loads(body["spec"])
+            body["spec"] = _parsed(body["spec"])
         return JobRequest.model_validate_json(json.dumps(body))
-    except json.JSONDecodeError as error:
-        fault = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "", "ctx": {"error": error.msg}}
-        raise RequestValidationError([fault], body=body) from error
     except ValidationError as error:
         faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]
         raise RequestValidationError(faults, body=body) from error
+
+
+def _parsed(spec: str) -> Any:
+    """A spec from its JSON. Raises RequestValidationError."""
+    try:
+        return json.loads(spec)
+    except json.JSONDecodeError as error:
+        position, reason = error.pos, error.msg
+    except (ValueError, RecursionError):
+        position, reason = 0, "It is nested too deeply, or has a number of too many digits,"
+    fault = {"type": "json_invalid", "loc": ("body", position), "msg": "", "ctx": {"error": reason}}
+    raise RequestValidationError([fault], body=spec)
 
 
 def _file_name(name: str) -> str:

@@ -71,8 +71,9 @@ def test_a_misspelt_field_is_refused_and_recognised(client: TestClient) -> None:
 
 
 def test_a_spec_that_is_no_json_is_refused(client: TestClient) -> None:
-    answer = compress(client, spec="{bits: 4}")
-    assert (answer.status_code, answer.json()["code"]) == (400, "malformed_body")
+    for spec in ("{bits: 4}", "[" * 100_000, "1" * 5_000):
+        answer = compress(client, spec=spec)
+        assert (answer.status_code, answer.json()["code"]) == (400, "malformed_body")
 
 
 def test_a_job_that_does_not_fit_leaves_no_model_behind(client: TestClient) -> None:
