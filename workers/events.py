@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import math
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from app.errors import JobFailed
 from app.spec.report import Verdict
 
+_MAX_WORDS = 4000
+# What a job's process says is kept and shown, so none of it may be without end, or a number that JSON does not have.
+Name = Annotated[str, Field(max_length=200)]
+Words = Annotated[str, AfterValidator(lambda words: words[:_MAX_WORDS])]
+Figure = Annotated[
+    float, Field(allow_inf_nan=True), AfterValidator(lambda value: value if math.isfinite(value) else None)
+]
+"""A training may diverge: what is no number is kept as null."""
+Metrics = Annotated[
+    dict[Name, bool | int | Figure | Annotated[str, Field(max_length=500)] | None], Field(max_length=200)
+]
+
 
 class _Event(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ProcessStarted(_Event):
@@ -27,7 +40,7 @@ class EngineReady(_Event):
     type: Literal["ready"] = "ready"
     seconds: float
     """Since the process started."""
-    torch: str
+    torch: Name
 
 
 class StageStarted(_Event):
@@ -35,7 +48,7 @@ class StageStarted(_Event):
 
     type: Literal["stage_started"] = "stage_started"
     stage: Annotated[int, Field(ge=0)]
-    name: str
+    name: Name
 
 
 class StageDone(_Event):
@@ -44,7 +57,7 @@ class StageDone(_Event):
     type: Literal["stage_done"] = "stage_done"
     stage: Annotated[int, Field(ge=0)]
     directory: Annotated[str, Field(pattern=r"^\d+-\d+$")]
-    metrics: dict[str, Any]
+    metrics: Metrics
 
 
 class Progress(_Event):
@@ -61,7 +74,7 @@ class Metric(_Event):
 
     type: Literal["metric"] = "metric"
     stage: Annotated[int, Field(ge=0)]
-    name: str
+    name: Name
     value: float
 
 
@@ -91,10 +104,10 @@ class Failed(_Event):
     """The job cannot be done; an error a user can act on."""
 
     type: Literal["failed"] = "failed"
-    code: str
-    detail: str
-    hint: str | None = None
-    stage: str | None = None
+    code: Name
+    detail: Words
+    hint: Words | None = None
+    stage: Name | None = None
     retryable: bool = False
 
 

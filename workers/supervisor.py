@@ -36,6 +36,7 @@ _POLL_SECONDS = 0.5
 _PROGRESS_SECONDS = 1.0
 _MAX_EVENT_BYTES = 1 << 20
 _MAX_EVENTS = 20_000
+_MAX_WARNINGS = 500
 """Of one attempt, progress aside, which is thinned out. Each is a row; a job on 200 layers sends some hundreds."""
 _LEAVE_SECONDS = 30
 """A process that has closed its pipe has so long to end."""
@@ -96,6 +97,7 @@ class _Watch:
     budget: int
     next_progress: float = 0.0
     event_count: int = 0
+    warning_count: int = 0
     began: tuple[float, float] | None = None
     """(time, overall progress) when this attempt first reported: the base of the ETA."""
     end: events.Finished | events.Failed | None = field(default=None)
@@ -285,6 +287,11 @@ class _Attempt:
             case events.Progress():
                 self._progress(event, watch)
             case events.Warning():
+                watch.warning_count += 1
+                if watch.warning_count > _MAX_WARNINGS:
+                    raise JobFailed(
+                        f"The job's process warned more than {_MAX_WARNINGS} times.", code="protocol"
+                    )
                 self.lease.require(lambda s, claim: job_claims.add_warning(s, claim, event.message))
             case events.Finished() | events.Failed():
                 watch.end = event

@@ -295,6 +295,15 @@ def test_a_flood_of_events_fails_the_job(
     assert len([kind for kind, _ in fast_bench.events(job_id) if kind == "log"]) <= 50
 
 
+def test_a_flood_of_warnings_fails_the_job(fast_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_MAX_WARNINGS", 5)
+    job_id = fast_bench.submit()
+    warnings = [("emit", {"type": "warning", "message": str(number)}) for number in range(6)]
+    assert fast_bench.supervisor(*warnings, ("sleep", 600)).run(job_id) == "failed"
+    assert fast_bench.job(job_id).error["code"] == "protocol"
+    assert len(fast_bench.job(job_id).warnings) == 5
+
+
 def test_a_long_log_is_not_read_whole(fast_bench: Bench) -> None:
     scratch = Scratch(get_settings(), "job_x")
     scratch.directory.mkdir(parents=True)
