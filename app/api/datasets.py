@@ -17,6 +17,7 @@ from app.api.routing import id_path
 from app.api.texts import Name
 from app.db import tables
 from app.services import datasets
+from app.services.job_view import link
 from app.spec.documented import Documented
 from app.spec.image_set import ImageSetFacts
 from app.spec.text_set import TextSetFacts
@@ -152,7 +153,7 @@ def _shown(dataset: tables.Dataset) -> Dataset:
         images=None if dataset.images is None else ImageSetFacts.model_validate(dataset.images),
         texts=None if dataset.texts is None else TextSetFacts.model_validate(dataset.texts),
         created_at=datetime.fromtimestamp(dataset.created_at, UTC),
-        url=f"/v1/datasets/{dataset.id}",
+        url=link(f"/datasets/{dataset.id}"),
     )
 
 

@@ -14,7 +14,7 @@ from app.api.problems import problem_responses
 from app.api.texts import Name
 from app.db.tables import ApiKey
 from app.services import keys
-from app.services.job_view import as_time
+from app.services.job_view import as_time, link
 from app.spec.documented import Documented
 
 # Not an IdempotentRoute: kept answers would hold keys.
@@ -118,5 +118,5 @@ def _shown(key: ApiKey) -> KeyView:
         expires_at=key.expires_at and as_time(key.expires_at),
         revoked_at=key.revoked_at and as_time(key.revoked_at),
         last_used_at=key.last_used_at and as_time(key.last_used_at),
-        url=f"/v1/keys/{key.id}",
+        url=link(f"/keys/{key.id}"),
     )

@@ -27,6 +27,7 @@ from app.api.streams import BlobResponse
 from app.api.texts import TEXT_PATTERN, Name
 from app.db.tables import Artifact
 from app.services import models
+from app.services.job_view import link
 from app.services.models import ModelState, Stores
 from app.spec.base import Family
 from app.spec.documented import Documented
@@ -246,7 +247,7 @@ def get_model_file(model_id: ModelId, path: FilePath, request: Request, session:
 
 def model_view(state: ModelState) -> Model:
     """A model as it is shown."""
-    model, url = state.model, f"/v1/models/{state.model.id}"
+    model, path = state.model, f"/models/{state.model.id}"
     facts = ModelFacts.model_validate(model.facts)
     return Model(
         id=model.id,
@@ -266,13 +267,13 @@ def model_view(state: ModelState) -> Model:
         bytes=model.bytes,
         sha256=model.sha256,
         files=[
-            ModelFile(path=f.path, bytes=f.bytes, sha256=f.sha256, url=f"{url}/files/{f.path}")
+            ModelFile(path=f.path, bytes=f.bytes, sha256=f.sha256, url=link(f"{path}/files/{f.path}"))
             for f in state.files
         ],
         scan=[LeftOutFile.model_validate(entry) for entry in model.scan],
         source=model.source,
         created_at=datetime.fromtimestamp(model.created_at, UTC),
-        url=url,
+        url=link(path),
     )
 
 

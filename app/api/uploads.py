@@ -14,6 +14,7 @@ from app.api.idempotency import IdempotentRoute
 from app.api.problems import problem_responses
 from app.db.tables import Import, UploadPart
 from app.services import uploads
+from app.services.job_view import link
 from app.services.uploads import UploadState
 from app.services.url_imports import shown_url
 from app.spec.documented import Documented
@@ -205,7 +206,7 @@ def delete_upload(upload_id: UploadId, session: WriteSession) -> None:
 def upload_view(state: UploadState) -> Upload:
     """An upload as it is shown."""
     upload, fetch = state.upload, state.fetch
-    url = f"/v1/uploads/{upload.id}"
+    url = link(f"/uploads/{upload.id}")
     return Upload(
         id=upload.id,
         name=upload.name,

@@ -14,7 +14,7 @@ from app.api.texts import TEXT_PATTERN
 from app.db import webhook_queries
 from app.db.tables import WebhookEndpoint, WebhookMessage
 from app.services import webhooks
-from app.services.job_view import as_time
+from app.services.job_view import as_time, link
 from app.spec.documented import Documented
 
 # Not an IdempotentRoute: kept answers would hold secrets.
@@ -106,8 +106,9 @@ def create_webhook(
     made = webhooks.create_endpoint(
         session, settings, url=body.url, events=list(body.events), description=body.description
     )
-    response.headers["Location"] = f"/v1/webhooks/{made.endpoint.id}"
-    return _with_secret(made, response)
+    shown = _with_secret(made, response)
+    response.headers["Location"] = shown.urls["self"]
+    return shown
 
 
 @router.get("", operation_id="list_webhooks", summary="List webhooks")
@@ -205,7 +206,7 @@ def replay_webhook_message(webhook_id: WebhookId, message_id: MessageId, session
 
 
 def _shown(endpoint: WebhookEndpoint) -> Webhook:
-    url = f"/v1/webhooks/{endpoint.id}"
+    url = link(f"/webhooks/{endpoint.id}")
     return Webhook(
         id=endpoint.id,
         url=endpoint.url,

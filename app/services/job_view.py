@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, cast
+from urllib.parse import quote
 
 from pydantic import ConfigDict, Field
 
@@ -236,8 +237,8 @@ def has_ended(job: Job) -> bool:
 
 
 def link(path: str) -> str:
-    """The URL of a path of the API: relative, unless the settings name a public base."""
-    return f"{get_settings().public_url.rstrip('/')}/v1{path}"
+    """The URL of a path of the API, percent-encoded: relative, unless the settings name a public base."""
+    return f"{get_settings().public_url.rstrip('/')}/v1{quote(path)}"
 
 
 def as_time(seconds: float) -> datetime:
