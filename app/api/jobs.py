@@ -24,6 +24,7 @@ from app.api.events import event_stream, wants_event_stream
 from app.api.idempotency import IdempotentRoute
 from app.api.job_reads import job_reads
 from app.api.problems import problem_responses
+from app.api.request_body import RequestBody
 from app.api.streams import BlobResponse, tar_response
 from app.api.texts import LabelFilter, LabelName, LabelValue, Name
 from app.services import jobs
@@ -54,7 +55,7 @@ _SPEC_EXAMPLE: JsonDict = {
 }
 
 
-class PlanRequest(Documented):
+class PlanRequest(RequestBody):
     """A model, and what to do to it: either the name of a recipe or a spec of your own."""
 
     model_config = ConfigDict(
@@ -86,7 +87,7 @@ class PlanRequest(Documented):
         return Wish(self.model, self.recipe, self.spec, self.datasets)
 
 
-class CancelRequest(Documented):
+class CancelRequest(RequestBody):
     """How to stop a job."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"keep_best": False}]})

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field
 from app.access import Role
 from app.api.dependencies import After, Caller, CurrentSettings, Limit, Page, ReadSession, WriteSession
 from app.api.problems import problem_responses
+from app.api.request_body import RequestBody
 from app.api.texts import Name
 from app.db.tables import ApiKey
 from app.services import keys
@@ -23,7 +24,7 @@ router = APIRouter(prefix="/keys", tags=["keys"])
 KeyId = Annotated[str, Path(pattern=r"^key_[0-9a-z]{1,40}$", description="Id of the key.")]
 
 
-class CreateKey(Documented):
+class CreateKey(RequestBody):
     """A key to be made."""
 
     model_config = ConfigDict(

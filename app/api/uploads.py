@@ -12,6 +12,7 @@ from app.api.bodies import RAW_PART, ContentDigest, FileName, chunks_of, declare
 from app.api.dependencies import CurrentSettings, ReadSession, TenantDatabase, WriteSession
 from app.api.idempotency import IdempotentRoute
 from app.api.problems import problem_responses
+from app.api.request_body import RequestBody
 from app.db.tables import Import, UploadPart
 from app.services import uploads
 from app.services.job_view import link
@@ -28,7 +29,7 @@ UploadId = Annotated[str, Path(pattern=r"^upl_[0-9a-z]{1,40}$", description="Id 
 PartNumber = Annotated[int, Path(ge=1, le=10**9, description="Number of the part, from 1.")]
 
 
-class CreateUpload(Documented):
+class CreateUpload(RequestBody):
     """What is going to be uploaded."""
 
     model_config = ConfigDict(

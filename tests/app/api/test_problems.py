@@ -101,6 +101,31 @@ def test_a_word_that_is_an_object_or_a_list_is_a_fault_like_any_other(
     assert set(found) == {"/spec/steps/0/number_format"}
 
 
+def test_a_word_is_no_number_and_a_number_is_not_true(client: TestClient) -> None:
+    found = spec_faults(
+        client,
+        {"technique": "prune.magnitude", "sparsity": "0.5"},
+        {
+            "technique": "quantize.weights",
+            "symmetric": 0,
+            "bits": 4.0,
+            "overrides": [{"layers": "x", "bits": 8}],
+        },
+        seed=True,
+    )
+    assert found == {
+        "/spec/steps/0/sparsity": "Must be a valid number; got '0.5'.",
+        "/spec/steps/1/symmetric": "Must be a valid boolean; got 0.",
+        "/spec/seed": "Must be a valid integer; got True.",
+    }
+    for path, body in {
+        "/v1/uploads": {"name": "n", "size": "5"},
+        "/v1/keys": {"name": "k", "role": "reader", "expires_in_days": True},
+        "/v1/jobs/job_1/cancel": {"keep_best": 1},
+    }.items():
+        assert client.post(path, json=body).status_code == 422, path
+
+
 def test_a_misspelt_technique_is_recognised(client: TestClient) -> None:
     found = spec_faults(client, {"technique": "quantise.weights"})
     assert "Did you mean quantize.weights?" in found["/spec/steps/0/technique"]
