@@ -61,7 +61,7 @@ FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The file. `ETag` and `Repr-Digest` carry its sha256.",
         # A report is JSON, weights are bytes: the type is the file's.
-        "content": {"*/*": {"schema": {"type": "string", "format": "binary"}}},
+        "content": {"*/*": {}},
     },
     **RANGE_ANSWERS,
     **_IN_S3,
@@ -81,7 +81,9 @@ FileName = Annotated[
 ContentDigest = Annotated[
     str | None,
     Header(
-        description="sha256 of the body's bytes, `sha-256=:<base64>:` (RFC 9530). Checked before the body counts."
+        description="sha256 of the body's bytes, `sha-256=:<base64>:` (RFC 9530). Checked before the body counts.",
+        # `parse_digest` refuses others, in words of its own.
+        json_schema_extra={"pattern": r"sha-256=:[A-Za-z0-9+/]{43}=:"},
     ),
 ]
 
