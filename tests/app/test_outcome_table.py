@@ -4,53 +4,12 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
+from reports import measured, report
 from rich.console import Console
 
 from app.demo.jobs import FIRST, SECOND
-from app.spec.compression import CompressionSpec
-from app.spec.quantize import QuantizeWeights
-from app.spec.report import Comparison, Coverage, Flag, Latency, Measurement, Report
 from app.terminal import Outcome, _visible_files, outcome_table
-
-
-def measured(size: int, milliseconds: float, **quality: float) -> Measurement:
-    return Measurement(
-        runtime="transformers",
-        bytes=size,
-        files=(),
-        weight_bytes=size,
-        parameters=size // 2,
-        bits_per_weight=16.0,
-        quality=quality,
-        latency=(
-            Latency(what="prefill", median_ms=milliseconds, p95_ms=milliseconds, samples_ms=(milliseconds,)),
-        ),
-        peak_memory_bytes=1_178_000_000,
-    )
-
-
-def report(original: Measurement, result: Measurement, **compared: Any) -> Report:
-    return Report(
-        job_id="job_1",
-        created_at="2026-01-01T00:00:00Z",
-        modelpress="0.1.0",
-        machine={},
-        model_name="m",
-        architecture="LlamaForCausalLM",
-        family="causal_lm",
-        spec=CompressionSpec(steps=(QuantizeWeights(),)),
-        verdict="rejected",
-        flags=(Flag(code="larger_than_original", detail="x"), Flag(code="no_speedup", detail="y")) * 2,
-        limits=(),
-        original=original,
-        result=result,
-        comparison=Comparison(bytes_ratio=result.bytes / original.bytes, **compared),
-        coverage=Coverage(total=0, compressed=(), untouched=()),
-        steps=(),
-        stage_seconds={},
-    )
 
 
 def lines(*outcomes: Outcome) -> list[list[str]]:
