@@ -93,10 +93,17 @@ _ANSWERS: dict[int, tuple[str, dict[str, Any], ModelpressError]] = {
 }  # fmt: skip
 
 
+def common_answers() -> dict[str, Any]:
+    """What stands under `components/responses`, by the names of the errors."""
+    return {type(error).__name__: _described(status) for status, (_, _, error) in _ANSWERS.items()}
+
+
 def add_common_answers(path: str, operation: dict[str, Any]) -> None:
     """Add to an operation what it has in common with others, and put its answers in order."""
     responses = operation["responses"]
-    responses |= {str(status): _described(status) for status in _statuses(path, operation)}
+    for status in _statuses(path, operation):
+        name = type(_ANSWERS[status][2]).__name__
+        responses[str(status)] = {"$ref": f"#/components/responses/{name}"}
     if "201" in responses:
         responses["201"]["headers"] = _LOCATION
     operation["responses"] = dict(sorted(responses.items()))

@@ -12,7 +12,7 @@ from fastapi.staticfiles import StaticFiles
 
 from app.access import Role
 from app.api.authentication import is_open, required_role
-from app.api.common_answers import add_common_answers
+from app.api.common_answers import add_common_answers, common_answers
 from app.api.problems import Problem
 from app.version import VERSION
 
@@ -140,6 +140,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
     schemas = document["components"]["schemas"]
     schemas["Problem"] = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas |= schemas["Problem"].pop("$defs")
+    document["components"]["responses"] = common_answers()
     document["components"]["securitySchemes"] = {"key": _KEY_SCHEME}
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
