@@ -5,29 +5,32 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Response
-from pydantic import ConfigDict, StringConstraints
+from pydantic import ConfigDict, Field, StringConstraints
 
 from app.api.bodies import FileName
 from app.api.dependencies import CurrentSettings, WriteSession
 from app.api.idempotency import IdempotentRoute
 from app.api.problems import problem_responses
+from app.api.request_body import RequestBody
+from app.api.texts import TEXT_PATTERN
 from app.api.uploads import Sha256, Upload, upload_view
 from app.services import url_imports
-from app.spec.documented import Documented
 from app.storage import get_staging
 from app.threads import NAMES
 
 router = APIRouter(prefix="/imports", tags=["uploads"], route_class=IdempotentRoute)
 
 
-class CreateImport(Documented):
+class CreateImport(RequestBody):
     """A file to fetch."""
 
     model_config = ConfigDict(
         extra="forbid", json_schema_extra={"examples": [{"url": "https://example.org/models/tiny.zip"}]}
     )
 
-    url: Annotated[str, StringConstraints(min_length=1, max_length=4000, strip_whitespace=True)]
+    url: Annotated[
+        str, StringConstraints(min_length=1, max_length=4000, strip_whitespace=True, pattern=TEXT_PATTERN)
+    ] = Field(json_schema_extra={"format": "uri"})
     """An `https://` URL on the open internet, or in a network that the administrator allows. It may be signed; it must
     lead to the file itself, since redirects are not followed."""
     sha256: Sha256 | None = None
@@ -47,7 +50,7 @@ async def checked(body: CreateImport, settings: CurrentSettings) -> CreateImport
     operation_id="create_import",
     status_code=202,
     summary="Import a file by URL",
-    responses=problem_responses(403, 422, 429, 507),
+    responses=problem_responses(507),
 )
 def create_import(
     body: Annotated[CreateImport, Depends(checked)],

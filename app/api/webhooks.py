@@ -36,9 +36,9 @@ class CreateWebhook(Documented):
         },
     )
 
-    url: Annotated[str, StringConstraints(min_length=1, max_length=2000, strip_whitespace=True)] = Field(
-        json_schema_extra={"format": "uri"}
-    )
+    url: Annotated[
+        str, StringConstraints(min_length=1, max_length=2000, strip_whitespace=True, pattern=TEXT_PATTERN)
+    ] = Field(json_schema_extra={"format": "uri"})
     """An http or https URL on the open internet, or in a network that the administrator allows."""
     events: Annotated[list[Event], Field(min_length=1, max_length=10)] = Field(
         default=["job.succeeded", "job.failed", "job.cancelled"]

@@ -19,6 +19,8 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "name of a model": ("/v1/models", {"upload": "upl_0", "name": NUL}),
     "path in a model": ("/v1/models", {"files": [{"path": NUL, "upload": "upl_0"}]}),
     "uri of a model": ("/v1/models", {"uri": f"file:///{NUL}"}),
+    "url of an import": ("/v1/imports", {"url": f"https://example.org/{NUL}"}),
+    "url of a webhook": ("/v1/webhooks", {"url": URL + NUL}),
     "name of a dataset": ("/v1/datasets", {"upload": "upl_0", "name": NUL}),
     "name of an upload": ("/v1/uploads", {"name": NUL, "size": 1}),
 }
