@@ -79,6 +79,11 @@ def has_removable_heads(architecture: Architecture) -> bool:
     return architecture.model_type in _WRITERS
 
 
+def heads_divide_hidden(architecture: Architecture) -> bool:
+    """Whether a configuration is refused in which the number of query heads does not divide the hidden width."""
+    return architecture.model_type in _HIDDEN_IS_MULTIPLE
+
+
 def reads_heads(name: str, architecture: Architecture) -> bool:
     """Whether a tensor is the weight that is given the heads' outputs."""
     return has_removable_heads(architecture) and name_within_block(name) == f"{_READER}.weight"
@@ -122,7 +127,7 @@ def possible_groups(
     architecture: Architecture, counts: HeadCounts, groups: int, hidden_size: int
 ) -> list[int]:
     """The smaller numbers of groups that a configuration can carry, ascending."""
-    must_divide = architecture.model_type in _HIDDEN_IS_MULTIPLE
+    must_divide = heads_divide_hidden(architecture)
     return [n for n in range(1, groups) if not must_divide or hidden_size % (n * counts.per_group) == 0]
 
 

@@ -25,7 +25,7 @@ _FOUND_BYTES = 2
 """Per weight of a site: codes in 8 bits, and packed."""
 _WIDE_CODE_BYTES = 3
 """More per weight of a site where codes are kept in 32 bits."""
-_ACTIVATIONS = 12
+ACTIVATIONS = 12
 """Tensors of a window's (tokens, widest input) alive in a block's forward."""
 _LATENT_BYTES = 8
 """Per weight of a block that is trained: where it would best be in float32, its codes before and now in 16 bits."""
@@ -169,4 +169,4 @@ def _solving(sites: list[Site], window: int, width: int, *, one_site_at_a_time: 
         held = max(0, held - moment)
     widest = max(site.features for site in sites)
     tokens = window * windows_at_once(window, widest)
-    return max(peak + found, _ACTIVATIONS * tokens * widest * width + sum(moments))
+    return max(peak + found, ACTIVATIONS * tokens * widest * width + sum(moments))

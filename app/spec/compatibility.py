@@ -35,6 +35,15 @@ from app.spec.layouts import inputs_of, limits_of_layout
 from app.spec.onnx_operators import architecture_named
 from app.spec.prune import PruneCalibrated, PruneDepth, PruneHeads, PruneMagnitude, PruneWidth
 from app.spec.prune_experts import PruneExperts, experts_in, with_experts
+from app.spec.prune_hidden import (
+    PruneHidden,
+    facts_after,
+    has_narrowable_states,
+    hidden_axis,
+    hidden_width_of,
+    multiple_for,
+    with_hidden_width,
+)
 from app.spec.prune_training import PruneTraining
 from app.spec.quantize import QuantizedWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
@@ -46,6 +55,7 @@ _OfLayers = (
     QuantizedWeights | PruneMagnitude | PruneCalibrated | PruneTraining | QuantizeOnnx | QuantizeDynamic
 )
 """Steps that take `ignore`."""
+_Removal = PruneDepth | PruneWidth | PruneHeads | PruneHidden | PruneExperts
 _FOR_IMAGES = "For images there are quantize.onnx, and for vision transformers quantize.weights and quantize.calibrated."
 
 
@@ -95,10 +105,11 @@ def check_spec(
     `students` holds the facts of uploaded students by model id; one that is missing is not checked here.
     """
     faults: list[Fault] = []
-    shape = _Shape.of(facts)
+    shape, left = _Shape.of(facts), facts
     for number, step in enumerate(spec.steps):
-        faults += _check_step(step, facts, shape, students or {}, f"/steps/{number}")
-        shape = _after(step, shape, facts, students or {})
+        faults += _check_step(step, left, shape, students or {}, f"/steps/{number}")
+        after = facts_after(step, shape.layers, left)
+        shape, left = _after(step, shape, left, students or {}), after
     return [*faults, *check_acceptance(spec, facts)]
 
 
@@ -127,7 +138,7 @@ def _check_particulars(
             yield from _check_head(step, facts, where)
         case QuantizeGguf():
             yield from _check_gguf(step, facts, shape, where)
-        case PruneDepth() | PruneWidth() | PruneHeads() | PruneExperts():
+        case PruneDepth() | PruneWidth() | PruneHeads() | PruneHidden() | PruneExperts():
             yield from _check_removal(step, shape, facts, where)
         case DistillLogits():
             yield from _check_distillation(step, facts, students, where)
@@ -138,7 +149,7 @@ def _check_particulars(
 def _after(step: Step, shape: _Shape, facts: ModelFacts, students: dict[str, ModelFacts]) -> _Shape:
     """The model that a step leaves."""
     match step:
-        case PruneDepth() | PruneWidth() | PruneHeads() | PruneExperts():
+        case PruneDepth() | PruneWidth() | PruneHeads() | PruneHidden() | PruneExperts():
             return _after_removal(step, shape, facts)
         case DistillLogits():
             return _after_distillation(step, shape, students)
@@ -283,9 +294,7 @@ def _some(tensors: Sequence[TensorFact]) -> str:
     return named + (f" and {more} more" if more > 0 else "")
 
 
-def _check_removal(
-    step: PruneDepth | PruneWidth | PruneHeads | PruneExperts, shape: _Shape, facts: ModelFacts, where: str
-) -> Iterator[Fault]:
+def _check_removal(step: _Removal, shape: _Shape, facts: ModelFacts, where: str) -> Iterator[Fault]:
     match step:
         case PruneDepth():
             yield from _check_depth(step, shape, where)
@@ -293,13 +302,13 @@ def _check_removal(
             yield from _check_width(step, shape, where)
         case PruneHeads():
             yield from _check_heads(shape, facts, where)
+        case PruneHidden():
+            yield from _check_hidden(step, shape, facts, where)
         case PruneExperts():
             yield from _check_experts(step, shape, facts, where)
 
 
-def _after_removal(
-    step: PruneDepth | PruneWidth | PruneHeads | PruneExperts, shape: _Shape, facts: ModelFacts
-) -> _Shape:
+def _after_removal(step: _Removal, shape: _Shape, facts: ModelFacts) -> _Shape:
     match step:
         case PruneDepth():
             return shape.without_blocks(min(step.blocks_to_drop(shape.blocks), shape.blocks - 1))
@@ -307,6 +316,8 @@ def _after_removal(
             return shape.with_width_of(step)
         case PruneHeads():
             return replace(shape, layers=without_heads(step, shape.layers, facts))
+        case PruneHidden():
+            return _with_hidden_width(shape, facts_after(step, shape.layers, facts).hidden_size)
         case PruneExperts():
             after = step.experts_after(experts_in(shape.layers), facts.experts_per_token or 1)
             return shape if after is None else replace(shape, layers=with_experts(shape.layers, after))
@@ -345,6 +356,29 @@ def _check_heads(shape: _Shape, facts: ModelFacts, where: str) -> Iterator[Fault
             f"Attention has {groups} group{'s' if groups > 1 else ''} of {counts.per_group} query heads, and no smaller number "
             "can be written for this model: use prune.width or prune.depth.",
         )
+
+
+def _check_hidden(step: PruneHidden, shape: _Shape, facts: ModelFacts, where: str) -> Iterator[Fault]:
+    yield from _check_floats((t for t in shape.layers if hidden_axis(t.name) is not None), where)
+    if not has_narrowable_states(shape.architecture):
+        return
+    width, multiple = hidden_width_of(shape.layers), multiple_for(shape.layers, facts)
+    if step.width_after(width, multiple) is not None:
+        return
+    field = "round_to" if step.hidden_size is None else "hidden_size"
+    wanted = f"of {step.round_to} " if step.hidden_size is None else ""
+    heads = f" that its {multiple} heads divide" if multiple > 1 else ""
+    yield Fault(
+        f"{where}/{field}",
+        f"What is left must be a number {wanted}below the {width} there are{heads}.",
+    )
+
+
+def _with_hidden_width(shape: _Shape, width: int) -> _Shape:
+    if not has_narrowable_states(shape.architecture):
+        return shape
+    head = None if shape.head is None else with_hidden_width([shape.head], width)[0]
+    return replace(shape, layers=with_hidden_width(shape.layers, width), head=head)
 
 
 def _check_experts(step: PruneExperts, shape: _Shape, facts: ModelFacts, where: str) -> Iterator[Fault]:

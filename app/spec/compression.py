@@ -14,6 +14,7 @@ from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneCalibrated, PruneDepth, PruneHeads, PruneMagnitude, PruneWidth
 from app.spec.prune_channels import PruneChannels
 from app.spec.prune_experts import PruneExperts
+from app.spec.prune_hidden import PruneHidden
 from app.spec.prune_training import PruneTraining
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
@@ -30,6 +31,7 @@ AnyStep = Annotated[
     | PruneDepth
     | PruneWidth
     | PruneHeads
+    | PruneHidden
     | PruneExperts
     | PruneTraining
     | PruneChannels
@@ -49,6 +51,7 @@ STEP_CLASSES: tuple[type[Step], ...] = (
     PruneDepth,
     PruneWidth,
     PruneHeads,
+    PruneHidden,
     PruneExperts,
     PruneTraining,
     PruneChannels,
@@ -174,7 +177,7 @@ class CompressionSpec(Frozen):
     def _zeros_are_not_filled(self) -> CompressionSpec:
         is_sparse = False
         for number, step in enumerate(self.steps):
-            if is_sparse and isinstance(step, PruneWidth | PruneHeads):
+            if is_sparse and isinstance(step, PruneWidth | PruneHeads | PruneHidden):
                 raise ValueError(
                     f"steps/{number}: {step.technique} would fill the zeros of the step before it: put it first"
                 )

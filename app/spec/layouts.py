@@ -21,6 +21,7 @@ from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth, PruneHeads, PruneWidth
 from app.spec.prune_channels import PruneChannels
 from app.spec.prune_experts import PruneExperts
+from app.spec.prune_hidden import PruneHidden, has_narrowable_states
 from app.spec.prune_training import PruneTraining
 from app.spec.quantize import QuantizeCalibrated, QuantizedWeights, QuantizeWeights
 from app.spec.quantize_dynamic import QuantizeDynamic
@@ -70,6 +71,11 @@ _WITHOUT_MIXTURE = "{name} has no experts: use prune.width, prune.heads or prune
 _WITHOUT_HEADS = (
     "The configuration of {name} cannot say that heads are missing; it can for Llama, Mistral, Mixtral, Qwen, Gemma, Phi3, "
     "SmolLM3, Granite and StarCoder2. Use prune.width or prune.depth."
+)
+_WITHOUT_HIDDEN = (
+    "The states of {name} cannot be turned, since it has norms that subtract a mean or stand after a layer, or its configuration "
+    "cannot say what is left; those of Llama, Mistral, Mixtral, Qwen, Gemma 1, Phi3, SmolLM3 and Granite can. Use prune.width, "
+    "prune.heads or prune.depth."
 )
 _WITHOUT_GAP_REPAIR = (
     "No layer of {name} adds to what leaves a block, unweighed by a norm or a router, so none can make up for the blocks after "
@@ -127,6 +133,8 @@ def _limits_of_pruning(
         yield "/technique", _WITHOUT_WIDTH.format(name=name)
     if isinstance(step, PruneHeads) and not has_removable_heads(architecture):
         yield "/technique", _WITHOUT_HEADS.format(name=name)
+    if isinstance(step, PruneHidden) and not has_narrowable_states(architecture):
+        yield "/technique", _WITHOUT_HIDDEN.format(name=name)
     if isinstance(step, PruneExperts) and architecture.expert_layers is None:
         yield "/technique", _WITHOUT_MIXTURE.format(name=name)
     if isinstance(step, PruneTraining):

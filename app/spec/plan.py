@@ -12,6 +12,7 @@ from app.spec.base import Frozen
 from app.spec.compression import CompressionSpec, Evaluation
 from app.spec.facts import ModelFacts
 from app.spec.image_costs import IMAGES_AT_ONCE, image_activations, image_bytes, image_flops
+from app.spec.prune_hidden import facts_after
 from app.spec.sizes import Shape, after_step
 from app.spec.step_costs import (
     FLOPS_PER_SECOND,
@@ -137,14 +138,14 @@ def _stages(
     converted = original.weight_bytes if facts.format == "gguf" else 0
     yield _stage("load", SLAB_BYTES if converted else 0, converted, streaming_seconds(converted))
     yield _measuring("baseline", spec.evaluation, [original], facts)
-    shape, names = original, spec.stage_names()
+    shape, left, names = original, facts, spec.stage_names()
     for number, step in enumerate(spec.steps):
-        result = after_step(step, shape, facts, students)
-        on = Surroundings(shape, result, original, facts, budget)
+        result = after_step(step, shape, left, students)
+        on = Surroundings(shape, result, original, left, budget)
         memory, seconds = step_memory(step, on), step_seconds(step, on)
         disk = result.weight_bytes + step_disk(step, on)
         yield _stage(names[2 + number], memory, disk, seconds, result.weight_bytes)
-        shape = result
+        shape, left = result, facts_after(step, shape.tensors, left)
     # Files are linked from the last step's directory, not copied.
     yield _stage("export", 0, 0, 0.5, shape.weight_bytes)
     yield _measuring("verify", spec.evaluation, [original, shape], facts)

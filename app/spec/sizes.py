@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from app.spec.architectures import ARCHITECTURES as KNOWN
-from app.spec.architectures import block_index, is_compressible, is_image_layer, is_router
+from app.spec.architectures import Architecture, block_index, is_compressible, is_image_layer, is_router
 from app.spec.attention_heads import without_heads
 from app.spec.base import Step
 from app.spec.compatibility import blocks_cut, matching_layers, module_name
@@ -26,6 +26,7 @@ from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import PruneDepth, PruneHeads, PruneWidth
 from app.spec.prune_channels import PruneChannels
 from app.spec.prune_experts import PruneExperts, experts_in, with_experts
+from app.spec.prune_hidden import PruneHidden, facts_after, has_narrowable_states, with_hidden_width
 from app.spec.quantize import QuantizeCalibrated, QuantizedWeights
 from app.spec.quantize_dynamic import QuantizeDynamic, tensors_after
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -93,7 +94,7 @@ def after_step(step: Step, shape: Shape, facts: ModelFacts, students: dict[str, 
     match step:
         case QuantizedWeights():
             return _quantized(step, shape)
-        case PruneDepth() | PruneWidth() | PruneHeads() | PruneExperts() | PruneChannels():
+        case PruneDepth() | PruneWidth() | PruneHeads() | PruneHidden() | PruneExperts() | PruneChannels():
             return _smaller(step, shape, facts)
         case DistillLogits(student=StudentFromDepthCut(drop_ratio=ratio)):
             return without_blocks(shape, blocks_cut(ratio, shape.blocks))
@@ -113,9 +114,11 @@ def without_blocks(shape: Shape, count: int) -> Shape:
 
 
 def _smaller(
-    step: PruneDepth | PruneWidth | PruneHeads | PruneExperts | PruneChannels, shape: Shape, facts: ModelFacts
+    step: PruneDepth | PruneWidth | PruneHeads | PruneHidden | PruneExperts | PruneChannels,
+    shape: Shape,
+    facts: ModelFacts,
 ) -> Shape:
-    """The model with fewer blocks, with fewer channels everywhere or in every feed-forward part, or heads in every attention."""
+    """The model with fewer blocks, narrower states, fewer channels everywhere or in every feed-forward part, or fewer heads."""
     if isinstance(step, PruneChannels):
         return _fewer_channels(step, shape)
     if isinstance(step, PruneExperts):
@@ -124,13 +127,27 @@ def _smaller(
     if isinstance(step, PruneDepth):
         return without_blocks(shape, step.blocks_to_drop(shape.blocks))
     architecture = KNOWN[facts.architecture]
-    if isinstance(step, PruneHeads):
-        return Shape.of(without_heads(step, shape.tensors, facts))
+    if isinstance(step, PruneHidden):
+        shape = _narrower_states(step, shape, facts)
+    elif isinstance(step, PruneHeads):
+        shape = Shape.of(without_heads(step, shape.tensors, facts))
+    else:
+        shape = _narrower_feed_forward(step, shape, architecture)
+    return shape
+
+
+def _narrower_feed_forward(step: PruneWidth, shape: Shape, architecture: Architecture) -> Shape:
     match [step.width_after(width) for width in widths_of(shape.tensors, architecture)]:
         case [int(width)]:
             return Shape.of(with_width(shape.tensors, architecture, width))
         case _:
             return shape
+
+
+def _narrower_states(step: PruneHidden, shape: Shape, facts: ModelFacts) -> Shape:
+    if not has_narrowable_states(KNOWN[facts.architecture]):
+        return shape
+    return Shape.of(with_hidden_width(shape.tensors, facts_after(step, shape.tensors, facts).hidden_size))
 
 
 def _fewer_channels(step: PruneChannels, shape: Shape) -> Shape:

@@ -9,10 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import singledispatch
 
-from app.spec.architectures import ARCHITECTURES
+from app.spec.architectures import ARCHITECTURES, is_expert
 from app.spec.attention_heads import reads_heads
 from app.spec.base import Step
-from app.spec.calibration_memory import calibrated_bytes, gradient_bytes, wide_code_bytes
+from app.spec.calibration_memory import (
+    ACTIVATIONS,
+    calibrated_bytes,
+    gradient_bytes,
+    wide_code_bytes,
+    windows_at_once,
+)
 from app.spec.distill import DistillLogits, StudentFromDepthCut
 from app.spec.facts import ModelFacts
 from app.spec.feed_forward import is_reader, widths_of
@@ -22,6 +28,7 @@ from app.spec.optimize import OptimizeOnnx
 from app.spec.prune import SENSITIVITY_SPARSITIES, PruneCalibrated, PruneDepth, PruneHeads, PruneWidth
 from app.spec.prune_channels import PruneChannels
 from app.spec.prune_experts import PruneExperts
+from app.spec.prune_hidden import PruneHidden, hidden_axis
 from app.spec.prune_training import LearnedGates, PruneTraining
 from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -218,6 +225,23 @@ def _readers(step: PruneWidth | PruneHeads, on: Surroundings) -> list[tuple[int,
 
 
 @step_memory.register
+def _(step: PruneHidden, on: Surroundings) -> int:
+    hidden, window = on.facts.hidden_size, min(step.sequence_length, on.facts.max_positions)
+    # A block, its narrow self, and that as it is stored; the rows of the embedding that are looked up.
+    held = 3 * 4 * on.before.largest_block + 4 * min(step.calibration_tokens, on.facts.vocab_size) * hidden
+    widest = max((max(t.shape) for t in compressible(on.before)), default=hidden)
+    # Of float64: second moments, their eigenvectors and LAPACK's work space. Of a writer: Σ x xᵀ, damped, factor, change.
+    turning, fitting = 8 * 5 * hidden**2, 4 * (3 * _widest_writer(on) ** 2 + 3 * _widest_writer(on) * hidden)
+    return held + max(turning, fitting) + ACTIVATIONS * 4 * window * windows_at_once(window, widest) * widest
+
+
+def _widest_writer(on: Surroundings) -> int:
+    """Inputs of the widest layer that adds to the states and is refitted; those of experts are not."""
+    layers = (t for t in compressible(on.before) if hidden_axis(t.name) == 0 and not is_expert(t.name))
+    return max((t.shape[1] for t in layers), default=0)
+
+
+@step_memory.register
 def _(step: QuantizeOnnx, on: Surroundings) -> int:
     exporting = ONNX_QUANTIZED_COPIES * 4 * on.before.dense_parameters
     if on.facts.preprocessing is not None:
@@ -355,6 +379,16 @@ def _(step: PruneWidth | PruneHeads, on: Surroundings) -> float:
         sum(inner**2 * (3 * inner + 4 * outer) for inner, outer in _readers(step, on)) if step.repair else 0
     )
     return (forwards + moments + solving) / FLOPS_PER_SECOND
+
+
+@working_seconds.register
+def _(step: PruneHidden, on: Surroundings) -> float:
+    hidden, tokens = on.facts.hidden_size, step.calibration_tokens
+    # To find the directions, and to narrow: the original three times, what becomes of it three times.
+    forwards = 7 * on.forward_flops * tokens
+    per_block = 12 * hidden**2 + 2 * _widest_writer(on) * (_widest_writer(on) + hidden)
+    turning = 20 * hidden**3 + 2 * hidden * on.before.dense_parameters
+    return (forwards + per_block * tokens * on.before.blocks + turning) / FLOPS_PER_SECOND
 
 
 @working_seconds.register(PruneDepth)

@@ -9,6 +9,7 @@ from app.spec.distill import DistillLogits
 from app.spec.gguf import QuantizeGguf
 from app.spec.prune import PruneCalibrated, PruneDepth, PruneHeads, PruneWidth
 from app.spec.prune_experts import PruneExperts
+from app.spec.prune_hidden import PruneHidden
 from app.spec.prune_training import PruneTraining
 from app.spec.quantize import QuantizeCalibrated
 from app.spec.quantize_onnx import QuantizeOnnx
@@ -53,6 +54,13 @@ def _(step: QuantizeCalibrated, on: Surroundings) -> int:
 @step_disk.register(PruneHeads)
 def _(step: PruneWidth | PruneHeads, on: Surroundings) -> int:
     return 2 * _states(step.calibration_tokens, on) + _journal(on)
+
+
+@step_disk.register
+def _(step: PruneHidden, on: Surroundings) -> int:
+    # Those of the narrow model too: before and after a block, and where a killed job would go on.
+    directions = 4 * on.facts.hidden_size**2
+    return 5 * _states(step.calibration_tokens, on) + directions + _journal(on)
 
 
 @step_disk.register

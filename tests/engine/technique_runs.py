@@ -64,6 +64,7 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
     },
     "prune.depth": {"one": {"drop_blocks": 1, "calibration_tokens": 256}},
     "prune.width": {"half": {"drop_ratio": 0.5, "round_to": 16, "calibration_tokens": 256}},
+    "prune.hidden": {"three-quarters": {"calibration_tokens": 256}},
     "prune.heads": {"half": {"drop_ratio": 0.5, "calibration_tokens": 256}},
     "distill.logits": {
         "three-steps": {

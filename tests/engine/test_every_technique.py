@@ -5,6 +5,7 @@ A new technique is found by its spec class; only what it promises about its resu
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from technique_runs import (
     run_case,
     tensors_of,
 )
-from tiny_models import BLOCKS, EXPERTS, INTERMEDIATE, facts_of
+from tiny_models import BLOCKS, EXPERTS, HEAD_DIM, HIDDEN, INTERMEDIATE, facts_of
 from transformers import AutoModelForCausalLM
 
 from app.spec.architectures import ARCHITECTURES, block_index, is_router
@@ -39,6 +40,7 @@ from app.spec.gguf_layout import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.spec.gguf_layout import gguf_tensors
 from app.spec.plan import plan_job
 from app.spec.prune_experts import expert_number, has_row_per_expert, with_expert_number, with_experts
+from app.spec.prune_hidden import with_hidden_width
 from app.spec.quantize import QuantizedWeights
 from workers.engine.architectures.loading import load_model, load_tokenizer, loader_of
 from workers.engine.export.dynamic_int8 import load_dynamic_int8
@@ -415,6 +417,22 @@ def _promises_of_prune_heads(run: Run) -> None:
     assert 0 < run.outcome.metrics["relative_output_error"] < 1
 
 
+def _promises_of_prune_hidden(run: Run) -> None:
+    """Three quarters of the hidden width are left, in every tensor that has it, and the configuration says so."""
+    before, facts = facts_of(run.source), facts_of(run.target)
+    width = HIDDEN * 3 // 4
+    shapes = {t.name: t.shape for t in with_hidden_width(before.tensors, width)}
+    assert facts.hidden_size == width
+    assert {t.name: t.shape for t in facts.tensors} == shapes
+    assert json.loads((run.target / "config.json").read_text())["head_dim"] == HEAD_DIM
+    assert {layer.action for layer in run.outcome.layers} == {"pruned"}
+    written = sum(file.stat().st_size for file in run.target.glob("*.safetensors"))
+    assert plan_job(CompressionSpec(steps=(run.case.step,)), before).output_bytes == written
+    assert load_model(run.target).num_parameters() < load_model(run.source).num_parameters()
+    # Random models have no direction that could be spared: a quarter of them is a quarter of all there is.
+    assert 0.1 < run.outcome.metrics["relative_output_error"] < 0.5
+
+
 def _promises_of_prune_experts(run: Run) -> None:
     """Fewer experts, each as it was, under the router's rows that were theirs; all else is as it was."""
     tensors, before = tensors_of(run.target), tensors_of(run.source)
@@ -488,6 +506,7 @@ _PROMISES: dict[str, Callable[[Run], None]] = {
     "prune.depth": _promises_of_prune_depth,
     "prune.width": _promises_of_prune_width,
     "prune.heads": _promises_of_prune_heads,
+    "prune.hidden": _promises_of_prune_hidden,
     "distill.logits": _promises_of_distill_logits,
     "optimize.onnx": _promises_of_optimize_onnx,
     "quantize.onnx": _promises_of_quantize_onnx,

@@ -16,7 +16,8 @@ from workers.engine.architectures.loading import load_model, load_tokenizer
 from workers.engine.calibration.block_stream import Calibration
 from workers.engine.calibration.windows import model_windows
 from workers.engine.distill.blocks import blocks_of
-from workers.engine.prune.gap_repair import GapRepair, LeastSquares, repaired
+from workers.engine.prune.gap_repair import GapRepair, repaired
+from workers.engine.prune.least_squares import LeastSquares
 
 # A gated block; one that keeps weights as (in, out), with biases; attention beside the feed-forward part; a factor.
 KINDS: dict[str, dict[str, Any]] = {

@@ -77,20 +77,9 @@ class Skeleton:
     @classmethod
     def open(cls, directory: Path, windows: Tensor, device: str, dtype: torch.dtype) -> Skeleton:
         """Build the base model on the meta device and read what lies outside its blocks."""
-        import transformers
-        from accelerate import init_empty_weights
-
-        config = transformers.AutoConfig.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False
-        )
-        config.use_cache = False
-        # Buffers are computed, not stored: rotary tables must be real.
-        with init_empty_weights(include_buffers=False):
-            whole = getattr(transformers, architecture_of(directory))(config)
-        model = whole.base_model.float().eval()
+        whole = model_without_weights(directory)
+        model = whole.base_model
         architecture = ARCHITECTURES[architecture_of(directory)]
-        if architecture.expert_layers is not None:
-            separate_experts(model, architecture.expert_layers)
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device)
         checkpoint = Checkpoint.open(directory)
@@ -207,6 +196,26 @@ class Skeleton:
         for token in tokens:
             table[token] = self.checkpoint.read_rows(stored, token, token + 1)[0].to(self.dtype)
         return table
+
+
+def model_without_weights(directory: Path, **config: int) -> Any:
+    """The whole model on the meta device, its experts separate; `config` are keys of its configuration to be changed."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    architecture = ARCHITECTURES[architecture_of(directory)]
+    configuration = transformers.AutoConfig.from_pretrained(
+        str(directory), local_files_only=True, trust_remote_code=False
+    )
+    for key, value in {"use_cache": False, **config}.items():
+        setattr(configuration, key, value)
+    # Buffers are computed, not stored: rotary tables must be real.
+    with init_empty_weights(include_buffers=False):
+        whole = getattr(transformers, architecture.name)(configuration)
+    whole.base_model.float().eval()
+    if architecture.expert_layers is not None:
+        separate_experts(whole.base_model, architecture.expert_layers)
+    return whole
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:

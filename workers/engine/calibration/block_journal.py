@@ -4,6 +4,7 @@ key                   of what the step reads and is asked for; another key start
 states-0, states-1    hidden states between blocks (block_stream)
 block-00003           tensors that block 3 became, as safetensors
 block-00003.json      what is to be reported of it; written last, so a block with it is finished
+directions and such   tensors that a step keeps beside those of its blocks
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from workers.engine.checkpoint.layout import TensorEntry, read_entries
@@ -54,6 +55,19 @@ class BlockJournal:
         unfinished.rename(self._record(index))
         _sync(self.directory)
         self.blocks_done = index + 1
+
+    def keep(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write tensors under a name of their own, as a whole or not at all."""
+        unfinished = self.directory / "unfinished"
+        save_file(tensors, unfinished)
+        _sync(unfinished)
+        unfinished.rename(self.directory / name)
+        _sync(self.directory)
+
+    def kept(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors under a name, if they were written."""
+        file = self.directory / name
+        return load_file(file) if file.is_file() else None
 
     def records(self) -> list[dict[str, Any]]:
         """What was reported of each finished block, in order."""

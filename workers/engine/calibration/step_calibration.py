@@ -6,6 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from app.errors import InvalidRequest
 from app.spec.prune import PruneCalibrated, PruneHeads, PruneWidth
+from app.spec.prune_hidden import PruneHidden
 from app.spec.quantize import QuantizeCalibrated
 from app.spec.sizes import Shape
 from app.spec.step_costs import INTERPRETER_BYTES, calibration_memory
@@ -80,8 +82,17 @@ def calibration_in(
     )
 
 
+def split_progress(calibration: Calibration, share: float) -> tuple[Calibration, Calibration]:
+    """One that goes first and takes a share of the progress, and one for the rest."""
+    tell = calibration.progress
+    return (
+        replace(calibration, progress=lambda done, message: tell(share * done, message)),
+        replace(calibration, progress=lambda done, message: tell(share + (1 - share) * done, message)),
+    )
+
+
 def journal_key(
-    step: QuantizeCalibrated | PruneCalibrated | PruneWidth | PruneHeads,
+    step: QuantizeCalibrated | PruneCalibrated | PruneWidth | PruneHeads | PruneHidden,
     context: StepContext,
     windows: Tensor,
     *,

@@ -18,7 +18,7 @@ from app.spec.architectures import architecture_in
 from app.spec.prune import PruneCalibrated
 from app.spec.report import Flag, LayerOutcome
 from workers.engine.calibration.block_journal import open_journal
-from workers.engine.calibration.block_stream import Calibration, compute_dtype
+from workers.engine.calibration.block_stream import compute_dtype
 from workers.engine.calibration.input_moments import warning_of_seldom_used
 from workers.engine.calibration.step_calibration import (
     calibration_in,
@@ -26,6 +26,7 @@ from workers.engine.calibration.step_calibration import (
     is_short_of_memory,
     journal_key,
     solve_into,
+    split_progress,
 )
 from workers.engine.calibration.text_checks import calibration_flags
 from workers.engine.calibration.weight_gradients import WeightGradients, gather_gradients
@@ -81,7 +82,7 @@ def prune_calibrated(step: PruneCalibrated, context: StepContext) -> StepOutcome
         )
         curves: Curves = {}
         if step.runs_backwards:
-            backward, calibration = _split(calibration, _BACKWARDS)
+            backward, calibration = split_progress(calibration, _BACKWARDS)
             probe = SensitivityProbe(pruner) if step.allocation == "sensitivity" else None
             gradients = gather_gradients(backward, selection.chosen, seed=context.seed, probe=probe)
             if probe is not None:
@@ -103,15 +104,6 @@ def prune_calibrated(step: PruneCalibrated, context: StepContext) -> StepOutcome
             *calibration_flags(context, windows, tokens=step.calibration_tokens),
             *SilentChannels.joined(records).flags(dead_weights=_OF_DEAD_INPUTS[step.criterion]),
         ),
-    )
-
-
-def _split(calibration: Calibration, share: float) -> tuple[Calibration, Calibration]:
-    """One that goes first and takes a share of the progress, and one for the rest."""
-    tell = calibration.progress
-    return (
-        replace(calibration, progress=lambda done, message: tell(share * done, message)),
-        replace(calibration, progress=lambda done, message: tell(share + (1 - share) * done, message)),
     )
 
 

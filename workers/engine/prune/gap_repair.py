@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.errors import JobFailed
 from app.spec.architectures import architecture_in
 from app.spec.feed_forward import last_layer_of
 from workers.engine.architectures.skeleton import BlockCall
 from workers.engine.calibration.block_stream import Calibration, LiveBlock, stream_blocks
 from workers.engine.calibration.hidden_states import HiddenStates
 from workers.engine.checkpoint import Checkpoint
+from workers.engine.prune.least_squares import LeastSquares
 
 # Windows of the student that are run at once.
 _AT_ONCE = 4
@@ -73,54 +73,6 @@ def repaired(calibration: Calibration, dropped: Collection[int]) -> GapRepair:
         stream_blocks(calibration, walk.compare, prepare=walk.prepare, last_block=last)
         walk.close_gap()
     return walk.repair
-
-
-class LeastSquares:
-    """What is missing behind a layer's outputs, as a linear function of its inputs and, with a bias, of a constant."""
-
-    def __init__(self, *, has_bias: bool) -> None:
-        self.has_bias = has_bias
-        self._gram: Tensor | None = None
-        self._cross: Tensor | None = None
-        self.missing = 0.0
-        """Σ w ‖missing‖²."""
-        self.tokens = 0
-
-    def add(self, inputs: Tensor, missing: Tensor, weights: Tensor) -> None:
-        """Take in more tokens: (tokens, features), (tokens, outputs), (tokens,)."""
-        inputs, missing = inputs.float(), missing.float()
-        if self.has_bias:
-            inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
-        if self._gram is None or self._cross is None:
-            features, outputs = inputs.shape[1], missing.shape[1]
-            self._gram = torch.zeros(features, features, device=inputs.device)
-            self._cross = torch.zeros(features, outputs, device=inputs.device)
-        weighted = (inputs * weights[:, None]).T
-        self._gram.addmm_(weighted, inputs)
-        self._cross.addmm_(weighted, missing)
-        self.missing += float((missing.square().sum(1) * weights).sum())
-        self.tokens += len(inputs)
-
-    def solved(self) -> tuple[Tensor, float]:
-        """The change of the weights, (outputs, features) with a bias as the last feature, and Σ w ‖missing‖² with it.
-
-        Each diagonal element of Σ w x xᵀ is raised by features over tokens of itself: what was seen seldom is chance.
-        """
-        if self._gram is None or self._cross is None:
-            raise ValueError("no token was seen")
-        if not torch.isfinite(self._gram.diagonal()).all() or not torch.isfinite(self._cross).all():
-            raise JobFailed(
-                "What leaves a block is NaN or infinite on the calibration text.",
-                code="non_finite_activations",
-                hint="Check that the original gives sensible outputs in float32; repair: false needs no activations.",
-            )
-        diagonal = self._gram.diagonal()
-        damped = self._gram.clone()
-        scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal))
-        damped.diagonal().add_(min(1.0, len(diagonal) / self.tokens) * scale)
-        change = torch.cholesky_solve(self._cross, torch.linalg.cholesky(damped))
-        gained = 2 * (change * self._cross).sum() - (change * (self._gram @ change)).sum()
-        return change.T, max(0.0, self.missing - float(gained))
 
 
 @dataclass
