@@ -51,6 +51,8 @@ from app.spec.quantize_onnx import QuantizeOnnx
 
 _NAMED_LAYERS = 3
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_SIZE_NOT_IN_GGUF = frozenset({"qwen2", "phi3"})
+"""As transformers 5.23 reads them."""
 _OfLayers = (
     QuantizedWeights | PruneMagnitude | PruneCalibrated | PruneTraining | QuantizeOnnx | QuantizeDynamic
 )
@@ -194,10 +196,25 @@ def _check_gguf(step: QuantizeGguf, facts: ModelFacts, shape: _Shape, where: str
             )
         return
     yield from _check_floats(shape.layers, where)
+    yield from _check_head_size(shape, facts, where)
     try:
         gguf_tensors(facts.tensors, architecture, step.mix)
     except ValueError as error:
         yield Fault(f"{where}/technique", f"{str(error)[:1].upper()}{str(error)[1:]}.")
+
+
+def _check_head_size(shape: _Shape, facts: ModelFacts, where: str) -> Iterator[Fault]:
+    """Of the models whose header in GGUF has no key for it, so that the hidden width by the heads is taken for it."""
+    counts = counts_in(facts) if shape.architecture.model_type in _SIZE_NOT_IN_GGUF else None
+    if counts is None:
+        return
+    heads = groups_left(shape.layers, shape.architecture, counts) * counts.per_group
+    if facts.hidden_size // heads != counts.size:
+        yield Fault(
+            f"{where}/technique",
+            f"A GGUF of {facts.architecture} cannot say the size of a head, which is {counts.size}, and {heads} heads of a hidden "
+            f"width of {facts.hidden_size} would be taken for larger or smaller ones: use quantize.calibrated.",
+        )
 
 
 def _check_floats(layers: Iterable[TensorFact], where: str) -> Iterator[Fault]:

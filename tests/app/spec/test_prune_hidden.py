@@ -9,6 +9,7 @@ from app.spec.base import Step
 from app.spec.compatibility import check_spec
 from app.spec.compression import CompressionSpec
 from app.spec.facts import ModelFacts, TensorFact
+from app.spec.gguf import QuantizeGguf
 from app.spec.plan import plan_job
 from app.spec.prune import PruneCalibrated, PruneHeads, PruneMagnitude
 from app.spec.prune_hidden import PruneHidden, hidden_axis, with_hidden_width
@@ -122,18 +123,24 @@ def test_the_steps_after_it_are_checked_against_the_narrower_model() -> None:
     grouped = QuantizeWeights(group_size=64)
     assert not faults(facts(), grouped)
     assert "q_proj (432)" in faults(facts(), PruneHidden(), grouped)["/steps/1/group_size"]
-    # 8 heads would be left of 576; of 432 no more than 6 can be.
+    # Six heads divide 576, and not 459: three are left.
     plans = [
-        plan_job(CompressionSpec(steps=steps), facts()).output_bytes
-        for steps in (
-            (PruneHidden(), PruneHeads(drop_ratio=0.01)),
-            (PruneHidden(), PruneHeads(drop_ratio=0.3)),
-        )
+        plan_job(CompressionSpec(steps=(PruneHidden(hidden_size=459), PruneHeads(drop_ratio=ratio))), facts())
+        for ratio in (0.01, 0.6)
     ]
-    assert plans[0] == plans[1]
+    assert plans[0].output_bytes == plans[1].output_bytes
     assert (
         "below the 144" in faults(facts(), PruneHidden(hidden_size=144), PruneHidden())["/steps/1/round_to"]
     )
+
+
+@pytest.mark.parametrize(
+    "step", [PruneHidden(hidden_size=432), PruneHeads()], ids=lambda step: step.technique
+)
+def test_a_gguf_that_could_not_say_the_size_of_a_head_is_refused(step: Step) -> None:
+    assert "size of a head" in faults(facts("Qwen2ForCausalLM"), step, QuantizeGguf())["/steps/1/technique"]
+    assert not faults(facts("Qwen2ForCausalLM"), QuantizeGguf())
+    assert not faults(facts("Qwen3ForCausalLM"), step, QuantizeGguf())
 
 
 def test_heads_that_went_before_need_divide_no_more() -> None:
