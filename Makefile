@@ -90,7 +90,7 @@ gpu: $(STAMP) ## The tests that need an NVIDIA GPU
 # Parts of benchmarks, and those that build or install gigabytes of peers and need a model by name: run them by hand.
 NOT_RUN := $(addprefix benchmarks/,figures.py machine.py growth_plot.py prune_plot.py synthetic_llama.py llamacpp_toolchain.py \
 	onnx_peers.py onnx_vs_peers.py gguf_vs_llamacpp.py nf4_vs_bitsandbytes.py quantize_vs_peers.py prune_vs_peers.py \
-	prune_criteria.py quantize_gpu.py distill.py)
+	prune_criteria.py prune_hidden.py quantize_gpu.py distill.py)
 
 bench: $(STAMP) ## All benchmarks; fails when a floor is missed
 	@failed=0; for file in $(filter-out $(NOT_RUN),$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || failed=1; done; exit $$failed

@@ -33,7 +33,7 @@ _TRAINED_ACTIVATIONS = 30
 """Tensors of a window's (tokens, widest input) kept for the gradients."""
 _LOGITS_COPIES = 7
 """Of the logits at once: as they come, in float32, their softmax, and the gradients of these, as measured."""
-_RUNTIME_BYTES = 60 * 2**20
+RUNTIME_BYTES = 60 * 2**20
 """What torch's kernels and allocators keep for themselves."""
 # Layers that are called with one and the same input, in the names that architectures give them.
 _SHARING = (
@@ -112,7 +112,7 @@ def calibrated_bytes(
         + (_training(sites_of(found), window, width) if trained else 0)
         for index, found in inside.items()
     ]
-    return max(peaks, default=0) + embeddings + _RUNTIME_BYTES
+    return max(peaks, default=0) + embeddings + RUNTIME_BYTES
 
 
 def wide_code_bytes(tensors: Iterable[TensorFact]) -> int:
@@ -145,7 +145,7 @@ def gradient_bytes(tensors: Iterable[TensorFact], facts: ModelFacts, *, tokens: 
     activations = _TRAINED_ACTIVATIONS * window * widest * width
     # Kernels keep a copy of the head in an order of their own.
     tail = 2 * table + _LOGITS_COPIES * 4 * LOGITS_AT_ONCE if facts.family == "causal_lm" else 0
-    return max(block + activations, tail) + embeddings + _RUNTIME_BYTES
+    return max(block + activations, tail) + embeddings + RUNTIME_BYTES
 
 
 def _training(sites: list[Site], window: int, width: int) -> int:

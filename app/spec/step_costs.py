@@ -14,6 +14,7 @@ from app.spec.attention_heads import reads_heads
 from app.spec.base import Step
 from app.spec.calibration_memory import (
     ACTIVATIONS,
+    RUNTIME_BYTES,
     calibrated_bytes,
     gradient_bytes,
     wide_code_bytes,
@@ -229,10 +230,13 @@ def _(step: PruneHidden, on: Surroundings) -> int:
     hidden, window = on.facts.hidden_size, min(step.sequence_length, on.facts.max_positions)
     # A block, its narrow self, and that as it is stored; the rows of the embedding that are looked up.
     held = 3 * 4 * on.before.largest_block + 4 * min(step.calibration_tokens, on.facts.vocab_size) * hidden
-    widest = max((max(t.shape) for t in compressible(on.before)), default=hidden)
-    # Of float64: second moments, their eigenvectors and LAPACK's work space. Of a writer: Σ x xᵀ, damped, factor, change.
-    turning, fitting = 8 * 5 * hidden**2, 4 * (3 * _widest_writer(on) ** 2 + 3 * _widest_writer(on) * hidden)
-    return held + max(turning, fitting) + ACTIVATIONS * 4 * window * windows_at_once(window, widest) * widest
+    widest, inner = max((max(t.shape) for t in compressible(on.before)), default=hidden), _widest_writer(on)
+    activations = ACTIVATIONS * 4 * window * windows_at_once(window, widest) * widest
+    # Of a writer: Σ x xᵀ, damped, and its factor; what is missing of it, and the change.
+    fitting = 4 * 3 * (inner**2 + inner * hidden)
+    # In float64: second moments, their eigenvectors, and LAPACK's work space.
+    turning = 8 * 5 * hidden**2
+    return RUNTIME_BYTES + held + max(fitting + activations, turning, SLAB_BYTES)
 
 
 def _widest_writer(on: Surroundings) -> int:
