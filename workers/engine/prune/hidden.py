@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from app.errors import InvalidRequest, UnsupportedForModel
 from app.spec.architectures import Architecture, architecture_in, is_compressible
 from app.spec.attention_heads import GROUPS_KEY, HEADS_KEY, SIZE_KEY, head_counts
@@ -67,22 +69,8 @@ def prune_hidden(step: PruneHidden, context: StepContext) -> StepOutcome:
     config = {architecture_in(checkpoint.config).hidden_key: sizes.after, SIZE_KEY: sizes.head}
     windows = calibration_windows(context, tokens=step.calibration_tokens, length=step.sequence_length)
     with open_journal(context.journal, context.target.parent, journal_key(step, context, windows)) as journal:
-        # In float32 whatever the weights are in: what is fitted are small differences of large states.
-        calibration = calibration_in(journal.directory, context, windows, share=_NARROWING)
-        calibration = replace(calibration, more_devices=())
-        narrow = model_without_weights(context.source, **config)
-        outside = Outside(checkpoint, is_tied=bool(narrow.config.tie_word_embeddings))
-        looking, fitting = split_progress(calibration, _LOOKING)
-        directions = _directions(journal, looking, outside, narrow, sizes.after)
-        sums = HiddenFit(fitting, journal, directions, narrow, repair=step.repair).run()
+        _narrow(step, context, checkpoint, journal, windows, config)
         records = journal.records()
-        write_narrow(
-            checkpoint,
-            {entry.name: entry for entry in journal.entries()},
-            outside.narrowed(directions, sums if step.repair else None),
-            context,
-            progress=lambda share: context.progress(_NARROWING + (1 - _NARROWING) * share, "writing"),
-        )
     copy_side_files(context.source, context.target)
     write_config(context.target, checkpoint.config | config)
     context.progress(1.0, "done")
@@ -101,6 +89,34 @@ def prune_hidden(step: PruneHidden, context: StepContext) -> StepOutcome:
         },
         curves={"relative_output_error": errors},
         flags=calibration_flags(context, windows, tokens=step.calibration_tokens),
+    )
+
+
+def _narrow(
+    step: PruneHidden,
+    context: StepContext,
+    checkpoint: Checkpoint,
+    journal: BlockJournal,
+    windows: Tensor,
+    config: dict[str, int],
+) -> None:
+    """Write the weights of the model that `config` makes of this one."""
+    # In float32 whatever the weights are in: what is fitted are small differences of large states. On one device, since there
+    # is one narrow model.
+    calibration = replace(
+        calibration_in(journal.directory, context, windows, share=_NARROWING), more_devices=()
+    )
+    looking, fitting = split_progress(calibration, _LOOKING)
+    narrow = model_without_weights(context.source, **config)
+    outside = Outside(checkpoint, is_tied=bool(narrow.config.tie_word_embeddings))
+    directions = _directions(journal, looking, outside, narrow.config)
+    sums = HiddenFit(fitting, journal, directions, narrow, repair=step.repair).run()
+    write_narrow(
+        checkpoint,
+        {entry.name: entry for entry in journal.entries()},
+        outside.narrowed(directions, sums if step.repair else None),
+        context,
+        progress=lambda share: context.progress(_NARROWING + (1 - _NARROWING) * share, "writing"),
     )
 
 
@@ -133,18 +149,16 @@ def _not_turned(architecture: Architecture) -> UnsupportedForModel:
     )
 
 
-def _directions(
-    journal: BlockJournal, calibration: Calibration, outside: Outside, narrow: Any, width: int
-) -> Directions:
-    """Those that stay; where an earlier try found them, its own."""
+def _directions(journal: BlockJournal, calibration: Calibration, outside: Outside, config: Any) -> Directions:
+    """As many as the narrow model, of this configuration, has; where an earlier try found them, its own."""
     kept = journal.kept("directions")
     if kept is None:
         moment = moment_of_states(
             calibration,
-            last_block=narrow.config.num_hidden_layers - 1,
-            epsilon=float(narrow.config.rms_norm_eps),
+            last_block=config.num_hidden_layers - 1,
+            epsilon=float(config.rms_norm_eps),
         )
-        basis = strongest_directions(moment, width)
+        basis = strongest_directions(moment, config.hidden_size)
         if outside.is_tied:
             basis = turned_to_gains(basis, outside.gains())
         kept = {"basis": basis}

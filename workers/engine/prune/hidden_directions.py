@@ -10,7 +10,7 @@ has that).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,10 @@ def normed(states: Tensor, epsilon: float) -> Tensor:
 
 @torch.no_grad()
 def moment_of_states(calibration: Calibration, *, last_block: int, epsilon: float) -> Tensor:
-    """E[x xᵀ] of the normed states, over all tokens and all norms that take them: (hidden, hidden), float32."""
+    """E[x xᵀ] of the normed states, over all tokens and all norms that take them: (hidden, hidden), float32.
+
+    On one device: what hooks add up, the copies of a block on others would share.
+    """
     site = InputSite([ATTENTION_NORM, FEED_FORWARD_NORM])
 
     def look(_norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -70,8 +73,7 @@ def moment_of_states(calibration: Calibration, *, last_block: int, epsilon: floa
         if index == last_block:
             site.add(normed(after, epsilon))
 
-    # What hooks add up, the copies of a block on other devices would share.
-    stream_blocks(replace(calibration, more_devices=()), visit, prepare=prepare)
+    stream_blocks(calibration, visit, prepare=prepare)
     return site.second_moment()
 
 

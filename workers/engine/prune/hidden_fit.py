@@ -7,8 +7,7 @@ refitted so that the sum is nearest to the original's, told in the directions th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,30 +18,16 @@ from app.spec.architectures import architecture_in
 from app.spec.prune_hidden import ATTENTION_NORM, FEED_FORWARD_NORM, adds_one_to_gains, hidden_axis
 from workers.engine.architectures.skeleton import BlockCall, set_parameter
 from workers.engine.calibration.block_journal import BlockJournal
-from workers.engine.calibration.block_stream import Calibration, EnoughSeen, LiveBlock, stream_blocks
+from workers.engine.calibration.block_stream import Calibration, LiveBlock, stream_blocks
 from workers.engine.calibration.hidden_states import HiddenStates
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.checkpoint.selection import non_finite
 from workers.engine.freed_memory import release_freed_memory
+from workers.engine.prune.block_parts import PARTS, BlockPart, behind, given_to
 from workers.engine.prune.hidden_directions import Directions, normed
 from workers.engine.prune.least_squares import LeastSquares
 
 _TINY = 1e-12
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Half of a block: a norm, layers that read what it gives, and one that adds to the states."""
-
-    norm: str
-    writer: str
-
-    def has(self, name: str) -> bool:
-        """Whether a parameter of the block is of one of its layers."""
-        return name.partition(".")[0] == self.writer.partition(".")[0]
-
-
-_PARTS = (_Part(ATTENTION_NORM, "self_attn.o_proj"), _Part(FEED_FORWARD_NORM, "mlp.down_proj"))
 
 
 @dataclass(frozen=True)
@@ -106,7 +91,7 @@ class HiddenFit:
             self._begin(block)
         for name in block.stored_names:
             self._put(block, name, self._cut(block, name))
-        for part in _PARTS if self._repair else ():
+        for part in PARTS if self._repair else ():
             self._refit_readers(block, part)
             # Experts are given some of the tokens each: they add what they did.
             if f"{part.writer}.weight" in block.stored_names:
@@ -144,7 +129,7 @@ class HiddenFit:
 
     def _read_by(self, block: LiveBlock, name: str, reading: Tensor) -> Tensor:
         """A layer of the original that is given the norm's gains, and what `reading` makes of narrow states."""
-        part = next(part for part in _PARTS if part.has(name))
+        part = next(part for part in PARTS if part.has(name))
         gains = block.module.get_parameter(f"{part.norm}.weight").float() + self._one
         return (block.module.get_parameter(name).float() * gains) @ reading
 
@@ -153,11 +138,11 @@ class HiddenFit:
         dtype = self._checkpoint.tensors[block.stored_names[name]].dtype
         set_parameter(self._blocks[block.index], name, value.to(dtype).float())
 
-    def _refit_readers(self, block: LiveBlock, part: _Part) -> None:
+    def _refit_readers(self, block: LiveBlock, part: BlockPart) -> None:
         fit = LeastSquares(has_bias=False)
         for hidden, narrow in self._pairs(block):
-            (given,) = _given(block.module, block.call, hidden, [part.norm])
-            (now,) = _given(self._blocks[block.index], block.call, narrow, [part.norm])
+            (given,) = given_to(block.module, block.call, hidden, [part.norm])
+            (now,) = given_to(self._blocks[block.index], block.call, narrow, [part.norm])
             self._add_readable(fit, given, now)
         block.alive()
         reading = self._directions.reading + fit.solved()[0]
@@ -171,14 +156,14 @@ class HiddenFit:
         missing = before - after @ self._directions.reading.T
         fit.add(after, missing, torch.ones(len(after), device=after.device))
 
-    def _refit_writer(self, block: LiveBlock, part: _Part) -> None:
+    def _refit_writer(self, block: LiveBlock, part: BlockPart) -> None:
         module = self._blocks[block.index]
         layer = module.get_submodule(part.writer)
         has_bias = f"{part.writer}.bias" in block.stored_names
         fit = LeastSquares(has_bias=has_bias)
         for hidden, narrow in self._pairs(block):
-            aim = _behind(block, part, hidden) @ self._directions.narrowing
-            before, inputs = _given(module, block.call, narrow, [part.norm, part.writer])
+            aim = behind(block, part, hidden) @ self._directions.narrowing
+            before, inputs = given_to(module, block.call, narrow, [part.norm, part.writer])
             missing = (aim - before) / self._factor - layer(inputs)
             # Norms divide by the length of a state, and a few tokens have states a hundred times as long as all others.
             weights = 1 / aim.square().sum(-1).clamp(min=_TINY)
@@ -235,29 +220,3 @@ class HiddenFit:
             number = int(file.name.removeprefix("narrow-"))
             if number < block and number != self._journal.blocks_done:
                 file.unlink()
-
-
-def _given(module: nn.Module, call: BlockCall, hidden: Tensor, layers: Sequence[str]) -> list[Tensor]:
-    """What each of a block's layers is given, in the order they are called; nothing is run after the last."""
-    seen: list[Tensor] = []
-
-    def look(_layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-        seen.append(arguments[0])
-        if len(seen) == len(layers):
-            raise EnoughSeen
-
-    handles = [module.get_submodule(name).register_forward_pre_hook(look) for name in layers]
-    try:
-        with suppress(EnoughSeen):
-            call.run(module, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def _behind(block: LiveBlock, part: _Part, hidden: Tensor) -> Tensor:
-    """The states once a part of the original block has added to them."""
-    if part.norm == ATTENTION_NORM:
-        return _given(block.module, block.call, hidden, [FEED_FORWARD_NORM])[0]
-    return block.call.run(block.module, hidden)

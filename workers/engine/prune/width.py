@@ -6,8 +6,8 @@ channels that stay can make up for. Every block loses as many, since config.json
 in order, each calibrated on what the narrower ones before it give.
 Papers: Hassibi and Stork 1993, "Optimal Brain Surgeon"; Kurtic et al. 2023, "ZipLM"; the mean of what goes is folded into
 a bias where there is one, as in An et al. 2024, "Fluctuation-based Adaptive Structured Pruning" (FLAP).
-Left out: another width for each block, and the hidden width; training afterwards, which distill.logits does. Heads of attention:
-prune.heads.
+Left out: another width for each block; training afterwards, which distill.logits does. Heads of attention: prune.heads. The hidden
+width: prune.hidden.
 """
 
 from __future__ import annotations
