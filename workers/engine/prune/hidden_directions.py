@@ -19,6 +19,7 @@ from app.errors import JobFailed
 from app.spec.prune_hidden import ATTENTION_NORM, FEED_FORWARD_NORM
 from workers.engine.calibration.block_stream import Calibration, LiveBlock, stream_blocks
 from workers.engine.calibration.input_moments import InputSite
+from workers.engine.freed_memory import release_freed_memory
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def moment_of_states(calibration: Calibration, *, last_block: int, epsilon: floa
         site.add(normed(arguments[0], epsilon))
 
     def prepare(block: LiveBlock) -> None:
+        release_freed_memory()
         for norm in (ATTENTION_NORM, FEED_FORWARD_NORM):
             block.module.get_submodule(norm).register_forward_pre_hook(look)
 

@@ -86,7 +86,7 @@ class HiddenFit:
 
     def _narrow(self, block: LiveBlock) -> None:
         self._call, self._passed, self._lost[block.index] = block.call, 0, 0.0
-        self._forget_states_before(block.index)
+        self._forget_before(block.index)
         if block.index == 0:
             self._begin(block)
         for name in block.stored_names:
@@ -102,7 +102,6 @@ class HiddenFit:
             for name, stored in block.stored_names.items()
         }
         self._journal.put(block.index, tensors)
-        release_freed_memory()
 
     def _begin(self, block: LiveBlock) -> None:
         """The narrow states that reach the first block."""
@@ -205,6 +204,7 @@ class HiddenFit:
         if last + 1 == len(self._blocks):
             gram, cross = self._head.sums()
             self._journal.keep("head", {"gram": gram.cpu(), "cross": cross.cpu()})
+            self._forget_before(last + 1)
         for index in sorted(self._lost):
             self._journal.commit(index, {"lost": self._lost.pop(index)})
 
@@ -214,8 +214,11 @@ class HiddenFit:
         path = self._journal.directory / f"narrow-{block:05d}"
         return HiddenStates(path, windows, (tokens, self._directions.basis.shape[1]), torch.float32)
 
-    def _forget_states_before(self, block: int) -> None:
-        """But for those that a killed job would go on from."""
+    def _forget_before(self, block: int) -> None:
+        """Give back the block before, and the states but for those that a killed job would go on from."""
+        if block > 0:
+            self._blocks[block - 1].to("meta")
+            release_freed_memory()
         for file in self._journal.directory.glob("narrow-*"):
             number = int(file.name.removeprefix("narrow-"))
             if number < block and number != self._journal.blocks_done:
