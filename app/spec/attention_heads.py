@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from app.spec.architectures import ARCHITECTURES, Architecture, name_within_block
+from app.spec.architectures import Architecture, name_within_block
 from app.spec.facts import ModelFacts, TensorFact
+from app.spec.onnx_operators import architecture_named
 from app.spec.prune import PruneHeads
 
 HEADS_KEY, GROUPS_KEY, SIZE_KEY = "num_attention_heads", "num_key_value_heads", "head_dim"
@@ -113,7 +114,7 @@ def counts_in(facts: ModelFacts) -> HeadCounts | None:
     if facts.attention_heads is None:
         return None
     groups = facts.key_value_heads or facts.attention_heads
-    architecture = ARCHITECTURES[facts.architecture]
+    architecture = architecture_named(facts.architecture)
     return head_counts(facts.tensors, architecture, heads=facts.attention_heads, groups=groups)
 
 
@@ -135,7 +136,7 @@ def without_heads(
     step: PruneHeads, tensors: tuple[TensorFact, ...], facts: ModelFacts
 ) -> tuple[TensorFact, ...]:
     """The tensors that the step leaves of these, where it can be said how many heads there are and any can go."""
-    counts, architecture = counts_in(facts), ARCHITECTURES[facts.architecture]
+    counts, architecture = counts_in(facts), architecture_named(facts.architecture)
     if counts is None:
         return tensors
     groups = groups_left(tensors, architecture, counts)

@@ -13,10 +13,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from app.spec.architectures import ARCHITECTURES, Architecture
+from app.spec.architectures import Architecture
 from app.spec.attention_heads import counts_in, groups_left, heads_divide_hidden
 from app.spec.base import Family, Step
 from app.spec.facts import ModelFacts, TensorFact
+from app.spec.onnx_operators import architecture_named
 
 _MODEL_TYPES = frozenset(
     {
@@ -113,7 +114,7 @@ def width_multiple(architecture: Architecture, heads: int) -> int:
 
 def multiple_for(tensors: Iterable[TensorFact], facts: ModelFacts) -> int:
     """The same for a model of these tensors, where earlier steps may have removed heads; 1 where nothing is known of heads."""
-    counts, architecture = counts_in(facts), ARCHITECTURES[facts.architecture]
+    counts, architecture = counts_in(facts), architecture_named(facts.architecture)
     if counts is None:
         return 1
     return width_multiple(architecture, groups_left(tensors, architecture, counts) * counts.per_group)
@@ -121,7 +122,7 @@ def multiple_for(tensors: Iterable[TensorFact], facts: ModelFacts) -> int:
 
 def facts_after(step: Step, tensors: tuple[TensorFact, ...], facts: ModelFacts) -> ModelFacts:
     """What a later step must know of the model: the hidden width that this one leaves of a model of these tensors."""
-    if not isinstance(step, PruneHidden) or not has_narrowable_states(ARCHITECTURES[facts.architecture]):
+    if not isinstance(step, PruneHidden) or not has_narrowable_states(architecture_named(facts.architecture)):
         return facts
     width = step.width_after(hidden_width_of(tensors), multiple_for(tensors, facts))
     return facts if width is None else facts.model_copy(update={"hidden_size": width})

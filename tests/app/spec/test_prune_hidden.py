@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from app.spec.architectures import ARCHITECTURES
-from app.spec.base import Step
+from app.spec.base import Family, Step
 from app.spec.compatibility import check_spec
 from app.spec.compression import CompressionSpec
 from app.spec.facts import ModelFacts, TensorFact
@@ -108,6 +108,21 @@ def test_the_hidden_width_is_found_in_a_tensor(name: str, axis: int | None) -> N
 )  # fmt: skip
 def test_states_that_cannot_be_turned_are_refused_with_what_works(architecture: str) -> None:
     assert "prune.depth" in faults(facts(architecture), PruneHidden())["/steps/0/technique"]
+
+
+@pytest.mark.parametrize("step", [PruneHidden(), PruneHeads()], ids=lambda step: step.technique)
+def test_a_network_that_came_as_onnx_is_refused_with_what_works(step: Step) -> None:
+    layer = TensorFact(name="0.weight", dtype="F32", shape=(10, 8))
+    network = {
+        "format": "onnx",
+        "architecture": "ONNX",
+        "family": Family.IMAGE_CLASSIFIER,
+        "tensors": (layer,),
+    }
+    found = faults(facts().model_copy(update=network | {"attention_heads": None}), step)
+    assert (
+        "image_classifier" in found["/steps/0/technique"] or "prune.channels" in found["/steps/0/technique"]
+    )
 
 
 def test_what_leaves_nothing_smaller_is_refused_with_the_reason() -> None:
