@@ -136,16 +136,23 @@ def test_a_tied_head_stays_tied_and_weights_keep_their_dtype(tiny_text: Path, tm
     assert now == config | {"hidden_size": WIDTH, "head_dim": HEAD_DIM}
 
 
-@pytest.mark.parametrize("block", [0, 1, BLOCKS])
-def test_stopped_at_any_block_it_ends_with_the_same_bytes(
-    block: int, tiny: Callable[[str], Path], tiny_text: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("written", "begins"),
+    [
+        # The directions are known, and nothing is narrowed; a block is narrowed and not passed; all are.
+        ("directions", "block 1 of"),
+        ("block-00000", "block 1 of"),
+        (f"block-{BLOCKS - 1:05d}", f"block {BLOCKS} of"),
+        (f"block-{BLOCKS - 1:05d}.json", "writing"),
+    ],
+)
+def test_stopped_anywhere_it_ends_with_the_same_bytes(
+    written: str, begins: str, tiny: Callable[[str], Path], tiny_text: Path, tmp_path: Path
 ) -> None:
     source, journal = tiny("LlamaForCausalLM"), tmp_path / "journal"
     said: list[str] = []
 
     def stop(_share: float, _message: str) -> None:
-        # Block 0: the directions are known, and nothing is narrowed.
-        written = f"block-{block - 1:05d}" if block else "directions"
         if (journal / written).exists():
             raise Stopped
 
@@ -155,7 +162,7 @@ def test_stopped_at_any_block_it_ends_with_the_same_bytes(
         STEP, source, tmp_path / "resumed", tiny_text, journal=journal,
         progress=lambda _, message: said.append(message),
     )  # fmt: skip
-    assert said[0].startswith(f"block {max(1, block)} of")
+    assert said[0].startswith(begins)
     assert not journal.exists()
     prune(STEP, source, tmp_path / "whole", tiny_text)
     assert digests(tmp_path / "resumed") == digests(tmp_path / "whole")

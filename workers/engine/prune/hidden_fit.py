@@ -169,11 +169,13 @@ class HiddenFit:
             fit.add(inputs.flatten(0, -2), missing.flatten(0, -2), weights.flatten())
         block.alive()
         change, _ = fit.solved()
-        for kind, moved in [("bias", change[:, -1])] if has_bias else []:
-            self._put(block, f"{part.writer}.{kind}", module.get_parameter(f"{part.writer}.{kind}") + moved)
+        if has_bias:
+            self._move(block, f"{part.writer}.bias", change[:, -1])
             change = change[:, :-1]
-        weight = f"{part.writer}.weight"
-        self._put(block, weight, module.get_parameter(weight) + change)
+        self._move(block, f"{part.writer}.weight", change)
+
+    def _move(self, block: LiveBlock, name: str, change: Tensor) -> None:
+        self._put(block, name, self._blocks[block.index].get_parameter(name) + change)
 
     def _pairs(self, block: LiveBlock) -> Iterator[tuple[Tensor, Tensor]]:
         """What reaches a block in the original and in the narrow model, some windows at a time."""
@@ -187,10 +189,10 @@ class HiddenFit:
         """Bring the narrow model past a block, and see how far it is from the original there."""
         if self._call is None:
             raise ValueError("a block is passed that was not narrowed")
-        with self._states(index) as states, self._states(index + 1) as behind:
-            narrow = states.read(self._passed, len(before)).to(before.device)
+        with self._states(index) as given, self._states(index + 1) as found:
+            narrow = given.read(self._passed, len(before)).to(before.device)
             narrow = self._call.run(self._blocks[index], narrow)
-            behind.write(self._passed, narrow)
+            found.write(self._passed, narrow)
         self._passed += len(before)
         missing = after - narrow @ self._directions.reading.T
         shares = missing.square().sum(-1) / after.square().sum(-1).clamp(min=_TINY)
