@@ -13,7 +13,7 @@ FROM build AS build-api
 COPY app app
 COPY workers workers
 COPY migrations migrations
-RUN pip --python /opt/venv/bin/python install -c requirements.lock '.[s3]'
+RUN pip --python /opt/venv/bin/python install -c requirements.lock '.[s3,traces]'
 
 FROM build AS build-worker
 # Which build of torch this brings is up to where pip looks, e.g. --build-arg TORCH_PIP_ARGS="--index-url …" for CPU alone.
@@ -24,7 +24,7 @@ RUN pip --python /opt/venv/bin/python install -c requirements.lock $TORCH_PIP_AR
 COPY app app
 COPY workers workers
 COPY migrations migrations
-RUN pip --python /opt/venv/bin/python install -c requirements.lock '.[s3,worker]'
+RUN pip --python /opt/venv/bin/python install -c requirements.lock '.[s3,traces,worker]'
 
 FROM python:3.11-slim-bookworm AS base
 # A fixed id, so that the API and the workers may write to one volume, and a host can be told who owns it.

@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet -c requirements.lock pip setuptools
 	@# torch by itself and first: whatever comes later is held to it, and cannot bring another build.
 	$(BIN)/python -m pip install --quiet -c requirements.lock $(TORCH_PIP_ARGS) $(TORCH)
-	$(BIN)/python -m pip install -qq -c requirements.lock --no-build-isolation -e '.[embedded,s3,worker,dev]'
+	$(BIN)/python -m pip install -qq -c requirements.lock --no-build-isolation -e '.[embedded,s3,traces,worker,dev]'
 	@touch $@
 
 demo: $(STAMP) ## Compress real models over HTTP and print what was gained and lost

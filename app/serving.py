@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
+from app import tracing
 from app.db.engine import get_database
 from app.db.worker_queries import list_fresh
 from app.embedded import embedded_services, worker_command
@@ -32,6 +33,7 @@ _GRACEFUL_SECONDS = 5
 def serve(host: str, port: int, *, api_only: bool, announce: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM, then stop everything in order. `announce` is given the URL once it answers."""
     _refuse_strangers(host, get_settings())
+    tracing.check()
     with _listen(host, port) as listener, _sigterm_unwinds(), contextlib.ExitStack() as stack:
         if api_only:
             _require_broker(get_settings())
@@ -50,6 +52,7 @@ def run_worker() -> None:
     """Become a Celery worker: this process is replaced, so that signals reach Celery itself."""
     settings = get_settings()
     _require_broker(settings)
+    tracing.check()
     get_store().check()
     command = worker_command(settings)
     os.execv(command[0], command)  # noqa: S606 - a list of our own words

@@ -18,11 +18,13 @@ from pathlib import Path
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
+from otlp_collector import Collector
 from s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server
 from servers import Broker, GivenBroker, migrate, own_postgres, short_directory
 from sqlalchemy import create_engine, make_url, text
 from waiting import wait_until
 
+from app import tracing
 from app.db.engine import Database, get_database
 from app.settings import Settings, get_settings
 from app.storage import ArtifactStore, forget_store, get_store
@@ -194,6 +196,17 @@ def _s3_server() -> Iterator[S3Server]:
             yield server
         finally:
             server.kill()
+
+
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
+    """Where this test's traces go, those of the processes it starts too."""
+    collector = Collector()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+    yield collector
+    tracing.stop()
+    collector.close()
 
 
 @pytest.fixture

@@ -158,4 +158,4 @@ def test_compose_and_its_example_of_an_environment_agree() -> None:
     assert named == set(re.findall(r"^(\w+)=", example, re.MULTILINE))
     variables = {name.upper() for name in Settings.model_fields}
     for name in compose()["x-environment"]:
-        assert name.removeprefix("MODELPRESS_") in variables or name.startswith("AWS_")
+        assert name.removeprefix("MODELPRESS_") in variables or name.startswith(("AWS_", "OTEL_"))

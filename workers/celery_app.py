@@ -13,9 +13,10 @@ from typing import Any
 import structlog
 from celery import Celery, signals
 
+from app import tracing
 from app.db import worker_queries
 from app.db.engine import get_database
-from app.errors import Unavailable
+from app.errors import InvalidRequest, Unavailable
 from app.logging import configure_logging
 from app.queue import broker_url
 from app.services.loops import forever
@@ -78,12 +79,13 @@ def _logging(**_: Any) -> None:
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]
 def _before_the_pool(**_: Any) -> None:
-    """Refuse to start without the sandbox that is asked for: a job must never run in a weaker one."""
+    """Refuse to start without what is asked for: a job must never run in a weaker sandbox."""
     sandbox.hide_memory()
     try:
         sandbox_level()
-    except Unavailable as error:
-        _log.error("no_sandbox", error=error.detail, hint=error.hint)
+        tracing.check()
+    except (Unavailable, InvalidRequest) as error:
+        _log.error(error.code, error=error.detail, hint=error.hint)
         # Of an Exception, Celery would log the traceback and go on.
         raise SystemExit(1) from None
 
@@ -95,6 +97,12 @@ def _in_pool_process(**_: Any) -> None:
     # A connection opened before the fork belongs to the parent.
     get_database.cache_clear()
     forget_store()
+    tracing.start("worker")
+
+
+@signals.worker_process_shutdown.connect  # type: ignore[untyped-decorator]
+def _pool_process_leaves(**_: Any) -> None:
+    tracing.stop()
 
 
 @signals.worker_ready.connect  # type: ignore[untyped-decorator]

@@ -83,7 +83,7 @@ def spawn(command: Sequence[str], inside: Sandbox, *, pipe: int, log: Path) -> s
             stderr=subprocess.STDOUT,
             pass_fds=(pipe, *descriptors),
             start_new_session=True,
-            preexec_fn=lambda: _between_fork_and_exec(limits, confine),  # noqa: PLW1509 - a prefork worker has one thread here
+            preexec_fn=lambda: _between_fork_and_exec(limits, confine),  # noqa: PLW1509 - beside this thread there is that of traces at most
         )
 
 

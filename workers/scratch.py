@@ -58,6 +58,8 @@ class Assignment:
     inputs: tuple[Blob, ...]
     directories: tuple[str, ...]
     """Of the committed stages, in order."""
+    traits: dict[str, str | int | float]
+    """Of the job and its model, for spans."""
 
 
 def read_assignment(session: Session, job_id: str) -> Assignment:
@@ -92,6 +94,14 @@ def read_assignment(session: Session, job_id: str) -> Assignment:
         student_facts=student_facts,
         inputs=tuple(blobs),
         directories=tuple(s.directory for s in stages if s.directory is not None),
+        traits={
+            "tenant": job.tenant_id,
+            "job.technique": job.technique,
+            "job.queue": job.queue,
+            "job.queued_seconds": (job.started_at or job.queued_at) - job.queued_at,
+            "model.architecture": model.architecture,
+            "model.bytes": model.bytes,
+        },
     )
 
 

@@ -26,6 +26,7 @@ from app.errors import JobFailed, ModelpressError, OutOfMemory, StorageFull, Una
 from app.settings import GIB, SandboxLevel, Settings
 from app.storage import ArtifactStore
 from workers import events, sandbox
+from workers.attempt_spans import AttemptSpans
 from workers.lease import CancelRequested, Lease, LeaseLost, write_patiently
 from workers.publish import publish, store_files
 from workers.scratch import Assignment, Scratch, read_assignment
@@ -80,8 +81,14 @@ class Supervisor:
         )
         if claim is None:
             return "not_claimed"
-        with structlog.contextvars.bound_contextvars(job_id=claim.job_id, fence=claim.fence):
-            outcome = _Attempt(self, claim).to_end()
+        with (
+            AttemptSpans(claim, worker=owner) as spans,
+            structlog.contextvars.bound_contextvars(
+                job_id=claim.job_id, fence=claim.fence, **spans.log_fields()
+            ),
+        ):
+            outcome = _Attempt(self, claim, spans).to_end()
+            spans.describe({"job.outcome": outcome})
             _log.info("job_left", outcome=outcome, attempt=claim.attempt)
         return outcome
 
@@ -106,8 +113,9 @@ class _Watch:
 class _Attempt:
     """One attempt at one job."""
 
-    def __init__(self, supervisor: Supervisor, claim: Claim) -> None:
+    def __init__(self, supervisor: Supervisor, claim: Claim, spans: AttemptSpans) -> None:
         self.supervisor = supervisor
+        self.spans = spans
         self.settings = supervisor.settings
         self.lease = Lease(supervisor.database, claim, lease_seconds=supervisor.settings.lease_seconds)
         self.scratch = Scratch(supervisor.settings, claim.job_id)
@@ -119,6 +127,7 @@ class _Attempt:
         try:
             return self._attempt()
         except LeaseLost:
+            self.spans.fail("lease_lost")
             return "lost"
         except CancelRequested:
             return "cancelled" if self.lease.write(job_claims.end_cancelled) else "lost"
@@ -138,7 +147,9 @@ class _Attempt:
     def _attempt(self) -> str:
         with self.supervisor.database.read() as session:
             assignment = read_assignment(session, self.lease.claim.job_id)
+        self.spans.describe(assignment.traits)
         committed = self._committed_stages(assignment)
+        self.spans.begin_part("fetch inputs")
         store, fence = self.supervisor.store, self.lease.claim.fence
         self.scratch.fetch_inputs(assignment, store, fence, beat=self.keep)
         wanted = assignment.spec.resources.device
@@ -178,6 +189,7 @@ class _Attempt:
 
     def _supervise(self, job_file: Path, watch: _Watch) -> events.Finished | events.Failed:
         """Spawn the job's process and listen until it ends. Raises what makes an end before that."""
+        self.spans.begin_part("start process")
         receiver, sender = os.pipe()
         with os.fdopen(receiver, "rb", buffering=0) as pipe:
             try:
@@ -276,6 +288,7 @@ class _Attempt:
         _require_own_stages(event, watch)
         match event:
             case events.StageStarted():
+                self.spans.begin_part(watch.stage_names[event.stage])
                 self.lease.require(lambda s, claim: job_claims.start_stage(s, claim, event.stage))
             case events.StageDone():
                 self.lease.require(
@@ -283,6 +296,7 @@ class _Attempt:
                         s, claim, event.stage, event.directory, event.metrics
                     )
                 )
+                self.spans.end_part()
                 watch.directories[event.stage] = event.directory
             case events.Progress():
                 self._progress(event, watch)
@@ -317,6 +331,7 @@ class _Attempt:
         report = len(watch.stage_names) - 1
         export = watch.stage_names.index("export")
         store = self.supervisor.store
+        self.spans.begin_part("publish")
         files = store_files(
             self.lease.claim.job_id,
             model=self.scratch.stages / watch.directories[export] / "model",
@@ -333,6 +348,7 @@ class _Attempt:
 
     def _fail(self, error: dict[str, Any], *, retryable: bool) -> str:
         """End the job, or queue it again. Its files stay for a while, since somebody may retry it."""
+        self.spans.fail(error["code"])
         if not retryable:
             return "failed" if self.lease.write(lambda s, claim: job_claims.fail(s, claim, error)) else "lost"
         delay = min(60.0, 2.0**self.lease.claim.attempt)

@@ -13,6 +13,7 @@ import structlog
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app import tracing
 from app.access import ANONYMOUS, Principal, Role
 from app.api.problems import render
 from app.api.together import Together
@@ -67,7 +68,9 @@ class Authentication:
                 await render(error, headers)(scope, receive, send)
                 return
             scope.setdefault("state", {})["principal"] = principal
-            structlog.contextvars.bind_contextvars(principal=principal.name, tenant=principal.tenant)
+            who = {"principal": principal.name, "tenant": principal.tenant}
+            structlog.contextvars.bind_contextvars(**who)
+            tracing.describe_request(who)
         await self.app(scope, receive, send)
 
     async def _caller(self, scope: Scope) -> Principal:

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app import tracing
 from app.access import Principal
 from app.api.problems import render, render_unexpected
 from app.api.together import Together
@@ -22,8 +23,8 @@ from app.settings import MIB, Settings
 from app.threads import COUNTING, PerLoop
 
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
-# Polled every few seconds by machines: their lines would bury the others.
-_QUIET = ("/health/", "/metrics")
+# Polled every few seconds by machines: their lines and spans would bury the others.
+_POLLED = ("/health/", "/metrics")
 
 _log = structlog.get_logger("modelpress.request")
 
@@ -42,7 +43,10 @@ class RequestContext:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
         structlog.contextvars.clear_contextvars()
-        structlog.contextvars.bind_contextvars(request_id=request_id)
+        tracing.describe_request({"request_id": request_id})
+        if scope["query_string"]:
+            tracing.hide_query()
+        structlog.contextvars.bind_contextvars(request_id=request_id, **tracing.log_fields())
         started = time.perf_counter()
         status = 0
 
@@ -65,9 +69,14 @@ class RequestContext:
             _log_request(scope, status, time.perf_counter() - started)
 
 
+def is_polled(path: str) -> bool:
+    """Whether machines ask for it all the time."""
+    return path.startswith(_POLLED) or "/health/" in path
+
+
 def _log_request(scope: Scope, status: int, seconds: float) -> None:
     path = scope["path"]
-    log = _log.debug if path.startswith(_QUIET) or "/health/" in path else _log.info
+    log = _log.debug if is_polled(path) else _log.info
     log("request", method=scope["method"], path=path, status=status, milliseconds=round(1000 * seconds, 1))
 
 

@@ -52,6 +52,7 @@ class Claim:
     fence: int
     stage: int
     attempt: int
+    traceparent: str | None
 
 
 def needs_no_more_than(memory_bytes: int | None) -> ColumnElement[bool]:
@@ -91,13 +92,13 @@ def claim_job(
             error=null(),
             started_at=case((Job.started_at.is_(None), db_now()), else_=Job.started_at),
         )
-        .returning(Job.fence, Job.stage, Job.attempt, Job.tenant_id)
+        .returning(Job.fence, Job.stage, Job.attempt, Job.traceparent, Job.tenant_id)
     ).one_or_none()
     if row is None:
         return None
     worker_time.open_claim(session, job_id, row.fence, tenant=row.tenant_id)
     add_events(session, job_id, [("status", {"status": "running", "attempt": row.attempt, "worker": owner})])
-    return Claim(job_id, row.fence, row.stage, row.attempt)
+    return Claim(job_id, row.fence, row.stage, row.attempt, row.traceparent)
 
 
 def extend_lease(session: Session, claim: Claim, *, lease_seconds: float) -> bool | None:

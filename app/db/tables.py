@@ -215,6 +215,8 @@ class Job(TenantRow, Base):
     """The earlier job whose result this is, where nothing was run for it. No foreign key: this one outlives it."""
     memory_bytes: Mapped[int | None]
     """The least it was predicted to need: workers with less leave it to others. Null: it was not predicted."""
+    traceparent: Mapped[str | None]
+    """The span of the request that submitted it (W3C Trace Context), of which its attempts are children; null: no traces."""
     stage: Mapped[int] = mapped_column(default=0)
     """How many stages are committed."""
     attempt: Mapped[int] = mapped_column(default=0)

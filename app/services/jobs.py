@@ -31,6 +31,7 @@ from app.settings import Settings
 from app.spec.compression import CompressionSpec
 from app.storage import get_store
 from app.storage.references import discard_unreferenced
+from app.tracing import current_traceparent
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,7 @@ def _new_job(planned: Planned, settings: Settings, submission: Submission) -> Jo
         memory_bytes=planned.least_memory_bytes,
         priority=PRIORITIES.index(submission.priority),
         max_attempts=settings.max_attempts,
+        traceparent=current_traceparent(),
         warnings=[],
     )
 
