@@ -36,7 +36,7 @@ class TextTraining(Step):
     patience: Annotated[int, Field(ge=1)] = 3
     """Looks without a better held-out loss before training stops."""
     held_out_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.1
-    """Share of the training text, from its end, that is never trained on."""
+    """Share of the training text that is never trained on: its end, or, where documents are learned one by one, any of them."""
 
     @property
     def sequences(self) -> int:

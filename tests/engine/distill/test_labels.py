@@ -63,3 +63,22 @@ def test_the_loss_weighs_labels_against_what_the_teacher_says(model: Path, train
         spec = DistillLogits(temperature=2.0, hard_label_weight=weight)
         room = Classroom(student, teacher, spec, training.held_out, "cpu", torch.float32)
         torch.testing.assert_close(objective_for(room, facts_of(model), model).loss(batch), expected)
+
+
+def test_texts_sorted_by_label_are_drawn_before_they_are_cut(model: Path, tmp_path: Path) -> None:
+    classes = [0] * 50 + [1] * 50
+    path = write_labelled(tmp_path / "set", [WORDS[label] for label in classes], classes)
+    spec = DistillLogits(batch_size=4, sequence_length=16, max_steps=5, held_out_fraction=0.2)
+
+    def drawn(seed: int) -> TrainingText:
+        return document_text(spec, path, load_tokenizer(model), facts_of(model), seed=seed)
+
+    text, again, other = drawn(0), drawn(0), drawn(1)
+    assert text.labels is not None
+    trained, held_out = text.labels[: len(text.sequences)], text.labels[len(text.sequences) :]
+    for part in (trained, held_out):
+        assert 0.2 < part.double().mean() < 0.8
+    assert again.labels is not None
+    assert other.labels is not None
+    assert torch.equal(text.labels, again.labels)
+    assert not torch.equal(text.labels, other.labels)

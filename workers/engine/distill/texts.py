@@ -1,4 +1,4 @@
-"""Training text as batches of tokens, with its tail held out."""
+"""Training text as batches of tokens, with some of it held out."""
 
 from __future__ import annotations
 
@@ -122,14 +122,16 @@ def document_text(
 ) -> TrainingText:
     """Documents, each a sequence of its own (long ones are cut up, and each piece has the label), for encoders and classifiers.
 
-    Raises InvalidRequest when there are too few to hold some out.
+    They are drawn in an order of the seed first, for files go topic by topic, or label by label. Raises InvalidRequest when
+    there are too few to hold some out.
     """
     before, after = special_tokens(tokenizer)
     length = min(spec.sequence_length, longest_window(facts)) - len(before) - len(after)
     documents = read_documents(path)
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
     first_held_out = min(len(documents) - 1, round(len(documents) * (1 - spec.held_out_fraction)))
 
-    def sequences(part: range, budget: int) -> list[tuple[Tensor, int]]:
+    def sequences(part: list[int], budget: int) -> list[tuple[Tensor, int]]:
         """So many sequences, each with the number of its document."""
         made: list[tuple[Tensor, int]] = []
         for number in part:
@@ -140,8 +142,8 @@ def document_text(
                 break
         return made[:budget]
 
-    head = sequences(range(first_held_out), spec.sequences)
-    tail = sequences(range(first_held_out, len(documents)), max(2, _HELD_OUT_TOKENS // length))
+    head = sequences(order[:first_held_out], spec.sequences)
+    tail = sequences(order[first_held_out:], max(2, _HELD_OUT_TOKENS // length))
     if len(head) < 2 or len(tail) < 2:
         raise InvalidRequest(
             f"The training text gives {len(head)} texts to train on and {len(tail)} to hold out; 2 of each are needed.",
