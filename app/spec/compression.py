@@ -88,7 +88,7 @@ class Evaluation(Frozen):
     """The same for classifiers and texts with labels: how many of the dataset, spread evenly over it. Of longer ones the
     first `sequence_length` tokens."""
     images: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
-    """The same for models of images: how many of the dataset, from its start."""
+    """The same for models of images: how many of the dataset, drawn by chance, and the same in every job."""
     latency_rounds: Annotated[int, Field(ge=3, le=1000)] = 10
     """Timed runs of each model, in turns, after warm-up."""
 

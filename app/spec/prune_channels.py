@@ -40,7 +40,7 @@ class PruneChannels(Step):
     repair: bool = True
     """Refit what reads the channels by least squares and estimate batch norms anew before training."""
     calibration_images: CalibrationImages = 256
-    """Images of the training dataset, from its start, that the criterion and the repair look at."""
+    """Images of the training dataset that the criterion and the repair look at."""
     temperature: Annotated[float, Field(gt=0, le=100)] = 2.0
     """Softens the distributions of original and result while they are compared."""
     hard_label_weight: Annotated[float, Field(ge=0, le=1)] = 0.5

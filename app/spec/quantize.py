@@ -250,7 +250,7 @@ class QuantizeCalibrated(QuantizedWeights):
     calibration_tokens: Annotated[int, Field(ge=128, le=10_000_000)] = 16_384
     """Tokens of calibration text the layers' inputs are gathered from; the time grows with it."""
     calibration_images: CalibrationImages = 64
-    """The same for models of images, which are given so many of the calibration dataset, from its start."""
+    """The same for models of images, which are given so many of the calibration dataset, drawn by chance."""
     sequence_length: Annotated[int, Field(ge=16, le=131_072)] = 512
     """Tokens of one window of calibration text; cut to what the model can take."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.05

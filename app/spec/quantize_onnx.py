@@ -42,7 +42,7 @@ class QuantizeOnnx(Step):
     calibration_tokens: Annotated[int, Field(ge=128, le=10_000_000)] = 8192
     """Tokens of calibration text the layers' inputs are gathered from; the time grows with it."""
     calibration_images: CalibrationImages = 64
-    """The same for models of images, which are given so many of the calibration dataset, from its start; they are run
+    """The same for models of images, which are given so many of the calibration dataset, drawn by chance; they are run
     together, so memory grows with it too."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Added to the diagonal of each layer's input statistics, as a share of its mean."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_vision import SIDE, write_images
 
 from app.spec.preprocessing import Preprocessing
@@ -58,15 +58,25 @@ def test_downsampling_looks_at_every_pixel() -> None:
 def test_both_layouts_give_the_same_images(tmp_path: Path) -> None:
     first = write_images(tmp_path / "nhwc", images=70)
     images = load_file(first)["images"].permute(0, 3, 1, 2).contiguous()
-    from safetensors.torch import save_file
-
     save_file({"images": images}, tmp_path / "nchw", metadata={"layout": "NCHW"})
     both = [np.concatenate(list(ImageSet(path).chunks(66))) for path in (first, tmp_path / "nchw")]
-    assert np.array_equal(both[0], images[:66].numpy())
+    assert np.array_equal(both[0], images[ImageSet(first).order[:66]].numpy())
     assert np.array_equal(*both)
     assert sum(len(chunk) for chunk in ImageSet(first).chunks(1000)) == 70
     assert ImageSet(tmp_path / "nchw").labels(3) is None
     assert len(ImageSet(first).labels(3)) == 3
+
+
+def test_of_a_set_sorted_by_class_the_first_few_are_of_all_classes(tmp_path: Path) -> None:
+    classes = torch.arange(10).repeat_interleave(20)
+    images = classes.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 2, 2, 3).contiguous()
+    save_file({"images": images, "labels": classes}, tmp_path / "sorted", metadata={"layout": "NHWC"})
+    found = ImageSet(tmp_path / "sorted")
+    labels = found.labels(50)
+    assert labels is not None
+    assert set(labels) == set(range(10))
+    assert np.array_equal(np.concatenate(list(found.chunks(50)))[:, 0, 0, 0], labels)
+    assert sorted(found.order) == list(range(200))
 
 
 def test_batches_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ Images = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The images of a dataset, read some at a time."""
+    """The images of a dataset, read some at a time, in an order drawn once: files go class by class, and a job may take the first few."""
 
     path: Path
 
@@ -41,19 +41,25 @@ class ImageSet:
         with self._open() as file:
             return _are_files(file)
 
+    @property
+    def order(self) -> NDArray[np.int64]:
+        """The order that images are read in, and their labels: the same for the same set."""
+        with self._open() as file:
+            return _order(file)
+
     def chunks(self, count: int) -> Iterator[Images]:
         """The first `count` images, some at a time. Of a set that is no picture files."""
         with self._open() as file:
             stored, layout = file.get_slice("images"), file.metadata()["layout"]
-            end = min(count, stored.get_shape()[0])
-            for start in range(0, end, _AT_ONCE):
-                images = stored[start : min(end, start + _AT_ONCE)]
+            chosen = _order(file)[:count].tolist()
+            for start in range(0, len(chosen), _AT_ONCE):
+                images = np.concatenate([stored[at : at + 1] for at in chosen[start : start + _AT_ONCE]])
                 yield images.transpose(0, 3, 1, 2) if layout == "NHWC" else images
 
     def files(self, count: int) -> Iterator[tuple[str, bytes]]:
         """Name and bytes of the first `count` picture files, in the order they are read in."""
         with self._open() as file:
-            ends, order = file.get_tensor("ends"), file.get_tensor("order")
+            ends, order = file.get_tensor("ends"), _order(file)
             names = str(file.get_tensor("names").tobytes(), "utf-8").split("\n")
             pictures = file.get_slice("pictures")
             for number in order[:count].tolist():
@@ -68,9 +74,7 @@ class ImageSet:
         with self._open() as file:
             if "labels" not in file.keys():  # noqa: SIM118 - it is no dict
                 return None
-            labels: NDArray[np.int64] = file.get_tensor("labels")
-            if _are_files(file):
-                labels = labels[file.get_tensor("order")]
+            labels: NDArray[np.int64] = file.get_tensor("labels")[_order(file)]
             names = file.metadata().get("label_names")
         return numbered(labels[:count], names, facts, in_order=True)
 
@@ -97,3 +101,10 @@ class ImageSet:
 
 def _are_files(file: Any) -> bool:
     return bool(file.metadata()["layout"] == "files")
+
+
+def _order(file: Any) -> NDArray[np.int64]:
+    if _are_files(file):
+        order: NDArray[np.int64] = file.get_tensor("order")
+        return order
+    return np.random.default_rng(0).permutation(file.get_slice("images").get_shape()[0])
