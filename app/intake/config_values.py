@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from app.intake.refusals import refused
 
@@ -26,3 +26,16 @@ def config_labels(config: Mapping[str, Any], count: int | None) -> tuple[str, ..
     found = [names.get(str(number)) for number in range(count)]
     usable = [name for name in found if isinstance(name, str) and len(name) <= _MAX_LABEL_CHARACTERS]
     return tuple(usable) if len(usable) == count else None
+
+
+def config_problem(config: Mapping[str, Any]) -> Literal["multi_label_classification", "regression"] | None:
+    """What a classifier's outputs are, where it says that they are no distribution over classes. Raises IntakeError."""
+    match config.get("problem_type"):
+        case "multi_label_classification":
+            return "multi_label_classification"
+        case "regression":
+            return "regression"
+        case None | "single_label_classification":
+            return None
+        case unknown:
+            raise refused("config_invalid", f"config.json has a problem_type of {str(unknown)[:50]!r}.")

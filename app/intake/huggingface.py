@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import IntakeError
-from app.intake.config_values import config_integer, config_labels
+from app.intake.config_values import config_integer, config_labels, config_problem
 from app.intake.image_models import check_image_shapes, image_values
 from app.intake.names import CONFIG, INDEX, PREPROCESSOR, Selection
 from app.intake.refusals import refused
@@ -45,6 +45,7 @@ def huggingface_facts(files: Mapping[str, Path], selection: Selection) -> ModelF
         weight_bytes=sum(files[name].stat().st_size for name in selection.weights),
         num_labels=num_labels,
         label_names=config_labels(config, num_labels),
+        problem_type=None if num_labels is None else config_problem(config),
         tensors=tensors,
         **_values(files, config, architecture, tensors),
     )

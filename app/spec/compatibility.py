@@ -16,6 +16,7 @@ from app.spec.architectures import ARCHITECTURES, Architecture, block_index, is_
 from app.spec.attention import has_attention_maps, projections_among
 from app.spec.attention_heads import counts_in, groups_left, head_axis, possible_groups, without_heads
 from app.spec.base import Family, Step
+from app.spec.class_checks import check_classes
 from app.spec.compression import CompressionSpec
 from app.spec.distill import (
     DistillLogits,
@@ -112,7 +113,7 @@ def check_spec(
         faults += _check_step(step, left, shape, students or {}, f"/steps/{number}")
         after = facts_after(step, shape.layers, left)
         shape, left = _after(step, shape, left, students or {}), after
-    return [*faults, *check_acceptance(spec, facts)]
+    return [*faults, *check_classes(spec, facts, students or {}), *check_acceptance(spec, facts)]
 
 
 def _check_step(

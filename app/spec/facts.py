@@ -57,6 +57,8 @@ class ModelFacts(Frozen):
     """Size of the classification head; null where there is none."""
     label_names: tuple[str, ...] | None = None
     """What config.json calls the classes, in order; null where it does not, or was not asked when the model was uploaded."""
+    problem_type: Literal["multi_label_classification", "regression"] | None = None
+    """What config.json says the outputs of a classification head are, where they are no distribution over classes."""
     experts_per_token: int | None = None
     """How many experts of a block each token meets; null where every token meets every weight."""
     attention_heads: int | None = None

@@ -52,7 +52,7 @@ def test_rope_frequencies_are_not_among_the_tensors(tmp_path: Path) -> None:
     assert len(read(tmp_path, {"m.gguf": gguf(tensors=tensors)}).tensors) == len(gguf_names())
 
 
-def read_classifier(directory: Path, outputs: int) -> ModelFacts:
+def read_classifier(directory: Path, outputs: int, **said: str | None) -> ModelFacts:
     shapes: dict[str, tuple[int, ...]] = {
         "bert.embeddings.word_embeddings.weight": (32, 16),
         "bert.encoder.layer.0.attention.self.query.weight": (16, 16),
@@ -62,7 +62,7 @@ def read_classifier(directory: Path, outputs: int) -> ModelFacts:
     config = {
         "architectures": ["BertForSequenceClassification"], "hidden_size": 16, "num_hidden_layers": 1,
         "vocab_size": 32, "max_position_embeddings": 8,
-    }  # fmt: skip
+    } | said  # fmt: skip
     weights = safetensors(safetensors_header(shapes, "F16", 2))
     return read(directory, {"config.json": json.dumps(config).encode(), "model.safetensors": weights})
 
@@ -75,6 +75,27 @@ def test_the_number_of_labels_is_that_of_the_head(tmp_path: Path) -> None:
         "F16",
         False,
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ({}, None),
+        ({"problem_type": None}, None),
+        ({"problem_type": "single_label_classification"}, None),
+        ({"problem_type": "multi_label_classification"}, "multi_label_classification"),
+        ({"problem_type": "regression"}, "regression"),
+    ],
+)
+def test_what_the_outputs_of_a_classifier_are_is_read(
+    tmp_path: Path, said: dict[str, str | None], found: str | None
+) -> None:
+    assert read_classifier(tmp_path, 5, **said).problem_type == found
+
+
+def test_an_unknown_kind_of_classifier_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(IntakeError, match="a problem_type of 'sorting'"):
+        read_classifier(tmp_path, 5, problem_type="sorting")
 
 
 def test_a_classifier_that_scores_has_no_classes_to_compare(tmp_path: Path) -> None:
