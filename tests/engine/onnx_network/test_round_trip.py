@@ -68,6 +68,32 @@ _OPERATORS: dict[str, tuple[str, dict[str, Any], dict[str, np.ndarray]]] = {
     "with bias": ("Conv", {}, {**_W, "b": _numbers(4)}),
     "largest": ("MaxPool", {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [0, 0, 1, 1]}, {}),
     "largest, rounded up": ("MaxPool", {"kernel_shape": [2, 2], "strides": [2, 2], "ceil_mode": 1}, {}),
+    "largest, defaults written out": (
+        "MaxPool",
+        {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1] * 4, "ceil_mode": 0, "dilations": [1, 1]},
+        {},
+    ),
+    "largest, rounded up and padded": (
+        "MaxPool",
+        {"kernel_shape": [3, 3], "strides": [3, 3], "pads": [0, 1, 1, 0], "ceil_mode": 1},
+        {},
+    ),
+    "mean, defaults written out": (
+        "AveragePool",
+        {"kernel_shape": [2, 2], "strides": [2, 2], "ceil_mode": 0, "dilations": [1, 1], "count_include_pad": 0},
+        {},
+    ),
+    "mean, rounded up": ("AveragePool", {"kernel_shape": [2, 2], "strides": [2, 2], "ceil_mode": 1}, {}),
+    "mean, rounded up and padded": (
+        "AveragePool",
+        {"kernel_shape": [2, 2], "strides": [2, 2], "pads": [1] * 4, "ceil_mode": 1},
+        {},
+    ),
+    "mean, rounded up, with padding": (
+        "AveragePool",
+        {"kernel_shape": [2, 2], "strides": [2, 2], "pads": [1] * 4, "ceil_mode": 1, "count_include_pad": 1},
+        {},
+    ),
     "mean of the inside": ("AveragePool", {"kernel_shape": [3, 3], "pads": [1, 1, 0, 1]}, {}),
     "mean with padding": ("AveragePool", {"kernel_shape": [3, 3], "pads": [1] * 4, "count_include_pad": 1}, {}),
     "mean": ("ReduceMean", {"keepdims": 0}, {"axes": np.array([2, 3])}),
@@ -88,7 +114,8 @@ _OPERATORS: dict[str, tuple[str, dict[str, Any], dict[str, np.ndarray]]] = {
 def test_operators_are_those_of_onnxruntime(case: str, tmp_path: Path) -> None:
     operator, attributes, arrays = _OPERATORS[case]
     node = helper.make_node(operator, ["x", *arrays], ["y"], **attributes)
-    path = _write(tmp_path / "one.onnx", [node], arrays)
+    opset = 19 if operator == "AveragePool" and "dilations" in attributes else 18
+    path = _write(tmp_path / "one.onnx", [node], arrays, opset=opset)
     images = _numbers(2, 3, 9, 9)
     found = read_network(path)(torch.from_numpy(images)).detach().numpy()
     np.testing.assert_allclose(found, _runtime(path, images), atol=1e-5)
@@ -126,9 +153,16 @@ def test_an_unknown_operator_is_refused_by_its_name(tmp_path: Path) -> None:
 
 
 def test_an_unknown_attribute_is_refused_by_its_name(tmp_path: Path) -> None:
-    node = helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[2, 2], ceil_mode=1)
-    with pytest.raises(UnsupportedForModel, match="ceil_mode = 1"):
+    node = helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[2, 2], p=2)
+    with pytest.raises(UnsupportedForModel, match="p = 2"):
         read_network(_write(tmp_path / "one.onnx", [node], {}))
+
+
+def test_means_of_anything_but_neighbours_are_refused(tmp_path: Path) -> None:
+    node = helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[2, 2], dilations=[2, 2])
+    path = _write(tmp_path / "one.onnx", [node], {}, opset=19)
+    with pytest.raises(UnsupportedForModel, match=r"AveragePool has dilations = \(2, 2\)"):
+        read_network(path)
 
 
 def test_a_graph_whose_shapes_do_not_fit_is_refused(tmp_path: Path) -> None:

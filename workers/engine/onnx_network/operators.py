@@ -45,10 +45,12 @@ def max_pool(
 ) -> Tensor:
     """The largest of each window; padding never is."""
     amounts = _pads(x, kernel_shape, strides, dilations, pads, auto_pad)
-    x, symmetric = _padded(x, amounts, value=float("-inf"), limit=tuple(size // 2 for size in kernel_shape))
-    return functional.max_pool2d(
-        x, tuple(kernel_shape), tuple(strides), symmetric, tuple(dilations), bool(ceil_mode)
+    limit = tuple(size // 2 for size in kernel_shape)
+    padded, symmetric = _padded(x, amounts, value=float("-inf"), limit=limit)
+    pooled = functional.max_pool2d(
+        padded, tuple(kernel_shape), tuple(strides), symmetric, tuple(dilations), bool(ceil_mode)
     )
+    return _begun_inside(pooled, x, amounts, strides) if ceil_mode else pooled
 
 
 def average_pool(
@@ -57,17 +59,22 @@ def average_pool(
     kernel_shape: Pair,
     strides: Pair = (1, 1),
     pads: Sequence[int] = (0, 0, 0, 0),
+    dilations: Pair = (1, 1),
+    ceil_mode: int = 0,
     count_include_pad: int = 0,
     auto_pad: str = "NOTSET",
 ) -> Tensor:
-    """The mean of each window, over what lies inside the image unless `count_include_pad`."""
-    top, left, bottom, right = _pads(x, kernel_shape, strides, (1, 1), pads, auto_pad)
-    window, step = tuple(kernel_shape), tuple(strides)
-    summed = functional.avg_pool2d(functional.pad(x, (left, right, top, bottom)), window, step)
-    if count_include_pad or not (top or left or bottom or right):
-        return summed
-    inside = functional.pad(torch.ones_like(x[:1, :1]), (left, right, top, bottom))
-    return summed / functional.avg_pool2d(inside, window, step)
+    """The mean of each window, over what lies inside the image unless `count_include_pad`. Raises ValueError for dilated windows."""
+    if any(dilation != 1 for dilation in dilations):
+        raise ValueError(f"AveragePool has dilations = {tuple(dilations)}, and means are taken of neighbours")
+    amounts = top, left, bottom, right = _pads(x, kernel_shape, strides, (1, 1), pads, auto_pad)
+
+    def mean(values: Tensor) -> Tensor:
+        padded = functional.pad(values, (left, right, top, bottom))
+        pooled = functional.avg_pool2d(padded, tuple(kernel_shape), tuple(strides), ceil_mode=bool(ceil_mode))
+        return _begun_inside(pooled, values, amounts, strides) if ceil_mode else pooled
+
+    return mean(x) if count_include_pad or not any(amounts) else mean(x) / mean(torch.ones_like(x[:1, :1]))
 
 
 def batch_normalization(
@@ -271,6 +278,14 @@ def _pads(
         before.append(smaller if auto_pad == "SAME_UPPER" else larger)
         after.append(larger if auto_pad == "SAME_UPPER" else smaller)
     return before[0], before[1], after[0], after[1]
+
+
+def _begun_inside(pooled: Tensor, x: Tensor, pads: tuple[int, int, int, int], strides: Pair) -> Tensor:
+    """Without the windows that rounding up adds though they begin behind the image."""
+    rows, columns = (
+        -(-(size + before) // step) for size, before, step in zip(x.shape[2:], pads, strides, strict=False)
+    )
+    return pooled[..., :rows, :columns]
 
 
 def _padded(
