@@ -23,6 +23,7 @@ from app.spec.quantize import QuantizeCalibrated, QuantizeWeights
 from app.spec.stored import stored_tensors
 from workers.engine.architectures.loading import load_model
 from workers.engine.checkpoint.layout import DTYPE_NAMES, TensorEntry
+from workers.engine.export import nf4_packed
 from workers.engine.export.nf4_packed import Nf4Layer, doubly_quantized, dynamic_map, stored_scales
 from workers.engine.export.nf4_reader import read_nf4
 from workers.engine.measure.results import Loading
@@ -30,6 +31,7 @@ from workers.engine.measure.runner_torch import TorchRunner
 from workers.engine.measure.size import measure_size
 from workers.engine.quantize.float_grids import NF4_LEVELS, Nf4Grid
 from workers.engine.quantize.layer_fit import LayerFit
+from workers.engine.quantize.layer_solver import LayerSolver
 from workers.engine.quantize.packed_layers import planned_layer
 from workers.engine.technique import StepContext, StepOutcome, run_step
 
@@ -133,6 +135,26 @@ def by_definition(tensors: dict[str, Tensor]) -> np.ndarray:
     halves = [half for octet in tensors[NAME].flatten().tolist() for half in (octet >> 4, octet & 15)]
     values = [table[half] * absmax[n // state["blocksize"]] for n, half in enumerate(halves)]
     return np.array(values, dtype=np.float64).reshape(state["shape"])
+
+
+def test_of_wide_layers_too_the_scales_that_were_measured_are_stored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As with 256 of them, and 16,384 inputs: each row has blocks of scales of its own.
+    monkeypatch.setattr(nf4_packed, "SCALES_PER_BLOCK", 4)
+    step = QuantizeCalibrated(number_format="nf4", double_quantized=True, refinements=1)
+    entry = TensorEntry(NAME, torch.bfloat16, (12, 256), Path(), 0, 2 * 12 * 256)
+    layer = planned_layer(entry, step.settings_of("x"))
+    assert layer.block_rows == 1
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(512, 256, generator=draw) @ torch.randn(256, 256, generator=draw)
+    weight = torch.randn(12, 256, generator=draw) * 0.05
+    fit = LayerSolver(step, 1).solve({NAME: weight}, {NAME: layer}, inputs.t() @ inputs)[NAME]
+    tensors = {name: content for name, (_, content) in layer.parts(fit, 0).items()}
+    stored = (
+        dynamic_map()[tensors[f"{NAME}.absmax"].int()].view(12, 4) * tensors[f"{NAME}.nested_absmax"][:, None]
+    )
+    assert torch.equal(stored, fit.scale)
 
 
 def test_scales_in_8_bits_cost_little_and_groups_of_zeros_nothing() -> None:

@@ -40,6 +40,11 @@ class Nf4Layer(StoredLayer):
         return SCALES_PER_BLOCK // math.gcd(SCALES_PER_BLOCK, self._groups) if self.double_quantized else 1
 
     @property
+    def refits_scales(self) -> bool:
+        """With double quantization a scale is what its neighbours leave, of one row or of many."""
+        return not self.double_quantized
+
+    @property
     def row_multiple(self) -> int:
         """Blocks of scales are not cut."""
         return self.block_rows

@@ -47,6 +47,11 @@ class StoredLayer(ABC):
         return 1
 
     @property
+    def refits_scales(self) -> bool:
+        """Whether a row's scales may be moved for themselves once they are found, and can be stored as `grid.stored` gives them."""
+        return self.block_rows == 1
+
+    @property
     def row_multiple(self) -> int:
         """Slabs of rows must begin at a multiple of it."""
         return 1

@@ -93,8 +93,7 @@ class LayerSolver:
             return fit
         weight = batch.weight(weights)
         fit = replace(fit, codes=fit.codes.float(), held=batch.held(weights))
-        if batch.layer.block_rows > 1:
-            # Scales that rows share cannot be refitted for each.
+        if not batch.layer.refits_scales:
             for _ in range(rounds):
                 fit = descended(weight, fit, second_moment, order, threads=self.threads)
             return _settled(fit)
