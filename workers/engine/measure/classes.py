@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from workers.engine.measure.bootstrap import DRAWS, interval
 from workers.engine.measure.language import Predictions
-
-_BOOTSTRAP_DRAWS = 2000
 
 
 class ClassQuality:
@@ -66,8 +65,11 @@ class ClassQuality:
 
 
 def _change(before: NDArray[np.bool_], after: NDArray[np.bool_], seed: int) -> tuple[float, float, float]:
-    """Difference of the shares, and its 95 % interval by paired bootstrap."""
-    differences = after.astype(np.float64) - before
-    draws = np.random.default_rng(seed).integers(0, len(differences), (_BOOTSTRAP_DRAWS, len(differences)))
-    low, high = np.quantile(differences[draws].mean(axis=1), (0.025, 0.975))
-    return float(differences.mean()), float(low), float(high)
+    """Difference of the shares, and its 95 % interval by paired bootstrap.
+
+    Of a resample only the numbers of gains and of losses count, and those are multinomial.
+    """
+    count, gained, lost = len(before), int((after & ~before).sum()), int((before & ~after).sum())
+    shares = np.array([gained, lost, count - gained - lost]) / count
+    drawn = np.random.default_rng(seed).multinomial(count, shares, size=DRAWS)
+    return (gained - lost) / count, *interval((drawn[:, 0] - drawn[:, 1]) / count)

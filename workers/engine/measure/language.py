@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from workers.engine.measure.bootstrap import interval, resamples
+
 _SLAB_ELEMENTS = 2_000_000
-_BOOTSTRAP_DRAWS = 2000
 
 
 @dataclass
@@ -79,10 +80,13 @@ class Predictions:
         """Difference of the mean negative log-likelihoods, and its 95 % interval by paired bootstrap over windows."""
         differences = np.subtract(self.result_nll, self.original_nll)
         counts = np.asarray(self.scored, dtype=np.float64)
-        draws = np.random.default_rng(seed).integers(0, len(counts), size=(_BOOTSTRAP_DRAWS, len(counts)))
-        resampled = differences[draws].sum(axis=1) / counts[draws].sum(axis=1)
-        low, high = np.quantile(resampled, (0.025, 0.975))
-        return float(differences.sum() / counts.sum()), float(low), float(high)
+        resampled = np.concatenate(
+            [
+                differences[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+                for drawn in resamples(len(counts), seed)
+            ]
+        )
+        return float(differences.sum() / counts.sum()), *interval(resampled)
 
     def divergence_summary(self) -> dict[str, float]:
         """`kl_mean`, `kl_median`, `kl_p99` and `kl_max` over all positions; empty where nothing could be compared."""

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from app.spec.report import EvaluationImages, Latency
+from workers.engine.measure.bootstrap import interval, resamples
 from workers.engine.measure.results import Kind
 from workers.engine.measure.runner_client import RunnerClient
 
 _WARM_UP = 2
 _TOKENS = 128
 _THROUGHPUT_BATCH = 8
-_BOOTSTRAP_DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,14 @@ def ratio_interval(original: Latency, result: Latency, *, seed: int = 0) -> tupl
     Rounds are drawn in pairs: what slowed one model in a round most likely slowed the other.
     """
     before, after = np.asarray(original.samples_ms), np.asarray(result.samples_ms)
-    draws = np.random.default_rng(seed).integers(0, len(before), size=(_BOOTSTRAP_DRAWS, len(before)))
-    resampled = np.median(after[draws], axis=1) / np.median(before[draws], axis=1)
-    low, high = np.quantile(resampled, (0.025, 0.975))
-    return float(low), float(high)
+    return interval(
+        np.concatenate(
+            [
+                np.median(after[drawn], axis=1) / np.median(before[drawn], axis=1)
+                for drawn in resamples(len(before), seed)
+            ]
+        )
+    )
 
 
 def summarize(what: str, samples_ms: list[float]) -> Latency:
