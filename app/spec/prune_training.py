@@ -109,6 +109,10 @@ class PruneTraining(TextTraining):
         steps = [step for step, _ in self.points]
         if any(first >= second for first, second in pairwise(steps)):
             raise ValueError("the schedule's steps must ascend")
+        if steps and steps[0] == 1 and self.method.name == "movement":
+            raise ValueError(
+                "the schedule's first cut is at step 1, before which nothing has moved: begin at step 2 or later, or use magnitude"
+            )
         if steps and steps[-1] > self.max_steps:
             raise ValueError(
                 f"the schedule ends at step {steps[-1]}, after max_steps ({self.max_steps}): give more steps or a shorter one"

@@ -67,6 +67,11 @@ def test_cubic_schedule_is_zhu_and_guptas() -> None:
         ({"method": {"schedule": {"shape": "list", "points": [[9, 0.5]]}}}, "after max_steps"),
         ({"method": {"schedule": {"shape": "cubic", "begin": 5, "end": 5}}}, "before end"),
         ({"method": {"name": "l0", "schedule": LISTED}}, "schedule"),
+        (
+            {"method": {"name": "movement", "schedule": {"shape": "list", "points": [[1, 0.5]]}}},
+            "nothing has moved",
+        ),
+        ({"method": {"name": "movement"}, "max_steps": 1}, "nothing has moved"),
         ({"max_seconds": 5}, "max_seconds"),
     ],
 )
