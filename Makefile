@@ -80,9 +80,9 @@ chaos: $(STAMP) ## Dozens of real jobs while everything they need is killed; min
 
 # More of them: make fuzz EXAMPLES=100000
 EXAMPLES ?= 5000
-fuzz: $(STAMP) ## Feed new damaged files to every reader of uploads and new calls to every operation, for minutes
+fuzz: $(STAMP) ## Feed new damaged files, calls and orders of events to what reads, answers and keeps them, for minutes
 	MODELPRESS_FUZZ_EXAMPLES=$(EXAMPLES) $(PYTEST) --timeout 0 $(ARGS) \
-		tests/app/intake/test_headers_fuzzed.py tests/app/api/test_contract.py
+		tests/app/intake/test_headers_fuzzed.py tests/app/api/test_contract.py tests/app/db/test_job_machine.py
 
 gpu: $(STAMP) ## The tests that need an NVIDIA GPU
 	$(PYTEST) -m gpu $(ARGS) tests

@@ -386,12 +386,15 @@ def _overall(names: tuple[str, ...], event: events.Progress) -> float:
 
 
 def _require_own_stages(event: events.Event, watch: _Watch) -> None:
-    """Raise JobFailed for a stage that the job does not have, and for an end before that of all stages."""
+    """Raise JobFailed for a stage that the job does not have or whose turn it is not, and for an end before that of all
+    stages."""
     stages = range(len(watch.stage_names))
     if (
         isinstance(event, events.StageStarted | events.StageDone | events.Progress)
         and event.stage not in stages
     ):
         raise JobFailed("The job's process named a stage that its job does not have.", code="protocol")
+    if isinstance(event, events.StageStarted | events.StageDone) and event.stage != len(watch.directories):
+        raise JobFailed("The job's process took its stages out of order.", code="protocol")
     if isinstance(event, events.Finished) and len(watch.directories) < len(stages):
         raise JobFailed("The job's process ended before its stages had.", code="protocol")

@@ -155,8 +155,9 @@ def rewind_stages(session: Session, claim: Claim, stage: int) -> bool:
 
 
 def start_stage(session: Session, claim: Claim, number: int) -> bool:
-    """Mark stage `number` as running. False: the lease is lost."""
-    if not _is_held(session, claim):
+    """Mark stage `number` as running. False: the lease is lost, or it is not this stage's turn."""
+    held = select(Job.id).where(*_held(claim), Job.stage == number).with_for_update()
+    if session.execute(held).one_or_none() is None:
         return False
     name = _update_stage(
         session, claim, number, status="running", progress=0.0, started_at=db_now(), ended_at=None
