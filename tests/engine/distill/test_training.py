@@ -15,6 +15,7 @@ from workers.engine.distill.record import Training
 from workers.engine.distill.snapshots import Snapshots
 from workers.engine.distill.texts import Batch
 from workers.engine.distill.training import NoPruning, learning_rate_factor, train
+from workers.engine.prune.gates import ScheduledGates
 from workers.engine.technique import Progress
 
 
@@ -91,6 +92,30 @@ def test_who_stops_it_gets_the_best_state_so_far(snapshots: Snapshots) -> None:
     assert (training.steps, training.stopped_by) == (7, "request")
     assert training.held_out[-1] == (7.0, training.best)
     assert objective.held_out_loss(lambda: None) == training.best < training.held_out[0][1]
+
+
+def test_what_is_cut_keeps_its_value_although_it_was_moving(snapshots: Snapshots) -> None:
+    objective = _ToZero()
+    gates = ScheduledGates(objective.student, ["weight"], [(10, 0.5)], together=False)
+    at_the_cut: list[Tensor] = []
+
+    def look(share: float, message: str) -> None:
+        if message.startswith("step 9 "):
+            at_the_cut[:] = [objective.student.weight.detach().clone()]
+
+    objective.loss = lambda batch: (objective.student(torch.eye(4) * torch.arange(1, 5)) ** 2).sum()  # type: ignore[method-assign]
+    train(
+        objective,
+        _batches(),
+        DistillLogits(max_steps=30, evaluate_every=30, learning_rate=0.05),
+        zeros={},
+        snapshots=snapshots,
+        progress=look,
+        pruning=gates,
+    )
+    weight, is_open = objective.student.weight.detach(), gates.open["weight"]
+    assert torch.equal(weight[~is_open], at_the_cut[0][~is_open])
+    assert (weight[is_open] < at_the_cut[0][is_open]).all()
 
 
 def test_rate_warms_up_over_a_twentieth_and_falls_to_a_tenth() -> None:

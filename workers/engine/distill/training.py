@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
@@ -36,6 +36,8 @@ class Batch(Protocol):
     def amount(self) -> int:
         """Tokens or images."""
 
+
+Masks = Iterable[tuple[nn.Parameter, Tensor]]
 
 B = TypeVar("B", bound=Batch)
 B_contra = TypeVar("B_contra", bound=Batch, contravariant=True)
@@ -101,8 +103,11 @@ class Pruning(Protocol):
     def statistics(self) -> dict[str, Tensor]:
         """What else changes: masks and scores."""
 
-    def before_step(self, step: int) -> None:
-        """Called before the step of that number, from 1; nothing else may decide what it does."""
+    def before_step(self, step: int) -> Masks:
+        """Called before the step of that number, from 1; nothing else may decide what it does.
+
+        Returns parameters whose masks changed, with the masks: what is False has no gradient, and is to keep its value.
+        """
 
     def penalty(self) -> Tensor:
         """What is added to the loss, on training and on held-out data."""
@@ -122,8 +127,9 @@ class NoPruning:
         """None."""
         return {}
 
-    def before_step(self, step: int) -> None:
+    def before_step(self, step: int) -> Masks:  # noqa: ARG002 - see `Pruning`
         """Do nothing."""
+        return ()
 
     def penalty(self) -> Tensor:
         """Zero."""
@@ -211,7 +217,10 @@ class _Run(Generic[B]):
     def step(self, batches: Iterator[B]) -> None:
         """Add up the gradients of as many batches as a step has, and move once."""
         training = self.training
-        self.pruning.before_step(training.steps + 1)
+        for parameter, mask in self.pruning.before_step(training.steps + 1):
+            # Momentum would carry what is masked on for some twenty steps.
+            if parameter in self.optimizer.state:
+                self.optimizer.state[parameter]["exp_avg"].mul_(mask)
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * learning_rate_factor(self.clock.share(training.steps + 1))
         total = 0.0

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workers.engine.distill.training import Masks
 from workers.engine.prune.masks import Pattern
 
 # Temperature of the concrete distribution, and the interval it is stretched to (Louizos et al. 2018, section 4).
@@ -51,8 +52,9 @@ class Gates:
         """See `Pruning`."""
         return {}
 
-    def before_step(self, step: int) -> None:
+    def before_step(self, step: int) -> Masks:  # noqa: ARG002 - see `Pruning`
         """See `Pruning`."""
+        return ()
 
     def penalty(self) -> Tensor:
         """See `Pruning`."""
@@ -100,10 +102,10 @@ class ScheduledGates(Gates):
         return {f"open/{name}": mask for name, mask in self.open.items()}
 
     @torch.no_grad()
-    def before_step(self, step: int) -> None:
+    def before_step(self, step: int) -> Masks:
         """Choose anew what is closed, where the schedule says so."""
         if step not in self._sparsity_at:
-            return
+            return ()
         pattern = Pattern(self._sparsity_at[step])
         names = list(self.weights)
         for group in [names] if self._together else [[name] for name in names]:
@@ -112,6 +114,7 @@ class ScheduledGates(Gates):
             parts = torch.split(lowest, [self.weights[name].numel() for name in group])
             for name, part in zip(group, parts, strict=True):
                 self.open[name].copy_(~part.view_as(self.open[name]))
+        return [(self.weights[name], self.open[name]) for name in names]
 
     def gated(self, name: str) -> Tensor:
         """A weight where its gate is open, else zero."""
@@ -183,9 +186,10 @@ class HardConcreteGates(Gates):
         """Their log-odds."""
         return {f"log_odds/{name}": log_odds for name, log_odds in self._log_odds.items()}
 
-    def before_step(self, step: int) -> None:
+    def before_step(self, step: int) -> Masks:
         """Draw by the step's number, so that a training that goes on draws what it would have drawn."""
         torch.manual_seed(self._seed + step)
+        return ()
 
     def penalty(self) -> Tensor:
         """The penalty times the expected share of gates that are not closed."""
