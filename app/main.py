@@ -22,6 +22,7 @@ from app.api import (
     catalogue,
     compress,
     datasets,
+    direct_uploads,
     docs,
     health,
     imports,
@@ -86,6 +87,7 @@ def _v1() -> APIRouter:
     )
     for module in (
         uploads,
+        direct_uploads,
         imports,
         models,
         datasets,

@@ -52,6 +52,8 @@ class Settings(BaseSettings):
     """Empty: that of the AWS configuration, else us-east-1."""
     s3_downloads: Literal["presigned", "streamed"] = "presigned"
     """`streamed`: downloads pass through the API, for clients that cannot reach the S3 service."""
+    s3_uploads: Literal["", "direct", "streamed"] = ""
+    """Whether clients that ask for it send parts straight to S3. Empty: where downloads are presigned."""
     redis_url: str = Field(default="", validation_alias=AliasChoices("REDIS_URL", "MODELPRESS_REDIS_URL"))
     """Broker. Empty: one-command mode starts its own on a unix socket."""
 

@@ -9,14 +9,15 @@ from fastapi import APIRouter, Path, Request, Response
 from pydantic import ConfigDict, Field, StringConstraints
 
 from app.api.bodies import RAW_PART, ContentDigest, FileName, chunks_of, declared_length, parse_digest
-from app.api.dependencies import CurrentSettings, ReadSession, TenantDatabase, WriteSession
+from app.api.dependencies import CurrentSettings, TenantDatabase, WriteSession
 from app.api.idempotency import IdempotentRoute
 from app.api.problems import problem_responses
 from app.api.request_body import RequestBody
+from app.db import tables
 from app.db.tables import Import, UploadPart
 from app.services import uploads
 from app.services.job_view import link
-from app.services.uploads import UploadState
+from app.services.upload_states import UploadState
 from app.services.url_imports import shown_url
 from app.spec.documented import Documented
 from app.storage import get_staging
@@ -43,6 +44,8 @@ class CreateUpload(RequestBody):
     """Bytes of the whole file."""
     sha256: Sha256 | None = None
     """sha256 of the whole file in hex, if you know it; completing then fails when the bytes are others."""
+    direct: bool = False
+    """Ask to send the parts to S3 yourself, by URLs that are signed for each. The answer's `direct` says whether you are to."""
 
 
 class Part(Documented):
@@ -53,7 +56,7 @@ class Part(Documented):
     bytes: int = Field(examples=[12])
     """Bytes of the part."""
     sha256: str | None
-    """sha256 of the part in hex, if you sent its Content-Digest."""
+    """sha256 of the part in hex, if you sent its Content-Digest or announced it."""
 
 
 class UploadUrls(Documented):
@@ -61,8 +64,11 @@ class UploadUrls(Documented):
 
     self: str
     part: str | None
-    """Put the part's number in place of `{number}`. Null, as the next: the service fetches the file itself."""
+    """PUT parts here, with the number in place of `{number}`. Null: they go to S3, or the service fetches the file itself."""
+    part_urls: str | None
+    """Of a direct upload: where its parts go in S3."""
     complete: str | None
+    """Null: an import, which completes by itself."""
 
 
 class FetchError(Documented):
@@ -98,7 +104,10 @@ class Upload(Documented):
     size: int | None = Field(examples=[12])
     """Bytes of the whole file; null for an import whose server has not said."""
     sha256: str | None
-    """sha256 of the whole file in hex: what you announced, or, once completed, what arrived."""
+    """sha256 of the whole file in hex: what you announced, or, once completed, what arrived. A direct upload is hashed
+    when something is made of it; until then it is what you announced, or null."""
+    direct: bool = Field(examples=[False])
+    """Whether its parts go to S3 by URLs of `urls.part_urls`, rather than through the service."""
     part_bytes: int = Field(examples=[67108864])
     """Bytes of every part but the last, which has what is left. 0 for an import, which has none."""
     part_count: int = Field(examples=[1])
@@ -130,9 +139,8 @@ def create_upload(
     Then `PUT` each part (in any order, several at once if you like), `complete` the upload, and make a model or a
     dataset of it with `POST /v1/models` or `POST /v1/datasets`.
     """
-    state = uploads.create_upload(
-        session, get_staging(), settings, name=body.name, size=body.size, sha256=body.sha256
-    )
+    upload = tables.Upload(name=body.name, size=body.size, sha256=body.sha256)
+    state = uploads.create_upload(session, get_staging(), settings, upload, direct=body.direct)
     shown = upload_view(state)
     response.headers["Location"] = shown.urls.self
     return shown
@@ -172,9 +180,9 @@ async def put_upload_part(
     summary="See what has arrived",
     responses=problem_responses(404),
 )
-def get_upload(upload_id: UploadId, session: ReadSession) -> Upload:
+def get_upload(upload_id: UploadId, database: TenantDatabase) -> Upload:
     """Show an upload: which parts have arrived and which are missing, or how far an import is. Ask this to resume."""
-    return upload_view(uploads.get_upload(session, upload_id))
+    return upload_view(uploads.get_upload(database, upload_id))
 
 
 @router.post(
@@ -186,7 +194,8 @@ def get_upload(upload_id: UploadId, session: ReadSession) -> Upload:
 async def complete_upload(upload_id: UploadId, database: TenantDatabase, settings: CurrentSettings) -> Upload:
     """Check that every part is there and that the whole has the sha256 you announced, if you did.
 
-    The answer carries the sha256 of what arrived. With a wrong one the upload is removed.
+    The answer carries the sha256 of what arrived. With a wrong one the upload is removed. What is in S3 is hashed when
+    something is made of it, and refused then.
     """
     state = await INTAKE.run(uploads.complete_upload, database, get_staging(), settings, upload_id)
     return upload_view(state)
@@ -214,6 +223,7 @@ def upload_view(state: UploadState) -> Upload:
         status=upload.status,
         size=upload.size if fetch is None else fetch.total,
         sha256=upload.sha256,
+        direct=upload.direct,
         part_bytes=upload.part_bytes,
         part_count=state.part_count,
         parts=[_part(part) for part in state.parts],
@@ -223,7 +233,8 @@ def upload_view(state: UploadState) -> Upload:
         expires_at=datetime.fromtimestamp(upload.expires_at, UTC),
         urls=UploadUrls(
             self=url,
-            part=None if fetch else f"{url}/parts/{{number}}",
+            part=None if fetch or upload.direct else f"{url}/parts/{{number}}",
+            part_urls=f"{url}/part-urls" if upload.direct else None,
             complete=None if fetch else f"{url}/complete",
         ),
     )

@@ -48,6 +48,13 @@ def list_parts(session: Session, upload_id: str) -> Sequence[UploadPart]:
     ).all()
 
 
+def parts_among(session: Session, upload_id: str, numbers: Collection[int]) -> Sequence[UploadPart]:
+    """The parts of an upload that have one of these numbers."""
+    return session.scalars(
+        select(UploadPart).where(UploadPart.upload_id == upload_id, UploadPart.number.in_(numbers))
+    ).all()
+
+
 def get_part(session: Session, upload_id: str, number: int) -> UploadPart | None:
     """A part that has arrived."""
     return session.get(UploadPart, (upload_id, number))
@@ -59,7 +66,22 @@ def add_part(session: Session, part: UploadPart) -> None:
     session.flush()
 
 
-def complete_upload(session: Session, upload_id: str, *, sha256: str, expires_in_seconds: float) -> bool:
+def add_parts(session: Session, parts: Iterable[UploadPart]) -> None:
+    """Record parts that are announced."""
+    session.add_all(parts)
+    session.flush()
+
+
+def begin_multipart(session: Session, upload: Upload, multipart_id: str) -> str:
+    """Keep S3's name of an upload, locked by this transaction, unless it has one. Returns the one it has."""
+    upload.multipart_id = upload.multipart_id or multipart_id
+    session.flush()
+    return upload.multipart_id
+
+
+def complete_upload(
+    session: Session, upload_id: str, *, sha256: str | None, expires_in_seconds: float
+) -> bool:
     """Mark an open upload as completed. False: it is not open any more."""
     done = session.execute(
         update(Upload)
@@ -70,9 +92,10 @@ def complete_upload(session: Session, upload_id: str, *, sha256: str, expires_in
     return done is not None
 
 
-def delete_uploads(session: Session, upload_ids: Collection[str]) -> set[str]:
-    """Delete uploads and their parts. Returns the ids of those that were there."""
-    return set(session.scalars(delete(Upload).where(Upload.id.in_(upload_ids)).returning(Upload.id)).all())
+def delete_uploads(session: Session, upload_ids: Collection[str]) -> dict[str, str | None]:
+    """Delete uploads and their parts. Returns the ids of those that were there, with S3's names of them."""
+    gone = delete(Upload).where(Upload.id.in_(upload_ids)).returning(Upload.id, Upload.multipart_id)
+    return {row.id: row.multipart_id for row in session.execute(gone)}
 
 
 def delete_expired_uploads(session: Session) -> list[str]:
@@ -85,6 +108,12 @@ def delete_expired_uploads(session: Session) -> list[str]:
 def known_uploads(session: Session, upload_ids: Collection[str]) -> set[str]:
     """Which of these ids are uploads."""
     return set(session.scalars(select(Upload.id).where(Upload.id.in_(upload_ids))).all())
+
+
+def multiparts_of(session: Session, upload_ids: Collection[str]) -> dict[str, str | None]:
+    """Those of these ids that are uploads, with S3's names of them."""
+    query = select(Upload.id, Upload.multipart_id).where(Upload.id.in_(upload_ids))
+    return {row.id: row.multipart_id for row in session.execute(query)}
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

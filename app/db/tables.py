@@ -78,6 +78,10 @@ class Upload(TenantRow, Base):
     sha256: Mapped[str | None]
     part_bytes: Mapped[int]
     """0: the service fetches it itself, see Import."""
+    direct: Mapped[bool] = mapped_column(default=False)
+    """Its parts go to S3 themselves; of each, UploadPart says which are announced."""
+    multipart_id: Mapped[str | None]
+    """S3's name of the upload in parts, once it was begun there; only of a direct one."""
     status: Mapped[str] = mapped_column(default="open")
     """open → completed, or importing → completed | failed."""
     created_at: Mapped[float] = mapped_column(default=db_now())
@@ -85,7 +89,7 @@ class Upload(TenantRow, Base):
 
 
 class UploadPart(TenantRow, Base):
-    """A part that has arrived whole."""
+    """A part that has arrived whole; of a direct upload, one whose sha256 was announced."""
 
     __tablename__ = "upload_parts"
 

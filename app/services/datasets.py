@@ -17,14 +17,13 @@ from app.ids import new_id
 from app.intake.read_dataset import read_dataset
 from app.services.models import (
     Stores,
-    completed_upload,
     discarding_blobs,
     publishing,
     receive_body,
     using_up,
 )
 from app.services.quotas import require_storage
-from app.services.uploads import use_uploads
+from app.services.uploads import completed_upload, use_uploads
 from app.spec.compression import CompressionSpec
 from app.storage.references import discard_unreferenced
 from app.storage.staging import StagedFile, WorkDirectory
@@ -34,7 +33,7 @@ from app.threads import INTAKE
 def create_from_upload(stores: Stores, upload_id: str, name: str | None) -> Dataset:
     """Make a dataset of a completed upload, which is used up, accepted or not."""
     with using_up(stores, [upload_id]), stores.staging.work_directory() as work:
-        file_name, staged = completed_upload(stores, upload_id)
+        file_name, staged = completed_upload(stores.database, stores.staging, work, upload_id)
 
         def use(session: Session) -> None:
             use_uploads(session, stores.staging, [upload_id])

@@ -24,7 +24,7 @@ from app.intake.names import refuse_file_as_folder, safe_path
 from app.intake.read_model import ReadModel, read_model, read_single_file
 from app.services.imports import Fetched, fetch
 from app.services.quotas import require_storage
-from app.services.uploads import remove_uploads, use_uploads
+from app.services.uploads import completed_upload, remove_uploads, use_uploads
 from app.settings import Settings
 from app.spec.compression import CompressionSpec
 from app.storage.parts import pump
@@ -57,7 +57,7 @@ class ModelState:
 def create_from_upload(stores: Stores, upload_id: str, name: str | None) -> ModelState:
     """Make a model of one completed upload: an archive or a GGUF file. The upload is used up, accepted or not."""
     with using_up(stores, [upload_id]), stores.staging.work_directory() as work:
-        file_name, staged = completed_upload(stores, upload_id)
+        file_name, staged = completed_upload(stores.database, stores.staging, work, upload_id)
         fetched = Fetched(files={file_name: staged}, single=file_name)
         return _create(stores, work, fetched, name, [upload_id])
 
@@ -70,7 +70,8 @@ def create_from_files(stores: Stores, files: Mapping[str, str], name: str | None
     with using_up(stores, upload_ids), stores.staging.work_directory() as work:
         fetched = Fetched(
             files={
-                safe_path(path): completed_upload(stores, upload_id)[1] for path, upload_id in files.items()
+                safe_path(path): completed_upload(stores.database, stores.staging, work, upload_id)[1]
+                for path, upload_id in files.items()
             }
         )
         folders: set[str] = set()
@@ -117,25 +118,6 @@ async def receive_body(
             hint="Check the file and its digest, and send it again.",
         )
     return staged
-
-
-def completed_upload(stores: Stores, upload_id: str) -> tuple[str, StagedFile]:
-    """Name and file of an upload that is complete. Raises NotFound and Conflict (`upload_incomplete`)."""
-    with stores.database.read() as session:
-        upload = queries.get_upload(session, upload_id)
-    if upload is None:
-        raise NotFound(
-            f"There is no upload {upload_id}: it was never made, was used or deleted, or has expired.",
-            hint="Start a new one with POST /v1/uploads.",
-        )
-    if upload.status != "completed" or upload.sha256 is None:
-        raise Conflict(
-            f"Upload {upload_id} is not complete.",
-            code="upload_incomplete",
-            hint=f"Send what is missing, then POST /v1/uploads/{upload_id}/complete. An import completes by itself, or "
-            f"GET /v1/uploads/{upload_id} says why it failed.",
-        )
-    return upload.name, StagedFile(stores.staging.upload_path(upload_id), upload.sha256, upload.size)
 
 
 def get_model(session: Session, model_id: str) -> ModelState:

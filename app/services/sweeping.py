@@ -16,6 +16,7 @@ import structlog
 from app.db import job_moves, job_queries
 from app.db.engine import Database
 from app.queue import enqueue_job
+from app.services import direct_uploads
 from app.services.loops import forever
 from app.services.retention import expire
 from app.services.uploads import remove_expired_uploads
@@ -70,6 +71,7 @@ def sweep_forever(database: Database, settings: Settings, stop: threading.Event)
             expire(database, settings)
             remove_orphans(database, get_store())
             get_store().remove_unfinished(older_than_seconds=_UNFINISHED_SECONDS)
+            direct_uploads.remove_left(database)
 
     forever(work, stop, name="sweep", every_seconds=settings.sweep_seconds)
 

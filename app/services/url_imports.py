@@ -16,7 +16,7 @@ from app.db.tables import Upload
 from app.errors import Fault, InvalidRequest, TooManyRequests
 from app.ids import new_id
 from app.services.quotas import require_storage
-from app.services.uploads import UploadState
+from app.services.upload_states import UploadState
 from app.settings import Settings
 from app.storage.parts import create_file
 from app.storage.staging import Staging

@@ -27,6 +27,8 @@ _CANNOT_LINK = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP)
 class LocalStore:
     """An ArtifactStore below `root`. Any number of processes may use the same one."""
 
+    direct_uploads = None
+
     def __init__(self, root: Path, *, min_free_bytes: int = 0) -> None:
         self._root = root
         self._incoming = root / "staging" / "incoming"

@@ -23,6 +23,7 @@ from app.settings import Settings
 from app.storage.disk import full_disk_translated, require_free
 from app.storage.s3_client import is_missing, make_client, translated
 from app.storage.s3_transfer import PIECE_BYTES, ObjectReader, fetch_all, put_large, put_small
+from app.storage.s3_uploads import S3Uploads
 from app.storage.staging import StagedWriter
 from app.storage.store import Beat, BlobInfo, blob_name, is_digest, still
 
@@ -43,6 +44,7 @@ class S3Store:
         self._presigned = settings.s3_downloads == "presigned"
         self._spool = settings.data_dir.absolute() / "staging" / "incoming"
         self._min_free = settings.min_free_disk_bytes
+        self.direct_uploads = S3Uploads(self._client, self._signer, bucket=self._bucket, prefix=self._prefix)
 
     def check(self) -> None:
         """List, and write a small object: the two tell a missing bucket, wrong credentials and missing rights apart."""

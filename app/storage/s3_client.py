@@ -16,6 +16,7 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from app.errors import ModelpressError, NotFound, StorageFull, Unavailable
 
 _MISSING = ("404", "NoSuchKey", "NotFound")
+_ENDED = "NoSuchUpload"
 _REFUSED = (
     "Give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of who may read, write, list and delete in this bucket."
 )
@@ -51,8 +52,8 @@ def make_client(endpoint_url: str, region: str, *, patient: bool = True) -> Any:
 
 
 def is_missing(error: ClientError) -> bool:
-    """Whether the service says that there is no such object."""
-    return _code(error) in _MISSING
+    """Whether the service says that there is no such object, or upload in parts."""
+    return _code(error) in (*_MISSING, _ENDED)
 
 
 @contextmanager

@@ -6,7 +6,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Literal, Protocol
+
+if TYPE_CHECKING:
+    # What it is made with, the API has where blobs are in S3 alone.
+    from app.storage.s3_uploads import S3Uploads
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -45,6 +49,10 @@ class ArtifactStore(Protocol):
     A blob is there whole or not at all, whenever whoever puts it is killed. Where the bytes are behind a network,
     everything raises Unavailable when the service is away or refuses us.
     """
+
+    @property
+    def direct_uploads(self) -> S3Uploads | None:
+        """Uploads that clients send here themselves; None where they cannot."""
 
     def check(self) -> None:
         """Raise Unavailable or OSError, saying what to do, unless blobs can be written here."""
