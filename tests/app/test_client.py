@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from cutting_proxy import cutting_proxy
 from job_support import claim, finish
+from s3_server import S3Server
 
 from app.begun_uploads import BegunUploads
-from app.client import Client, DigestMismatch, Json, ServiceProblem, Unreachable
+from app.client import Client, ClientError, DigestMismatch, Json, ServiceProblem, Unreachable
 from app.db.engine import get_database
 from app.settings import Settings
 
@@ -160,3 +161,62 @@ def test_events_come_once_each_over_streams_that_break(
         with cutting_proxy(server_url, cut, direction="down") as proxy, Client(proxy.url) as client:
             assert [event.number for event in client.events(job)] == everything
             assert client.wait(job)["status"] == "succeeded"
+
+
+@pytest.fixture
+def s3_client(
+    s3_server: S3Server, use_s3: Callable[..., Settings], request: pytest.FixtureRequest
+) -> Iterator[Client]:
+    """A client of a service whose store is in S3."""
+    use_s3(s3_server, part_bytes=5 * 2**20)
+    with Client(request.getfixturevalue("server_url")) as client:
+        yield client
+
+
+def test_parts_go_straight_to_s3_and_a_broken_run_is_taken_up(s3_client: Client, tmp_path: Path) -> None:
+    file = tmp_path / "weights.bin"
+    # S3 wants 5 MiB of every part but the last; ours are larger.
+    file.write_bytes(os.urandom(2**20) * 17)
+    begun = BegunUploads(s3_client.url, tmp_path / "begun.json")
+    with pytest.raises(KeyboardInterrupt):
+        s3_client.upload(file, begun=begun, on_bytes=_interrupted_once())
+    sent: list[int] = []
+    upload = s3_client.upload(file, begun=begun, on_bytes=sent.append)
+    state = s3_client.get(f"/v1/uploads/{upload}")
+    assert (state["direct"], state["status"], len(state["parts"])) == (True, "completed", state["part_count"])
+    assert sent[0] > 0, "what the first run has sent is not sent again"
+    assert sum(sent) == file.stat().st_size
+    (digest,) = {part["sha256"] for part in state["parts"][:1]}
+    with file.open("rb") as whole:
+        assert digest == hashlib.sha256(whole.read(state["part_bytes"])).hexdigest()
+
+
+def test_a_store_that_takes_no_part_is_said_in_words(
+    s3_client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_bytes(b"notes")
+    # Every URL is too old by the time it is used.
+    monkeypatch.setattr("app.client._ATTEMPTS", 1)
+    monkeypatch.setattr("app.storage.s3_uploads._URL_SECONDS", 1)
+    post = s3_client.post
+
+    def slowly(path: str, body: object = None) -> Json:
+        answer = post(path, body)
+        time.sleep(2 if path.endswith("/part-urls") else 0)
+        return answer
+
+    monkeypatch.setattr(s3_client, "post", slowly)
+    with pytest.raises(ClientError, match=r"Part 1 cannot be sent to 127\.0\.0\.1: it answers 403"):
+        s3_client.upload(file)
+
+
+def _interrupted_once() -> Callable[[int], None]:
+    """Ctrl-C after the first part."""
+    calls = iter(range(10))
+
+    def on_bytes(_: int) -> None:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+
+    return on_bytes

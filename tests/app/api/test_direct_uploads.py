@@ -334,7 +334,10 @@ def test_while_s3_is_away_uploads_wait_and_then_go_on(
     own_s3_server.kill()
     body = {"parts": [{"number": 1, "sha256": sha256(content)}]}
     fresh = start(client, content)
-    for answer in (client.post(fresh["urls"]["part_urls"], json=body), client.post(upload["urls"]["complete"])):
+    for answer in (
+        client.post(fresh["urls"]["part_urls"], json=body),
+        client.post(upload["urls"]["complete"]),
+    ):
         assert (answer.status_code, answer.json()["code"]) == (503, "storage_unavailable")
         assert "MODELPRESS_S3_ENDPOINT_URL" in answer.json()["hint"]
     assert client.delete(deleted["urls"]["self"]).status_code == 204

@@ -99,7 +99,9 @@ def test_every_route_with_an_id_answers_404_to_another_tenant(
         if real is None:
             continue
         tried += 1
-        body = {"content": b"Hello there."} if method == "PUT" else {}
+        body: dict[str, Any] = {"content": b"Hello there."} if method == "PUT" else {}
+        if name == "create_part_urls":
+            body = {"json": {"parts": [{"number": 1, "sha256": "0" * 64}]}}
         foreign = stranger.call(method, path, **body)
         absent = stranger.call(method, path.replace(real, never_made(real)), **body)
         assert foreign.status_code == 404, name
