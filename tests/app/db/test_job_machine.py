@@ -84,7 +84,7 @@ class JobMachine(RuleBasedStateMachine):
     @precondition(lambda self: sum(job.status not in ENDED for job in self.expected.values()) < 2)
     @rule()
     def create(self) -> None:
-        job_id = f"job_{next(self.made)}"
+        job_id = f"job_{next(self.made):06d}"
         job = Job(
             id=job_id, tenant_id=DEFAULT_TENANT, model_id="m", model_name="m", spec={}, technique="t", labels={"a": "b"},
             queue="cpu", max_attempts=MAX_ATTEMPTS, warnings=[],
