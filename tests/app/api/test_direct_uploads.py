@@ -15,6 +15,7 @@ from key_support import MakeKey, bearer
 from model_files import llama_files, zipped
 from s3_server import BUCKET, SECRET_KEY, S3Server
 from sqlalchemy import update
+from waiting import wait_until
 
 from app.db.engine import Database, get_database
 from app.db.quota_queries import Limits
@@ -343,6 +344,9 @@ def test_while_s3_is_away_uploads_wait_and_then_go_on(
     assert client.delete(deleted["urls"]["self"]).status_code == 204
     own_s3_server.start()
     assert client.post(upload["urls"]["complete"]).json()["status"] == "completed"
-    assert client.post("/v1/datasets", json={"upload": upload["id"]}).status_code == 201
+    # The service answers before it can be written to.
+    wait_until(
+        lambda: client.post("/v1/datasets", json={"upload": upload["id"]}).status_code == 201, seconds=30
+    )
     assert keys(own_s3_server, settings) == [f"uploads/{deleted['id']}"]
     assert direct_uploads.remove_left(get_database(), older_than_seconds=-5) == 1
