@@ -80,7 +80,7 @@ def test_accuracy_and_agreement_are_those_of_a_plain_pass(
 
 
 def test_speed_memory_and_images_are_reported(measured: tuple[Evaluated, Path, Path]) -> None:
-    found, dataset, _ = measured
+    found, _, result = measured
     assert [latency.what for latency in found.result.latency] == [
         f"batch 1 of {SIDE}×{SIDE} pixels",
         f"batch 8 of {SIDE}×{SIDE} pixels",
@@ -89,7 +89,7 @@ def test_speed_memory_and_images_are_reported(measured: tuple[Evaluated, Path, P
     assert found.images is not None
     assert (found.images.images, found.images.labelled) == (20, True)
     # The first five come from the same seed.
-    assert found.images.overlap_share == np.mean(ImageSet(dataset).order[:20] < 5)
+    assert found.images.overlap_share == np.mean(ImageSet(result.parent / "images").order[:20] < 5)
     assert Evaluated.model_validate_json(found.model_dump_json()) == found
 
 
