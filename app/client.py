@@ -97,7 +97,15 @@ class Client:
 
     def post(self, path: str, body: object = None) -> Json:
         """POST a JSON body. Its key lets it be sent again when a connection breaks, without happening twice."""
-        return self._json("POST", path, json=body, headers={"Idempotency-Key": uuid.uuid4().hex})
+        headers = {"Idempotency-Key": uuid.uuid4().hex}
+        while True:
+            try:
+                return self._json("POST", path, json=body, headers=headers)
+            except ServiceProblem as problem:
+                # It takes longer than we wait for an answer: making a model of a large upload does.
+                if problem.code != "idempotency_in_flight":
+                    raise
+            time.sleep(_POLL_SECONDS)
 
     def upload(
         self, path: Path, *, begun: BegunUploads | None = None, on_bytes: OnBytes = lambda _: None

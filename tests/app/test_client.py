@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from s3_server import S3Server
 from app.begun_uploads import BegunUploads
 from app.client import Client, ClientError, DigestMismatch, Json, ServiceProblem, Unreachable
 from app.db.engine import get_database
+from app.db.model_queries import hold_blobs
 from app.settings import Settings
 
 PART = 200_000
@@ -78,6 +80,35 @@ def test_a_post_whose_answer_was_lost_happens_once(server_url: str, add_model: C
         job = client.post("/v1/jobs", {"model": model, "recipe": "int8"})
         assert proxy.connections > 1
         assert [j["id"] for j in client.get("/v1/jobs")["items"]] == [job["id"]]
+
+
+def test_a_call_that_takes_longer_than_an_answer_is_waited_for_is_asked_about_again(
+    override_settings: Callable[..., Settings],
+    new_postgres_database: Callable[[], str],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    override_settings(database_url=new_postgres_database())
+    service: str = request.getfixturevalue("server_url")
+    path = tmp_path / "words.txt"
+    path.write_bytes(b"some words " * 50)
+    with Client(service) as client:
+        upload = client.upload(path)
+        client._http.timeout = httpx.Timeout(0.5)
+        held = threading.Event()
+
+        def hold() -> None:
+            with get_database().write() as session:
+                hold_blobs(session)
+                held.set()
+                time.sleep(2)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        held.wait()
+        dataset = client.post("/v1/datasets", {"upload": upload})
+        holder.join()
+        assert [made["id"] for made in client.get("/v1/datasets")["items"]] == [dataset["id"]]
 
 
 def test_an_upload_that_broke_off_sends_only_what_is_missing(
