@@ -85,14 +85,15 @@ def _v1() -> APIRouter:
     router = APIRouter(
         prefix="/v1", responses=problem_responses(422), dependencies=[Depends(refuse_unknown_query)]
     )
+    # Routes are tried in this order: what is asked the most comes first.
     for module in (
+        jobs,
         uploads,
         direct_uploads,
         imports,
         models,
         datasets,
         compress,
-        jobs,
         artifacts,
         catalogue,
         plans,
